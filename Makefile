@@ -1,0 +1,67 @@
+# make course   run every notebook with the class parameters, and print a table of what came out
+# make test     ruff, every notebook with tiny parameters, the tests, and every stored output against a fresh run
+# make lab      open JupyterLab in notebooks/
+# make lint     ruff check and format check           make format     let ruff repair what it can
+# make notebooks  run the notebooks and store their outputs            make clean  remove runs, caches and .venv
+#
+# Each makes .venv when it is missing, and again when requirements.txt or pyproject.toml changed.
+# Another Python: make course PYTHON=python3.12
+
+PYTHON ?= python3
+VENV ?= .venv
+
+ifeq ($(OS),Windows_NT)
+BIN := $(VENV)/Scripts
+else
+BIN := $(VENV)/bin
+endif
+RUN := $(BIN)/python
+# written last, so that an interrupted installation is done again
+READY := $(VENV)/.ready
+
+NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb)) $(sort $(wildcard notebooks/solutions/*.ipynb))
+
+# kernels come from .venv, not from kernelspecs that the user has installed elsewhere
+unexport JUPYTER_PATH
+export JUPYTER_PREFER_ENV_PATH := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help venv course test lab lint format notebooks clean
+
+help:
+	@$(PYTHON) -c "import itertools as i; print(*(l[2:-1] for l in i.takewhile(str.strip, open('Makefile'))), sep='\n')"
+
+venv: $(READY)
+
+$(READY): requirements.txt pyproject.toml
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed, this is ' + sys.version.split()[0] + ': make PYTHON=...')"
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -r requirements.txt -e .
+	@$(RUN) -c "import pathlib; pathlib.Path('$(READY)').touch()"
+
+course: $(READY)
+	$(RUN) -m vitlib run --out runs/class
+
+# one pytest call, so that its closing line, the last one printed, is about everything
+test: lint
+	$(RUN) -m vitlib run --parameters notebooks/parameters/smoke.yaml --out runs/smoke --timeout 600
+	$(RUN) -m pytest tests notebooks --nbval --nbval-current-env --nbval-cell-timeout=600
+
+lab: $(READY)
+	$(RUN) -m jupyterlab notebooks
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+format: $(READY)
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+# no timings and no widget state: they differ each time, and saved widget state keeps GitHub from showing a notebook
+notebooks: $(READY)
+	$(RUN) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=1200 --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.store_widget_state=False $(NOTEBOOKS)
+
+clean:
+	$(PYTHON) -c "import pathlib, shutil; [shutil.rmtree(p, ignore_errors=True) for n in ('$(VENV)', 'runs', 'build', '*.egg-info', '.pytest_cache', '.ruff_cache', '**/__pycache__', '**/.ipynb_checkpoints') for p in pathlib.Path('.').glob(n)]"
