@@ -1,0 +1,32 @@
+"""Fixtures shared by the tests: small data, and the CIFAR folders of the workplace where they are to be had."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _own_data_dir(tmp_path_factory, monkeypatch):
+    """No test reads or writes the user's cache."""
+    monkeypatch.setenv("VITLIB_DATA", str(tmp_path_factory.getbasetemp() / "vitlib-data"))
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def cifar_folder():
+    """``cifar_folder("cifar10")`` is a folder of real photographs, or the test is skipped."""
+
+    def find(name: str) -> Path:
+        folder = ROOT.parent / "shared" / "data" / name
+        if not folder.is_dir():
+            pytest.skip(f"the development images shared/data/{name} are not on this machine")
+        return folder
+
+    return find

@@ -1,0 +1,363 @@
+"""The model: its numbers against PyTorch's own transformer, its algebra, its parameter counts, its errors."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vitlib.model import (
+    PRESETS,
+    EncoderBlock,
+    SelfAttention,
+    ViTEmbeddings,
+    ViTModel,
+    count_parameters,
+    create_model,
+    interpolate_positions,
+    patchify,
+    unpatchify,
+)
+
+TINY = {"num_layers": 2, "image_size": 8, "patch_size": 4, "em_dim": 16, "num_heads": 4, "ff_dim": 32}
+PUBLISHED = {"image_size": 32, "patch_size": 4, "num_layers": 6, "em_dim": 256, "num_heads": 8, "ff_dim": 512}
+
+
+def tiny(num_classes=5, **changes) -> ViTModel:
+    """A small model whose weights are large enough that a mistake anywhere shows in the logits."""
+    model = ViTModel(num_classes, **{**TINY, "drop": 0.0, **changes}).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def copy_block(block: EncoderBlock, layer: nn.TransformerEncoderLayer) -> None:
+    """Weights of PyTorch's encoder layer into ours."""
+    pairs = {
+        block.attention.qkv.weight: layer.self_attn.in_proj_weight,
+        block.attention.qkv.bias: layer.self_attn.in_proj_bias,
+        block.attention.output.weight: layer.self_attn.out_proj.weight,
+        block.attention.output.bias: layer.self_attn.out_proj.bias,
+    }
+    for ours, theirs in (
+        (block.mlp[0], layer.linear1),
+        (block.mlp[3], layer.linear2),
+        (block.norm1, layer.norm1),
+        (block.norm2, layer.norm2),
+    ):
+        pairs |= {ours.weight: theirs.weight, ours.bias: theirs.bias}
+    with torch.no_grad():
+        for ours, theirs in pairs.items():
+            ours.copy_(theirs)
+
+
+class PublishedSystem(nn.Module):
+    """The published small system, as it is built: PyTorch's post-norm encoder, sequence first."""
+
+    def __init__(self, model: ViTModel):
+        super().__init__()
+        config = model.config
+        layer = nn.TransformerEncoderLayer(
+            config["em_dim"], config["num_heads"], config["ff_dim"], dropout=config["drop"], activation="gelu"
+        )
+        self.encoder = nn.TransformerEncoder(layer, config["num_layers"], enable_nested_tensor=False)
+        self.norm = nn.LayerNorm(config["em_dim"], eps=1e-6)
+        self.embedding, self.head = model.vit_encoder.embedding, model.linear_classifier
+
+    def forward(self, images):
+        return self.head(self.norm(self.encoder(self.embedding(images).transpose(0, 1))[0]))
+
+
+def test_post_norm_model_equals_the_published_transformer_encoder():
+    model = ViTModel(100, **PUBLISHED, norm_first=False).eval()
+    published = PublishedSystem(model).eval()
+    with torch.no_grad():
+        for parameter in published.parameters():  # away from zero biases and unit norms, so that each one counts
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    for block, layer in zip(model.vit_encoder.encoder, published.encoder.layers, strict=True):
+        copy_block(block, layer)
+    model.vit_encoder.layernorm.load_state_dict(published.norm.state_dict())
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), published(images), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_block_equals_pytorch_layer_in_output_and_gradient(norm_first):
+    layer = nn.TransformerEncoderLayer(16, 4, 32, 0.0, "gelu", batch_first=True, norm_first=norm_first)
+    block = EncoderBlock(16, 4, 32, norm_first=norm_first)
+    copy_block(block, layer)
+    for norm in (block.norm1, block.norm2):
+        norm.eps = layer.norm1.eps
+    x = torch.randn(3, 5, 16)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    block(ours)[0].square().sum().backward()
+    layer(theirs).square().sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(block(x)[0], layer(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_explicit_attention_equals_fused_attention(norm_first):
+    model = tiny(norm_first=norm_first)
+    images = torch.randn(3, 3, 8, 8)
+    torch.testing.assert_close(model.intermediates(images)["logits"], model(images), rtol=0, atol=1e-5)
+
+
+def test_intermediates_have_the_documented_names_and_shapes():
+    shapes = {name: tuple(value.shape) for name, value in tiny().intermediates(torch.randn(3, 3, 8, 8)).items()}
+    assert shapes == {
+        "embeddings": (3, 5, 16),
+        "tokens": (2, 3, 5, 16),
+        "attention": (2, 3, 4, 5, 5),
+        "encoded": (3, 5, 16),
+        "logits": (3, 5),
+    }
+
+
+def test_attention_rows_sum_to_one_over_the_keys():
+    weights = tiny().intermediates(torch.randn(3, 3, 8, 8))["attention"]
+    torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+    assert (weights.sum(-2) - 1).abs().max() > 1e-3, (
+        "the columns need not sum to 1; if they do, the test proves nothing"
+    )
+
+
+def test_attention_equals_multihead_attention_of_pytorch():
+    ours, theirs = SelfAttention(16, 4), nn.MultiheadAttention(16, 4, batch_first=True)
+    ours.qkv.load_state_dict({"weight": theirs.in_proj_weight, "bias": theirs.in_proj_bias})
+    ours.output.load_state_dict(theirs.out_proj.state_dict())
+    x = torch.randn(2, 7, 16)
+    output, weights = ours(x, need_weights=True)
+    expected, expected_weights = theirs(x, x, x, average_attn_weights=False)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(weights, expected_weights, rtol=0, atol=1e-5)
+
+
+def test_attention_without_positions_is_permutation_equivariant():
+    block, x, order = EncoderBlock(16, 4, 32).eval(), torch.randn(2, 7, 16), torch.randperm(7)
+    torch.testing.assert_close(block(x[:, order])[0], block(x)[0][:, order], rtol=0, atol=1e-5)
+
+
+def test_patch_embedding_equals_a_linear_layer_on_patches():
+    embedding = ViTEmbeddings(image_size=8, patch_size=4, em_dim=16, patch_bias=True)
+    images = torch.randn(2, 3, 8, 8)
+    convolution = embedding.patch_embedding
+    linear = F.linear(patchify(images, 4), convolution.weight.flatten(1), convolution.bias)
+    torch.testing.assert_close(convolution(images).flatten(2).transpose(1, 2), linear, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels, size, patch", [(3, 8, 4), (1, 6, 2), (4, 9, 3), (2, 5, 5), (3, 4, 1)])
+def test_patchify_and_unpatchify_are_exact_inverses(channels, size, patch):
+    images = torch.randn(2, channels, size, size)
+    patches = patchify(images, patch)
+    assert patches.shape == (2, (size // patch) ** 2, channels * patch**2)
+    assert torch.equal(patches[:, 0], images[:, :, :patch, :patch].flatten(1))
+    assert torch.equal(unpatchify(patches, patch, channels), images)
+
+
+def test_patches_are_numbered_row_by_row():
+    image = torch.arange(16.0).view(1, 1, 4, 4)
+    assert patchify(image, 2)[0, :, 0].tolist() == [0, 2, 8, 10]
+
+
+@pytest.mark.parametrize(
+    "preset, num_classes, parameters",
+    [
+        ("mini", 100, 319_972),
+        ("mini", 10, 311_242),
+        ("small", 100, 3_218_020),
+        ("small", 10, 3_194_890),
+        ("B/16", 1000, 86_567_656),
+    ],
+)
+def test_presets_have_exactly_the_documented_parameters(preset, num_classes, parameters):
+    with torch.device("meta"):
+        assert count_parameters(create_model(preset, num_classes)) == parameters
+
+
+def test_every_preset_has_a_parameter_count_test():
+    mark = next(m for m in test_presets_have_exactly_the_documented_parameters.pytestmark if m.name == "parametrize")
+    assert {preset for preset, _, _ in mark.args[1]} == set(PRESETS)
+
+
+def test_published_call_works_as_written_and_defaults_are_vit_b16():
+    model = ViTModel(
+        num_classes=100, image_size=32, patch_size=4, num_layers=6, num_channels=3, em_dim=256, num_heads=8, ff_dim=512
+    )
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 100)
+    with torch.device("meta"):
+        default = ViTModel(1000)
+    assert count_parameters(default) == 86_567_656 - 768, "ViT-B/16 without the bias of the patch embedding"
+
+
+def test_submodules_keep_the_published_names():
+    names = set(dict(tiny().named_parameters()))
+    for name in ("patch_embedding.weight", "position_embedding", "cls_token"):
+        assert f"vit_encoder.embedding.{name}" in names
+    assert "linear_classifier.weight" in names
+
+
+def test_layers_are_initialised_independently_with_standard_deviation_002():
+    model = create_model("small", 100)
+    first, second = model.vit_encoder.encoder[:2]
+    assert not torch.equal(first.mlp[0].weight, second.mlp[0].weight)
+    weights = {name: p for name, p in model.named_parameters() if p.ndim > 1}
+    for name, weight in weights.items():
+        assert weight.std().item() == pytest.approx(0.02, rel=0.15), name
+
+
+def test_first_loss_is_near_that_of_guessing():
+    model = create_model("small", 100, drop=0.0)
+    loss = F.cross_entropy(model(torch.randn(64, 3, 32, 32)), torch.randint(100, (64,)))
+    assert loss.item() == pytest.approx(math.log(100), abs=0.2)
+
+
+# A model that is broken in a way learners' models often are fails one of these by name.
+
+
+def depends_on_its_input(model) -> bool:
+    with torch.no_grad():
+        logits = model(torch.randn(4, 3, 8, 8))
+    return (logits.std(0) > 1e-4).all().item()
+
+
+def treats_each_image_on_its_own(model) -> bool:
+    images = torch.randn(4, 3, 8, 8)
+    changed = images.clone()
+    changed[0] = torch.randn(3, 8, 8)
+    with torch.no_grad():
+        return torch.allclose(model(images)[1:], model(changed)[1:], rtol=0, atol=1e-6)
+
+
+def notices_where_a_patch_stands(model) -> bool:
+    image = torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        return not torch.allclose(model(image), model(image.roll(4, -1)), rtol=0, atol=1e-5)
+
+
+def gives_every_parameter_a_gradient(model) -> bool:
+    model.zero_grad()
+    F.cross_entropy(model(torch.randn(4, 3, 8, 8)), torch.arange(4)).backward()
+    return all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def repeats_itself_in_eval_mode(model) -> bool:
+    images = torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        return torch.equal(model.eval()(images), model(images))
+
+
+PROPERTIES = [
+    depends_on_its_input,
+    treats_each_image_on_its_own,
+    notices_where_a_patch_stands,
+    gives_every_parameter_a_gradient,
+    repeats_itself_in_eval_mode,
+]
+
+
+@pytest.mark.parametrize("has", PROPERTIES, ids=lambda has: has.__name__)
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_model(has, norm_first):
+    assert has(tiny(norm_first=norm_first, drop=0.1))
+
+
+def broken_ignores_input(model):
+    model.vit_encoder.embedding.patch_embedding.weight.data.zero_()
+
+
+def broken_attends_over_the_batch(model):
+    attention = model.vit_encoder.encoder[0].attention
+    forward = attention.forward
+    attention.forward = lambda x, need_weights=False: (forward(x.transpose(0, 1))[0].transpose(0, 1), None)
+
+
+def broken_has_no_positions(model):
+    model.vit_encoder.embedding.position_embedding.data.zero_()
+
+
+def broken_cuts_the_gradient(model):
+    block = model.vit_encoder.encoder[1]
+    forward = block.forward
+    block.forward = lambda x, need_weights=False: forward(x.detach())
+
+
+def broken_drops_out_always(model):
+    model.vit_encoder.embedding.dropout.forward = lambda x: F.dropout(x, 0.5, training=True)
+
+
+@pytest.mark.parametrize(
+    "break_it, has",
+    [
+        (broken_ignores_input, depends_on_its_input),
+        (broken_attends_over_the_batch, treats_each_image_on_its_own),
+        (broken_has_no_positions, notices_where_a_patch_stands),
+        (broken_cuts_the_gradient, gives_every_parameter_a_gradient),
+        (broken_drops_out_always, repeats_itself_in_eval_mode),
+    ],
+)
+def test_a_broken_model_is_noticed(break_it, has):
+    model = tiny()
+    assert has(model)
+    break_it(model)
+    assert not has(model)
+
+
+def test_interpolation_keeps_cls_and_is_the_identity_at_the_same_size():
+    positions = torch.randn(1, 1 + 16, 8)
+    assert torch.equal(interpolate_positions(positions, 4), positions)
+    larger = interpolate_positions(positions, 6)
+    assert larger.shape == (1, 1 + 36, 8)
+    assert torch.equal(larger[:, 0], positions[:, 0])
+
+
+def test_interpolation_of_a_linear_ramp_stays_a_ramp_along_its_axis():
+    ramp = torch.arange(4.0).repeat(4)[None, :, None]  # the column number, at every patch of a 4x4 grid
+    grid = interpolate_positions(torch.cat([torch.zeros(1, 1, 1), ramp], 1), 8)[0, 1:, 0].view(8, 8)
+    torch.testing.assert_close(grid, grid[:1].expand(8, 8))
+    assert (grid[0].diff() > 0).all()
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"image_size": 30}, ["image_size=30", "patch_size=4"]),
+        ({"em_dim": 18}, ["em_dim=18", "num_heads=4"]),
+        ({"num_layers": 0}, ["num_layers=0", "at least 1"]),
+        ({"num_classes": -3}, ["num_classes=-3", "at least 1"]),
+        ({"num_heads": 2.0}, ["num_heads=2.0", "whole number"]),
+        ({"patch_size": "4"}, ["patch_size='4'", "whole number"]),
+        ({"drop": 1.0}, ["drop=1.0", "probability"]),
+        ({"drop": "0.1"}, ["drop='0.1'", "probability"]),
+        ({"norm_first": 1}, ["norm_first=1", "True or False"]),
+    ],
+)
+def test_a_bad_configuration_gives_one_sentence(changes, words):
+    with pytest.raises(ValueError) as error:
+        ViTModel(**{"num_classes": 5, **TINY, **changes})
+    message = str(error.value)
+    assert all(word in message for word in words) and "\n" not in message and message.endswith(".")
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 16, 16), (2, 1, 8, 8), (3, 8, 8), (2, 3, 8, 4)])
+def test_images_of_the_wrong_shape_give_one_sentence(shape):
+    with pytest.raises(ValueError, match=r"\[B, 3, 8, 8\], not \[") as error:
+        tiny()(torch.randn(shape))
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_preset_lists_the_known_ones():
+    with pytest.raises(ValueError, match="preset='huge'.*mini, small, B/16"):
+        create_model("huge", 10)
+
+
+def test_patches_that_do_not_fit_give_one_sentence():
+    with pytest.raises(ValueError, match="8x8 pixels cannot be cut into patches of 3"):
+        patchify(torch.randn(1, 3, 8, 8), 3)
+    with pytest.raises(ValueError, match="do not fill a square image"):
+        unpatchify(torch.randn(1, 3, 48), 4)
+    with pytest.raises(ValueError, match="Cannot interpolate"):
+        interpolate_positions(torch.randn(1, 1 + 15, 8), 4)

@@ -1,0 +1,339 @@
+"""The Vision Transformer (ViT), defined once, to be read from top to bottom.
+
+The model is that of "An Image is Worth 16x16 Words" (Dosovitskiy et al. 2021, arXiv:2010.11929; "the paper" below).
+Names of classes and constructor arguments are those of the small published system that this course implements.
+
+One letter per dimension, used in every shape comment of this file:
+
+    B  images in a batch        P  side of a patch, in pixels     D  width of a token (em_dim)
+    C  colour channels          N  patches per image, (S / P)^2   H  attention heads
+    S  side of an image, pixels T  tokens per image, N + 1        K  width of one head, D / H
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# What a preset leaves out keeps the default of ViTModel, which is ViT-B/16 of the paper's Table 1.
+PRESETS: dict[str, dict] = {
+    # 318 thousand parameters plus the head: trains in class, in about a minute on two CPU cores
+    "mini": {"image_size": 32, "patch_size": 4, "num_layers": 4, "em_dim": 96, "num_heads": 4, "ff_dim": 192},
+    # 3.2 million: the published small system
+    "small": {
+        "image_size": 32,
+        "patch_size": 4,
+        "num_layers": 6,
+        "em_dim": 256,
+        "num_heads": 8,
+        "ff_dim": 512,
+    },
+    # 86.6 million with 1,000 classes: the published weights have a bias in the patch embedding
+    "B/16": {"image_size": 224, "patch_bias": True},
+}
+
+
+def create_model(preset: str, num_classes: int, **overrides) -> "ViTModel":
+    """A freshly initialised model of a named size.
+
+    Args:
+        preset: a key of ``PRESETS``.
+        num_classes: rows of the classifier.
+        overrides: any other argument of :class:`ViTModel`, in place of the preset's.
+
+    Raises:
+        ValueError: for an unknown preset or a configuration that cannot be built.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset={preset!r} is not known; choose one of {', '.join(PRESETS)}.")
+    return ViTModel(num_classes, **{**PRESETS[preset], **overrides})
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """Cut images into flattened patches: ``[B, C, S, S]`` to ``[B, N, C * P * P]``.
+
+    Patches are numbered row by row, like words on a page. Within a patch the order is channel, row, column, the order
+    in which a convolution stores its weights; so ``patchify(x, P) @ W.flatten(1).T`` is ``conv(x)``.
+    """
+    if images.shape[-1] % patch_size or images.shape[-2] % patch_size:
+        raise ValueError(
+            f"Images of {images.shape[-2]}x{images.shape[-1]} pixels cannot be cut into patches of {patch_size}; "
+            "choose a patch size that divides both sides."
+        )
+    patches = images.unfold(2, patch_size, patch_size).unfold(3, patch_size, patch_size)  # [B, C, S/P, S/P, P, P]
+    return patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)  # [B, N, C*P*P]
+
+
+def unpatchify(patches: Tensor, patch_size: int, num_channels: int = 3) -> Tensor:
+    """Put the patches of square images back together, the exact inverse of :func:`patchify`: ``[B, N, C * P * P]`` to
+    ``[B, C, S, S]``."""
+    grid = math.isqrt(patches.shape[1])
+    if grid**2 != patches.shape[1] or patches.shape[2] != num_channels * patch_size**2:
+        raise ValueError(
+            f"Patches of shape {tuple(patches.shape)} do not fill a square image; expected "
+            f"[B, N, {num_channels * patch_size**2}] with N a square number."
+        )
+    patches = patches.unflatten(2, (num_channels, patch_size, patch_size)).unflatten(1, (grid, grid))
+    return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)  # [B, C, S, S]
+
+
+def interpolate_positions(position_embedding: Tensor, grid: int) -> Tensor:
+    """Stretch position embeddings to another number of patches (the paper, section 3.2: fine-tuning at a higher
+    resolution).
+
+    The row of the CLS token has no place in the image and is kept; the others are laid out as the square grid they came
+    from and resized bicubically.
+
+    Args:
+        position_embedding: ``[1, 1 + g * g, D]``, CLS first.
+        grid: patches along one side of the new image.
+
+    Returns:
+        ``[1, 1 + grid * grid, D]``; the input itself where the size is already right.
+    """
+    cls, patches = position_embedding[:, :1], position_embedding[:, 1:]
+    old_grid = math.isqrt(patches.shape[1])
+    if old_grid**2 != patches.shape[1] or grid < 1:
+        raise ValueError(
+            f"Cannot interpolate {patches.shape[1]} patch positions to a {grid}x{grid} grid; both must be squares."
+        )
+    if grid == old_grid:
+        return position_embedding
+    as_image = patches.unflatten(1, (old_grid, old_grid)).permute(0, 3, 1, 2)  # [1, D, g, g]
+    resized = F.interpolate(as_image, size=(grid, grid), mode="bicubic", align_corners=False)
+    return torch.cat([cls, resized.flatten(2).transpose(1, 2)], dim=1)
+
+
+class ViTEmbeddings(nn.Module):
+    """From images to tokens: the paper's equation 1.
+
+    A convolution whose stride equals its kernel looks at every patch once and maps it linearly to ``D`` numbers. The
+    trainable CLS token goes in front; the trainable position embedding is added to all, CLS included.
+    """
+
+    def __init__(self, image_size=224, patch_size=16, num_channels=3, em_dim=768, drop=0.1, patch_bias=False):
+        super().__init__()
+        if image_size % patch_size:
+            raise ValueError(
+                f"image_size={image_size} is not a multiple of patch_size={patch_size}; "
+                f"choose a patch size that divides {image_size}."
+            )
+        self.image_shape = (num_channels, image_size, image_size)
+        num_patches = (image_size // patch_size) ** 2
+        self.patch_embedding = nn.Conv2d(num_channels, em_dim, patch_size, stride=patch_size, bias=patch_bias)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, em_dim))
+        self.position_embedding = nn.Parameter(torch.zeros(1, num_patches + 1, em_dim))
+        self.dropout = nn.Dropout(drop)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``[B, C, S, S]`` to ``[B, T, D]``."""
+        if images.ndim != 4 or tuple(images.shape[1:]) != self.image_shape:
+            expected = ", ".join(map(str, self.image_shape))
+            raise ValueError(
+                f"The model takes images of shape [B, {expected}], not {list(images.shape)}; "
+                "resize them, or build the model with another image_size or num_channels."
+            )
+        patches = self.patch_embedding(images).flatten(2).transpose(1, 2)  # [B, N, D]
+        cls = self.cls_token.expand(len(images), -1, -1)  # [B, 1, D]
+        tokens = torch.cat([cls, patches], dim=1)  # [B, T, D]
+        return self.dropout(tokens + self.position_embedding)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention: the paper's equations 5 to 8.
+
+    Every token asks (query), every token offers (key) and every token has something to say (value); a token's output
+    is the average of all values, weighted by how well their keys fit its query.
+    """
+
+    def __init__(self, em_dim: int, num_heads: int, drop: float = 0.0):
+        super().__init__()
+        if em_dim % num_heads:
+            raise ValueError(
+                f"em_dim={em_dim} cannot be split evenly over num_heads={num_heads}; "
+                f"choose a number of heads that divides {em_dim}."
+            )
+        self.num_heads = num_heads
+        self.drop = drop
+        self.qkv = nn.Linear(em_dim, 3 * em_dim)  # one matrix product for queries, keys and values of all heads
+        self.output = nn.Linear(em_dim, em_dim)
+
+    def forward(self, x: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+        """``[B, T, D]`` to ``[B, T, D]`` and, where asked for, the attention weights ``[B, H, T, T]``.
+
+        Row i of a weight matrix says how much token i takes from every token; each row sums to 1. Without
+        ``need_weights`` PyTorch's fused kernel computes the same output and never stores the weights.
+        """
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # [B, T, 3, H, K]
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, K]
+        drop = self.drop if self.training else 0.0
+        if need_weights:
+            scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])  # [B, H, T, T]
+            weights = scores.softmax(dim=-1)  # over the keys: each query's weights sum to 1
+            mixed = F.dropout(weights, drop) @ value
+        else:
+            weights = None
+            mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=drop)
+        return self.output(mixed.transpose(1, 2).flatten(2)), weights  # heads side by side again: [B, T, D]
+
+
+class EncoderBlock(nn.Module):
+    """One layer of the encoder: attention between tokens, then an MLP on each token, both added to what came in.
+
+    ``norm_first=True`` normalises the input of each half, so that the sum itself is never touched (pre-norm, the
+    paper's equations 2 and 3). ``norm_first=False`` normalises the sum (post-norm, as in the original Transformer and
+    by default in ``nn.TransformerEncoderLayer``), which is what the published small system does.
+    """
+
+    def __init__(self, em_dim: int, num_heads: int, ff_dim: int, drop: float = 0.0, norm_first: bool = True):
+        super().__init__()
+        # the ViT paper's code uses 1e-6; the published post-norm system PyTorch's default
+        eps = 1e-6 if norm_first else 1e-5
+        self.norm_first = norm_first
+        self.attention = SelfAttention(em_dim, num_heads, drop)
+        self.mlp = nn.Sequential(nn.Linear(em_dim, ff_dim), nn.GELU(), nn.Dropout(drop), nn.Linear(ff_dim, em_dim))
+        self.norm1 = nn.LayerNorm(em_dim, eps=eps)
+        self.norm2 = nn.LayerNorm(em_dim, eps=eps)
+        self.dropout = nn.Dropout(drop)
+
+    def forward(self, x: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+        """``[B, T, D]`` to ``[B, T, D]`` and the attention weights ``[B, H, T, T]`` (None unless asked for)."""
+        attended, weights = self.attention(self.norm1(x) if self.norm_first else x, need_weights)
+        x = x + self.dropout(attended)
+        if self.norm_first:
+            return x + self.dropout(self.mlp(self.norm2(x))), weights
+        x = self.norm1(x)
+        return self.norm2(x + self.dropout(self.mlp(x))), weights
+
+
+class ViTEncoder(nn.Module):
+    """Embeddings, a stack of blocks and a final layer norm: all of the model that is worth moving to another task."""
+
+    def __init__(
+        self, num_layers, image_size, patch_size, num_channels, em_dim, drop, num_heads, ff_dim,
+        norm_first=True, patch_bias=False,
+    ):  # fmt: skip
+        super().__init__()
+        self.embedding = ViTEmbeddings(image_size, patch_size, num_channels, em_dim, drop, patch_bias)
+        # each block is built and initialised on its own: nn.TransformerEncoder copies one, so that all start equal
+        self.encoder = nn.ModuleList(
+            EncoderBlock(em_dim, num_heads, ff_dim, drop, norm_first) for _ in range(num_layers)
+        )
+        self.layernorm = nn.LayerNorm(em_dim, eps=1e-6)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``[B, C, S, S]`` to normalised tokens ``[B, T, D]``, CLS first."""
+        tokens = self.embedding(images)
+        for block in self.encoder:
+            tokens, _ = block(tokens)
+        return self.layernorm(tokens)
+
+
+class ViTModel(nn.Module):
+    """A Vision Transformer that classifies images; the defaults are ViT-B/16.
+
+    Args:
+        num_classes: rows of the classifier.
+        num_layers: encoder blocks.
+        image_size: side of the square images, in pixels; a multiple of ``patch_size``.
+        patch_size: side of a patch, in pixels.
+        num_channels: 3 for RGB, 1 for grey.
+        em_dim: width of a token; a multiple of ``num_heads``.
+        drop: dropout probability, everywhere it is applied.
+        num_heads: attention heads per block.
+        ff_dim: hidden width of the MLP in each block.
+        norm_first: True for pre-norm (the paper), False for post-norm (the published small system).
+        patch_bias: whether the patch embedding has a bias; the official weights have one.
+
+    Raises:
+        ValueError: one sentence, for a configuration that cannot be built or images that do not fit it.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        num_layers: int = 12,
+        image_size: int = 224,
+        patch_size: int = 16,
+        num_channels: int = 3,
+        em_dim: int = 768,
+        drop: float = 0.1,
+        num_heads: int = 12,
+        ff_dim: int = 3072,
+        norm_first: bool = True,
+        patch_bias: bool = False,
+    ):
+        super().__init__()
+        self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        _check_configuration(self.config)
+        self.vit_encoder = ViTEncoder(
+            num_layers,
+            image_size,
+            patch_size,
+            num_channels,
+            em_dim,
+            drop,
+            num_heads,
+            ff_dim,
+            norm_first,
+            patch_bias,
+        )
+        self.linear_classifier = nn.Linear(em_dim, num_classes)
+        self.apply(_initialise)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``[B, C, S, S]`` normalised images to logits ``[B, num_classes]``."""
+        tokens = self.vit_encoder(images)
+        return self.linear_classifier(tokens[:, 0])  # the CLS token speaks for the image (the paper's equation 4)
+
+    def intermediates(self, images: Tensor) -> dict[str, Tensor]:
+        """Everything between the images and the logits, by name, with L for the number of blocks.
+
+        Returns:
+            ``embeddings [B, T, D]`` (what enters the first block), ``tokens [L, B, T, D]`` (what leaves each block),
+            ``attention [L, B, H, T, T]``, ``encoded [B, T, D]`` (after the final norm) and ``logits [B, num_classes]``,
+            equal to what ``forward`` returns but for rounding.
+        """
+        embeddings = x = self.vit_encoder.embedding(images)
+        tokens, attention = [], []
+        for block in self.vit_encoder.encoder:
+            x, weights = block(x, need_weights=True)
+            tokens.append(x)
+            attention.append(weights)
+        encoded = self.vit_encoder.layernorm(x)
+        return {
+            "embeddings": embeddings,
+            "tokens": torch.stack(tokens),
+            "attention": torch.stack(attention),
+            "encoded": encoded,
+            "logits": self.linear_classifier(encoded[:, 0]),
+        }
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of trainable numbers in a module."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def _initialise(module: nn.Module) -> None:
+    """Truncated normal with standard deviation 0.02 for all weights, CLS and positions; zero for biases."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    if isinstance(module, ViTEmbeddings):
+        nn.init.trunc_normal_(module.cls_token, std=0.02)
+        nn.init.trunc_normal_(module.position_embedding, std=0.02)
+
+
+def _check_configuration(config: dict) -> None:
+    for name, value in config.items():
+        if name in ("norm_first", "patch_bias"):
+            if not isinstance(value, bool):
+                raise ValueError(f"{name}={value!r} is not allowed; give True or False.")
+        elif name == "drop":
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+                raise ValueError(f"drop={value!r} is not a probability; give a number from 0 up to, not including, 1.")
+        elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} is not allowed; give a whole number of at least 1.")
