@@ -1,0 +1,570 @@
+"""Labelled images: from named sources and folders, checked, split, measured and cached."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vitlib import cifar, data, folders
+from vitlib.data import (
+    SOURCES,
+    LabelledImages,
+    channel_statistics,
+    check_source,
+    load_images,
+    train_validation_split,
+)
+from vitlib.shapes import draw_shapes
+
+REAL = Path(__file__).parents[2] / "shared" / "data"
+needs_real_images = pytest.mark.skipif(not REAL.is_dir(), reason="no real image folders in ../shared/data")
+
+
+def message_of(error, *parts):
+    """The text of a caught error, which must be one sentence and contain all `parts`."""
+    text = str(error.value)
+    assert "\n" not in text and text.endswith(".")
+    for part in parts:
+        assert str(part) in text, f"{part!r} is not in: {text}"
+    return text
+
+
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def save_picture(path, pixels, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+
+
+def make_folder(root, size=(8, 8), classes=("cat", "dog"), per_class=3):
+    """An image folder of noise; returns it with the train images [N, 3, H, W] in the order of the file names."""
+    for split in ("train", "test"):
+        for number, name in enumerate(classes):
+            for index in range(per_class):
+                pixels = noise(*size, 3, seed=100 * number + index)
+                save_picture(root / split / name / f"{index}.png", pixels)
+    pixels = [
+        noise(*size, 3, seed=100 * number + index) for number in range(len(classes)) for index in range(per_class)
+    ]
+    return root, torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_folder(tmp_path / "pets")[0]
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    return tmp_path / "vitlib data"
+
+
+# --- LabelledImages ------------------------------------------------------------------------------------------------
+
+
+def labelled(labels=(0, 1, 1), classes=("a", "b")):
+    images = torch.arange(len(labels) * 12).to(torch.uint8).reshape(-1, 3, 2, 2)
+    return LabelledImages(images, torch.tensor(labels), classes)
+
+
+def test_a_data_set_knows_its_length_and_shows_itself_in_one_line():
+    assert len(labelled()) == 3
+    assert repr(labelled()) == "LabelledImages(3 images of 3x2x2, 2 classes)"
+
+
+@pytest.mark.parametrize("indices", [[2, 0], torch.tensor([2, 0]), np.array([2, 0])])
+def test_a_subset_holds_the_images_and_labels_at_the_indices_in_their_order(indices):
+    whole = labelled((0, 1, 1))
+    part = whole.subset(indices)
+    assert torch.equal(part.images, whole.images[[2, 0]])
+    assert part.labels.tolist() == [1, 0] and part.classes == whole.classes
+
+
+def test_a_subset_can_be_given_by_mask_or_slice_and_may_be_empty():
+    assert labelled().subset(torch.tensor([True, False, True])).labels.tolist() == [0, 1]
+    assert labelled().subset(slice(1, None)).labels.tolist() == [1, 1]
+    assert len(labelled().subset([])) == 0
+
+
+def test_to_moves_images_and_labels():
+    moved = labelled().subset([]).to("meta")  # a device that every machine has; it holds no values to check
+    assert moved.images.device.type == moved.labels.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"images": torch.zeros(3, 3, 2, 2)}, "float32 [3, 3, 2, 2]"),
+        ({"images": torch.zeros(3, 2, 2, dtype=torch.uint8)}, "uint8 [3, 2, 2]"),
+        ({"labels": torch.zeros(3, dtype=torch.int32)}, "int32 [3]"),
+        ({"labels": torch.zeros(2, dtype=torch.int64)}, "int64 [2]"),
+        ({"labels": torch.zeros(3, 1, dtype=torch.int64)}, "int64 [3, 1]"),
+        ({"labels": torch.tensor([0, 1, 2])}, "from 0 to 2"),
+        ({"labels": torch.tensor([-1, 0, 0])}, "from -1 to 0"),
+        ({"classes": ["a", "b"]}, "['a', 'b']"),
+        ({"classes": ("a", 1)}, "('a', 1)"),
+        ({"classes": "ab"}, "'ab'"),
+    ],
+)
+def test_parts_that_do_not_fit_together_are_refused_in_one_sentence(change, part):
+    good = {"images": labelled().images, "labels": labelled().labels, "classes": ("a", "b")}
+    with pytest.raises(ValueError) as error:
+        LabelledImages(**(good | change))
+    message_of(error, part)
+
+
+# --- sources and options -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_named_source_is_accepted_without_loading_it(name, monkeypatch):
+    for module in (cifar, folders):
+        monkeypatch.setattr(module, "import_torchvision", None)  # a call would fail
+    check_source(name)
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"), [("cifar-100", "cifar100"), ("CIFAIR10", "cifair10"), ("shape100", "shapes100")]
+)
+def test_a_mistyped_source_lists_the_names_and_the_near_match(typo, meant):
+    with pytest.raises(ValueError) as error:
+        check_source(typo)
+    text = message_of(error, repr(typo), *SOURCES, "train/<class>/*")
+    assert meant in text.partition("did you mean ")[2].partition("?")[0]
+
+
+@pytest.mark.parametrize("source", ["no/such/folder", None, 5, ["shapes10"]])
+def test_what_is_neither_name_nor_folder_is_refused_by_check_and_load(source, data_dir):
+    for call in (check_source, lambda source: load_images(source, data_dir=data_dir)):
+        with pytest.raises(ValueError) as error:
+            call(source)
+        message_of(error, repr(str(source)), *SOURCES)
+
+
+def test_a_folder_is_checked_for_class_folders_in_train(folder, tmp_path):
+    check_source(folder)
+    check_source(str(folder))
+    (tmp_path / "empty" / "train").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError) as error:
+        check_source(tmp_path / "empty")
+    message_of(error, tmp_path / "empty" / "train", "train/<class>/*")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"split": "val"}, {"image_size": 0}, {"image_size": 32.0}, {"image_size": "32"}, {"num_channels": 2}],
+)
+def test_a_bad_option_names_its_value(option):
+    with pytest.raises(ValueError) as error:
+        load_images("shapes10", **option)
+    ((name, value),) = option.items()
+    message_of(error, name, repr(value))
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_the_embedded_data_sets_are_those_of_the_shapes_module(split, monkeypatch):
+    monkeypatch.setattr(data, "draw_shapes", lambda name, split: draw_shapes(name, split, count=40))
+    drawn, loaded = draw_shapes("shapes10", split, count=40), load_images("shapes10", split)
+    assert torch.equal(loaded.images, drawn.images) and torch.equal(loaded.labels, drawn.labels)
+    assert loaded.classes == drawn.classes
+
+
+def test_a_named_source_comes_in_the_size_and_channels_asked_for(monkeypatch):
+    drawn = draw_shapes("shapes10", count=3)
+    monkeypatch.setattr(data, "draw_shapes", lambda name, split: drawn)
+    assert load_images("shapes10", image_size=48).images.shape == (3, 3, 48, 48)
+    assert load_images("shapes10", image_size=16, num_channels=1).images.shape == (3, 1, 16, 16)
+    assert load_images("shapes10", image_size=32).images is drawn.images
+    grey = load_images("shapes10", num_channels=1).images[:, 0].double()
+    luma = (drawn.images.double() * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1)
+    assert (grey - luma).abs().max() <= 0.51
+
+
+def test_downloads_and_cache_live_where_the_environment_says(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("VITLIB_DATA", str(tmp_path / "elsewhere"))
+    load_images(folder, progress=False)
+    assert len(list((tmp_path / "elsewhere" / "cache").iterdir())) == 1
+    monkeypatch.delenv("VITLIB_DATA")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))  # what Windows calls it
+    load_images(folder, progress=False)
+    assert len(list((tmp_path / "home" / ".cache" / "vitlib" / "cache").iterdir())) == 1
+
+
+def test_importing_the_module_leaves_torchvision_and_matplotlib_alone():
+    program = "import sys, vitlib.data; print([m for m in ('torchvision', 'matplotlib') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+# --- image folders -------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_gives_its_pixels_labels_and_classes_in_the_order_of_the_names(tmp_path, data_dir):
+    root, pixels = make_folder(tmp_path / "pets", size=(5, 7), classes=("cat", "dog"), per_class=2)
+    loaded = load_images(root, data_dir=data_dir, progress=False)
+    assert torch.equal(loaded.images, pixels)
+    assert loaded.labels.tolist() == [0, 0, 1, 1] and loaded.classes == ("cat", "dog")
+
+
+def test_unicode_and_spaces_in_every_name_do_no_harm(tmp_path):
+    root, pixels = make_folder(tmp_path / "Bilder für ViT 猫", classes=("große Katze", "chien à poil"), per_class=2)
+    cache = tmp_path / "Zwischen Speicher ü"
+    for _ in range(2):
+        loaded = load_images(root, data_dir=cache, progress=False)
+        assert loaded.classes == ("chien à poil", "große Katze")
+        assert torch.equal(loaded.images, pixels[[2, 3, 0, 1]])
+
+
+def test_the_classes_of_test_are_those_of_train_even_if_test_lacks_one(tmp_path, data_dir):
+    root, _ = make_folder(tmp_path / "pets", classes=("ant", "bee", "cat"), per_class=1)
+    (root / "test" / "ant" / "0.png").unlink()
+    (root / "test" / "ant").rmdir()
+    (root / "test" / "bee" / "0.png").unlink()
+    loaded = load_images(root, "test", data_dir=data_dir, progress=False)
+    assert loaded.labels.tolist() == [2] and loaded.classes == ("ant", "bee", "cat")
+
+
+def test_a_test_class_that_train_lacks_is_an_error_that_names_it(folder, data_dir):
+    save_picture(folder / "test" / "emu" / "0.png", noise(8, 8, 3))
+    with pytest.raises(ValueError) as error:
+        load_images(folder, "test", data_dir=data_dir, progress=False)
+    message_of(error, folder / "test", "emu")
+    assert len(load_images(folder, "train", data_dir=data_dir, progress=False)) == 6
+
+
+def test_a_missing_test_folder_is_an_error_only_when_it_is_asked_for(folder, data_dir):
+    (folder / "test").rename(folder / "held back")
+    assert len(load_images(folder, data_dir=data_dir, progress=False)) == 6
+    with pytest.raises(FileNotFoundError) as error:
+        load_images(folder, "test", data_dir=data_dir, progress=False)
+    message_of(error, folder / "test")
+
+
+def test_a_train_class_without_images_is_an_error_that_names_it(folder, data_dir):
+    (folder / "train" / "emu").mkdir()
+    (folder / "train" / "emu" / "notes.txt").write_text("no image")
+    with pytest.raises(ValueError) as error:
+        load_images(folder, data_dir=data_dir, progress=False)
+    text = message_of(error, folder / "train", "emu", ".png")
+    assert "cat" not in text.replace(str(folder), "")
+
+
+def test_files_that_are_no_images_and_hidden_copies_are_passed_over(folder, data_dir):
+    (folder / "train" / "cat" / "notes.txt").write_text("no image")
+    (folder / "train" / "cat" / "._0.png").write_bytes(b"what macOS leaves behind")
+    save_picture(folder / "train" / "cat" / ".ipynb_checkpoints" / "0-checkpoint.png", noise(8, 8, 3))
+    save_picture(folder / "train" / ".ipynb_checkpoints" / "0.png", noise(8, 8, 3))
+    save_picture(folder / "train" / "cat" / "UPPER.PNG", noise(8, 8, 3))
+    loaded = load_images(folder, data_dir=data_dir, progress=False)
+    assert loaded.classes == ("cat", "dog") and loaded.labels.tolist() == [0, 0, 0, 0, 1, 1, 1]
+
+
+def test_images_of_different_sizes_need_image_size_and_the_error_says_so(folder, data_dir):
+    save_picture(folder / "train" / "dog" / "9.png", noise(10, 20, 3))
+    with pytest.raises(ValueError) as error:
+        load_images(folder, data_dir=data_dir, progress=False)
+    message_of(error, "8x8", "20x10", folder / "train" / "dog" / "9.png", "image_size=")
+    assert load_images(folder, data_dir=data_dir, image_size=12, progress=False).images.shape == (7, 3, 12, 12)
+
+
+def test_resizing_scales_the_shorter_side_and_cuts_out_the_centre(tmp_path, data_dir):
+    wide = np.zeros((32, 96, 3), np.uint8)
+    wide[:, 32:64] = 200  # the centre square
+    save_picture(tmp_path / "wide" / "train" / "a" / "0.png", wide)
+    save_picture(tmp_path / "wide" / "train" / "a" / "1.png", wide.transpose(1, 0, 2).copy())
+    for size in (16, 32, 64):
+        images = load_images(tmp_path / "wide", data_dir=data_dir, image_size=size, progress=False).images
+        assert images.shape == (2, 3, size, size)
+        assert images.float().mean() > 195, "the dark sides must be cut off, not squeezed in"
+
+
+def test_shrinking_is_antialiased(tmp_path, data_dir):
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::4] = 240  # one column in four: picking or averaging neighbours would give 0, 120 or 240
+    save_picture(tmp_path / "stripes" / "train" / "a" / "0.png", stripes)
+    images = load_images(tmp_path / "stripes", data_dir=data_dir, image_size=16, progress=False).images
+    assert (images.float() - 60).abs().max() < 25
+
+
+def test_grey_and_rgb_come_as_asked_whatever_the_files_are(tmp_path, data_dir):
+    root = tmp_path / "mixed"
+    grey, colour = noise(8, 8), noise(8, 8, 3)
+    save_picture(root / "train" / "a" / "0.png", grey)
+    save_picture(root / "train" / "a" / "1.png", colour)
+    save_picture(root / "train" / "a" / "2.png", np.dstack([colour, np.full((8, 8), 255, np.uint8)]))  # RGBA
+    Image.fromarray(colour).quantize(16).save(root / "train" / "a" / "3.png")  # palette
+    Image.fromarray(colour).convert("CMYK").save(root / "train" / "a" / "4.jpg")
+    rgb = load_images(root, data_dir=data_dir, progress=False).images
+    assert rgb.shape == (5, 3, 8, 8)
+    assert all(np.array_equal(channel, grey) for channel in rgb[0])
+    assert torch.equal(rgb[1], rgb[2])
+    one = load_images(root, data_dir=data_dir, num_channels=1, progress=False).images
+    assert one.shape == (5, 1, 8, 8)
+    assert np.array_equal(one[0, 0], grey) and np.array_equal(one[1, 0], Image.fromarray(colour).convert("L"))
+
+
+def test_grey_images_of_16_bits_keep_their_shades(tmp_path, data_dir):
+    shades = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    save_picture(tmp_path / "deep" / "train" / "a" / "0.png", shades * 257)
+    (image,) = load_images(tmp_path / "deep", data_dir=data_dir, num_channels=1, progress=False).images
+    assert np.array_equal(image[0], shades)
+
+
+def test_photographs_are_turned_upright(tmp_path, data_dir):
+    pixels = np.zeros((16, 24, 3), np.uint8)
+    pixels[:, :12] = 255  # bright on the left
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held so that the picture must be turned a quarter to the right
+    save_picture(tmp_path / "photos" / "train" / "a" / "0.png", pixels, exif=exif)
+    (image,) = load_images(tmp_path / "photos", data_dir=data_dir, progress=False).images
+    assert image.shape == (3, 24, 16) and image[:, :12].min() == 255 and image[:, 12:].max() == 0
+
+
+def test_unreadable_files_are_all_counted_and_named(folder, data_dir):
+    whole = (folder / "train" / "cat" / "0.png").read_bytes()
+    (folder / "train" / "cat" / "1.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "train" / "dog" / "2.png").write_text("<html>not an image</html>")
+    with pytest.raises(ValueError) as error:
+        load_images(folder, data_dir=data_dir, progress=False)
+    message_of(error, "2 of 6", folder / "train" / "cat" / "1.png", folder / "train" / "dog" / "2.png")
+
+
+def test_images_are_decoded_by_several_threads_at_once(folder, data_dir, monkeypatch):
+    meeting, decode = threading.Barrier(2), folders._pixels
+
+    def wait_for_another(*arguments):
+        meeting.wait(timeout=10)  # breaks, and so makes the image unreadable, if no second thread comes
+        return decode(*arguments)
+
+    monkeypatch.setattr(folders, "_pixels", wait_for_another)
+    assert len(load_images(folder, data_dir=data_dir, progress=False)) == 6
+
+
+def test_decoding_shows_a_progress_bar_unless_told_not_to(folder, data_dir, capsys):
+    load_images(folder, data_dir=data_dir, progress=False)
+    assert capsys.readouterr() == ("", "")
+    load_images(folder, "test", data_dir=data_dir)
+    assert "decoding images: 100%" in capsys.readouterr().out
+
+
+# --- cache ---------------------------------------------------------------------------------------------------------
+
+
+def only_cache_file(data_dir):
+    (file,) = (data_dir / "cache").iterdir()
+    return file
+
+
+@pytest.fixture
+def cached(folder, data_dir, monkeypatch):
+    """A folder that has been loaded once, as a function that loads it again and says whether that decoded."""
+    first = load_images(folder, data_dir=data_dir, progress=False)
+    decoded, decode = [], folders._decode
+    monkeypatch.setattr(folders, "_decode", lambda *arguments: decoded.append(1) or decode(*arguments))
+
+    def load(**options):
+        decoded.clear()
+        again = load_images(folder, data_dir=data_dir, progress=False, **options)
+        return again, bool(decoded)
+
+    load.first = first
+    return load
+
+
+def test_the_second_call_takes_the_same_images_from_the_cache_without_decoding(cached):
+    again, decoded = cached()
+    assert not decoded
+    assert torch.equal(again.images, cached.first.images) and torch.equal(again.labels, cached.first.labels)
+    assert again.classes == cached.first.classes
+
+
+def test_other_options_are_not_served_from_the_cache_of_these(cached):
+    for options in ({"image_size": 4}, {"num_channels": 1}, {"split": "test"}):
+        assert cached(**options)[1], options
+        assert not cached(**options)[1], options
+
+
+def test_a_file_that_is_changed_added_renamed_or_removed_is_noticed(cached, folder):
+    picture = folder / "train" / "cat" / "0.png"
+    before = picture.stat()
+    save_picture(picture, np.full((8, 8, 3), 9, np.uint8))
+    os.utime(picture, ns=(before.st_atime_ns, before.st_mtime_ns))  # another size tells
+    again, decoded = cached()
+    assert decoded and again.images[0].max() == 9
+    os.utime(picture, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
+    assert cached()[1]
+    save_picture(folder / "train" / "cat" / "7.png", noise(8, 8, 3))
+    again, decoded = cached()
+    assert decoded and len(again) == 7
+    (folder / "train" / "cat" / "7.png").rename(folder / "train" / "dog" / "7.png")
+    again, decoded = cached()
+    assert decoded and again.labels.tolist() == [0, 0, 0, 1, 1, 1, 1]
+    (folder / "train" / "dog" / "7.png").unlink()
+    again, decoded = cached()
+    assert len(again) == 6
+
+
+def test_another_folder_of_the_same_name_and_files_has_its_own_cache(tmp_path, data_dir):
+    for parent in ("one", "two"):
+        root, _ = make_folder(tmp_path / parent / "pets")
+        for file in root.rglob("*.png"):
+            os.utime(file, (1, 1))
+        load_images(root, data_dir=data_dir, progress=False)
+    assert len(list((data_dir / "cache").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:-7],
+        lambda content: b"",
+        lambda content: b"no safetensors file at all",
+        lambda content: content[:-20] + bytes(20),
+        lambda content: content.replace(b"crc32", b"crc23"),
+    ],
+    ids=["cut short", "empty", "garbage", "other pixels", "other header"],
+)
+def test_a_damaged_cache_file_is_rebuilt(cached, data_dir, damage):
+    file = only_cache_file(data_dir)
+    file.write_bytes(damage(file.read_bytes()))
+    again, decoded = cached()
+    assert decoded and torch.equal(again.images, cached.first.images)
+    assert not cached()[1] and only_cache_file(data_dir) == file
+
+
+def test_changing_loaded_images_leaves_the_cache_as_it_was(cached):
+    again, _ = cached()
+    again.images.zero_()
+    assert torch.equal(cached()[0].images, cached.first.images) and not cached()[1]
+
+
+def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("where the data folder should be")
+    assert len(load_images(folder, data_dir=tmp_path / "file", progress=False)) == 6
+    assert "not cached" in capsys.readouterr().out
+
+
+def test_a_failed_load_leaves_nothing_in_the_cache(folder, data_dir):
+    (folder / "train" / "cat" / "0.png").write_text("broken")
+    with pytest.raises(ValueError):
+        load_images(folder, data_dir=data_dir, progress=False)
+    assert not list(data_dir.rglob("*"))
+
+
+# --- validation split ----------------------------------------------------------------------------------------------
+
+
+def uneven():
+    """Classes of 1, 2, 3, 10 and 40 images, mixed; the first pixel of each image is its number."""
+    labels = torch.tensor([0] + [1] * 2 + [2] * 3 + [3] * 10 + [4] * 40)
+    labels = labels[torch.randperm(56, generator=torch.Generator().manual_seed(1))]
+    images = torch.arange(56, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+    return LabelledImages(images, labels, tuple("abcde"))
+
+
+def numbers(part):
+    return part.images[:, 0, 0, 0].tolist()
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("seed", [0, 1, 7])
+def test_a_split_is_disjoint_complete_and_stratified(fraction, seed):
+    whole = uneven()
+    train, validation = train_validation_split(whole, fraction, seed)
+    assert sorted(numbers(train) + numbers(validation)) == list(range(56))
+    assert numbers(train) == sorted(numbers(train)) and numbers(validation) == sorted(numbers(validation))
+    for part in (train, validation):
+        assert part.classes == whole.classes and torch.equal(part.labels, whole.labels[numbers(part)])
+    held = torch.bincount(validation.labels, minlength=5)
+    sizes = torch.bincount(whole.labels)
+    assert held[0] == 0, "a class of one image stays in the training part"
+    for count, size in zip(held[1:].tolist(), sizes[1:].tolist(), strict=True):
+        assert 1 <= count <= size - 1, "both parts keep an image of the class"
+        assert abs(count - fraction * size) < 1
+
+
+def test_the_seed_decides_the_split():
+    splits = [numbers(train_validation_split(uneven(), 0.3, seed)[1]) for seed in (0, 0, 1)]
+    assert splits[0] == splits[1] != splits[2]
+
+
+def test_the_default_split_holds_out_a_tenth():
+    images = torch.zeros(1000, 1, 1, 1, dtype=torch.uint8)
+    train, validation = train_validation_split(LabelledImages(images, torch.arange(1000) % 10, tuple("abcdefghij")))
+    assert torch.bincount(validation.labels).tolist() == [10] * 10 and len(train) == 900
+
+
+@pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, float("nan")])
+def test_a_fraction_outside_0_to_1_is_an_error(fraction):
+    with pytest.raises(ValueError) as error:
+        train_validation_split(uneven(), fraction)
+    message_of(error, repr(fraction))
+
+
+def test_a_data_set_without_a_pair_in_any_class_cannot_be_split():
+    with pytest.raises(ValueError) as error:
+        train_validation_split(labelled((0, 1)))
+    message_of(error, "2 images")
+
+
+# --- channel statistics --------------------------------------------------------------------------------------------
+
+
+def test_channel_statistics_are_mean_and_population_deviation_per_channel():
+    images = torch.from_numpy(noise(50, 3, 9, 11)) // torch.tensor([1, 2, 3], dtype=torch.uint8).view(3, 1, 1)
+    mean, std = channel_statistics(images)
+    scaled = images.double() / 255
+    assert torch.allclose(torch.tensor(mean).double(), scaled.mean((0, 2, 3)), atol=1e-7)
+    assert torch.allclose(torch.tensor(std).double(), scaled.std((0, 2, 3), correction=0), atol=1e-7)
+    assert all(type(value) is float for value in mean + std)
+
+
+def test_channel_statistics_of_a_constant_image_are_exact():
+    assert channel_statistics(torch.full((2, 1, 4, 4), 255, dtype=torch.uint8)) == ((1.0,), (0.0,))
+
+
+def test_channel_statistics_never_convert_the_images_to_a_wider_type():
+    class Widest(TorchDispatchMode):
+        bytes = 0
+
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            result = function(*arguments, **(keywords or {}))
+            if isinstance(result, torch.Tensor):
+                self.bytes = max(self.bytes, result.numel() * result.element_size())
+            return result
+
+    images = torch.from_numpy(noise(100, 3, 16, 16))
+    with Widest() as widest:
+        channel_statistics(images)
+    assert widest.bytes <= images.numel()
+
+
+@pytest.mark.parametrize("images", [torch.zeros(2, 3, 4, 4), torch.zeros(0, 3, 4, 4, dtype=torch.uint8)])
+def test_channel_statistics_refuse_floats_and_nothing(images):
+    with pytest.raises(ValueError) as error:
+        channel_statistics(images)
+    message_of(error, list(images.shape))
+
+
+# --- real photographs ----------------------------------------------------------------------------------------------
+
+
+@needs_real_images
+@pytest.mark.parametrize(("name", "classes"), [("cifar100", 100), ("cifar10", 10)])
+def test_real_photographs_load_with_the_classes_of_their_folders(name, classes, data_dir):
+    loaded = load_images(REAL / name, "test", data_dir=data_dir, progress=False)
+    assert loaded.images.shape == (1000, 3, 32, 32)
+    assert loaded.classes == tuple(sorted(path.name for path in (REAL / name / "train").iterdir()))
+    assert torch.bincount(loaded.labels).tolist() == [1000 // classes] * classes
+    mean, std = channel_statistics(loaded.images)
+    assert all(0.4 < value < 0.6 for value in mean) and all(0.2 < value < 0.3 for value in std)

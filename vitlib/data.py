@@ -1,0 +1,214 @@
+"""Images with their labels: one call for the embedded, the downloaded and the user's own data sets.
+
+Whatever the source, a data set is one tensor in memory, ``uint8 [N, C, H, W]``: 50,000 images of 32x32 take 154 MB,
+a quarter of what they would take as floats. They are converted and normalised per batch.
+"""
+
+import difflib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .cifar import load_cifar, prepare_cifar
+from .folders import class_names, load_folder, refit
+from .shapes import draw_shapes
+
+SOURCES = {
+    "shapes100": "drawn by code, no download: 10 shapes x 10 colours on calm backgrounds, 100 classes",
+    "shapes10": "drawn by code, no download: 10 shapes of any colour on busy backgrounds, 10 classes",
+    "cifair100": "CIFAR-100 without near-duplicates in its test images; the published setting",
+    "cifair10": "CIFAR-10 without near-duplicates in its test images; the published setting",
+    "cifar100": "the original CIFAR-100, from a host that has been throttled since June 2026",
+    "cifar10": "the original CIFAR-10, from a host that has been throttled since June 2026",
+}
+
+
+@dataclass(frozen=True, eq=False)  # == between tensors is not one truth value
+class LabelledImages:
+    """A data set in memory. Raises ValueError if its parts do not fit together.
+
+    Args:
+        images: uint8 [N, C, H, W].
+        labels: int64 [N], indices into ``classes``.
+        classes: names of the classes, in the order of the logits.
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+
+    def __post_init__(self):
+        _check_images(self.images)
+        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
+            raise ValueError(
+                f"labels are {_describe(self.labels)} but must be int64 [{len(self)}], one for each image; "
+                "convert them with .long()."
+            )
+        if not isinstance(self.classes, tuple) or not all(isinstance(name, str) for name in self.classes):
+            raise ValueError(f"classes are {self.classes!r} but must be a tuple of names; convert them with tuple().")
+        if len(self) and not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
+            raise ValueError(
+                f"labels run from {self.labels.min()} to {self.labels.max()} but must be indices into the "
+                f"{len(self.classes)} classes, the first of which is 0."
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __repr__(self) -> str:
+        shape = "x".join(str(size) for size in self.images.shape[1:])
+        return f"LabelledImages({len(self)} images of {shape}, {len(self.classes)} classes)"
+
+    def subset(self, indices) -> "LabelledImages":
+        """The images at ``indices``: a list or tensor of integers, a boolean mask or a slice."""
+        return LabelledImages(self.images[indices], self.labels[indices], self.classes)
+
+    def to(self, device: str | torch.device) -> "LabelledImages":
+        """The same data set on another device."""
+        return LabelledImages(self.images.to(device), self.labels.to(device), self.classes)
+
+
+def load_images(
+    source: str | os.PathLike,
+    split: str = "train",
+    *,
+    data_dir: str | os.PathLike | None = None,
+    image_size: int | None = None,
+    num_channels: int = 3,
+    progress: bool = True,
+) -> LabelledImages:
+    """Load one split of a data set, from wherever it comes.
+
+    CIFAR's own host has been throttled to under 100 kB/s since June 2026, which makes ``cifar100`` and ``cifar10``
+    downloads of half an hour or more: ``cifair100`` and ``cifair10`` have the same training images and come quickly.
+
+    Args:
+        source: a name out of ``SOURCES``, or a folder with ``train/<class>/*`` and ``test/<class>/*``. The classes
+            are the folders in train/. Decoded images are cached until a file or an option changes.
+        split: "train" or "test".
+        data_dir: where downloads and cache live; by default the environment variable VITLIB_DATA, else
+            ~/.cache/vitlib.
+        image_size: pixels per side: the shorter side is scaled to it, antialiased, and the centre is cut out. None
+            leaves the images as they are; then all must have one size.
+        num_channels: 3 for RGB, 1 for grey (ITU-R 601 luma).
+        progress: show progress bars.
+
+    Raises:
+        ValueError: for an unknown source or option, and for a folder whose images cannot be used.
+        OSError: for a missing folder or a failed download.
+    """
+    check_source(source)
+    if split not in ("train", "test"):
+        raise ValueError(f"split is {split!r} but must be 'train' or 'test'.")
+    if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
+        raise ValueError(f"image_size is {image_size!r} but must be a positive whole number, or None.")
+    if num_channels not in (1, 3):
+        raise ValueError(f"num_channels is {num_channels!r} but must be 3 (RGB) or 1 (grey).")
+
+    name = str(source)
+    if name not in SOURCES:
+        return LabelledImages(*load_folder(Path(name), split, data_dir, image_size, num_channels, progress))
+    if name.startswith("shapes"):
+        images, labels, classes, _ = draw_shapes(name, split)
+    else:
+        images, labels, classes = load_cifar(name, split, data_dir, progress)
+    return LabelledImages(refit(images, image_size, num_channels), labels, classes)
+
+
+def check_source(source: str | os.PathLike) -> None:
+    """Check that ``source`` is one of ``SOURCES`` or a folder of images, without loading anything.
+
+    Raises:
+        ValueError: if it is neither; the message lists the names, and first those that look alike.
+        FileNotFoundError: if it is a folder without class folders in train/.
+    """
+    name = str(source)
+    if name in SOURCES:
+        return
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        class_names(folder / "train")
+        return
+    alike = difflib.get_close_matches(name.lower(), SOURCES)
+    hint = f" (did you mean {' or '.join(alike)}?)" if alike else ""
+    raise ValueError(
+        f"{name!r} is neither a data set nor a folder{hint}; "
+        f"give one of {', '.join(SOURCES)}, or a folder with train/<class>/* and test/<class>/*."
+    )
+
+
+def download(name: str, data_dir: str | os.PathLike | None = None, *, progress: bool = True) -> None:
+    """Make a source ready for use without a network, without loading it. A source that is ready needs nothing.
+
+    Raises:
+        ValueError: for an unknown source.
+        OSError: if the download fails or is not what it should be; the message says what to do.
+    """
+    check_source(name)
+    if name in SOURCES and not name.startswith("shapes"):
+        prepare_cifar(name, data_dir, progress)
+
+
+def train_validation_split(
+    data: LabelledImages, fraction: float = 0.1, seed: int = 0
+) -> tuple[LabelledImages, LabelledImages]:
+    """Split a training set into a training and a validation part, disjoint and with the same mixture of classes.
+
+    Args:
+        fraction: share of the validation part, between 0 and 1. It is rounded within each class, but a class of two
+            or more images keeps at least one in both parts; a class of one image goes to the training part.
+        seed: the same seed gives the same split. Both parts keep the order of the images.
+
+    Raises:
+        ValueError: if fraction is not between 0 and 1, or if no class has two images.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction is {fraction!r} but must lie between 0 and 1, for instance 0.1.")
+    generator = torch.Generator().manual_seed(seed)
+    labels = data.labels.cpu()
+    held_out = torch.zeros(len(data), dtype=torch.bool)
+    for label in labels.unique():
+        members = torch.nonzero(labels == label).flatten()
+        count = min(max(round(fraction * len(members)), 1), len(members) - 1)
+        held_out[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+    if not held_out.any():
+        raise ValueError(f"{data} cannot be split; at least one class must have two images.")
+    return data.subset(~held_out), data.subset(held_out)
+
+
+def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel, over all pixels of all images, in units of [0, 1].
+
+    Both follow from how often each of the 256 values occurs, so the images need not be converted to floats. A channel
+    of one single value has the standard deviation 0.
+
+    Args:
+        images: uint8 [N, C, H, W], at least one image. Raises ValueError otherwise.
+    """
+    _check_images(images)
+    if images.numel() == 0:
+        raise ValueError(f"images are {_describe(images)}, which holds no pixels; give at least one image.")
+    values = torch.linspace(0, 1, 256, dtype=torch.float64)
+    means, deviations = [], []
+    for channel in images.unbind(1):
+        counts = torch.bincount(channel.flatten().cpu(), minlength=256)
+        share = counts.double() / channel.numel()
+        mean = share @ values
+        means.append(mean.item())
+        deviations.append((share @ (values - mean) ** 2).sqrt().item())
+    return tuple(means), tuple(deviations)
+
+
+def _check_images(images: Tensor) -> None:
+    if images.dtype != torch.uint8 or images.dim() != 4:
+        raise ValueError(
+            f"images are {_describe(images)} but must be uint8 [N, C, H, W] with values from 0 to 255; "
+            "convert floats between 0 and 1 with (images * 255).round().to(torch.uint8)."
+        )
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

@@ -1,0 +1,23 @@
+"""One progress bar for terminals, notebooks and papermill logs."""
+
+import sys
+
+from tqdm import tqdm
+
+
+def progress_bar(iterable=None, *, description: str, total: int | None = None, unit: str = "it", show: bool = True):
+    """A tqdm bar written as text to stdout.
+
+    Text, not a widget: a widget's output is lost in papermill logs and its saved state makes stored notebooks
+    invalid on GitHub. Stdout, not stderr: notebooks paint stderr red, and a beginner reads red as an error.
+    """
+    return tqdm(
+        iterable,
+        desc=description,
+        total=total,
+        unit=unit,
+        unit_scale=unit == "B",
+        file=sys.stdout,
+        mininterval=0.5,
+        disable=not show,
+    )
