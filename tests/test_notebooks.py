@@ -1,0 +1,271 @@
+"""The stored notebooks: executed, free of one machine's traces, and compared by nbval down to the last character."""
+
+import ast
+import copy
+import json
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+import yaml
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+from nbval.plugin import IPyNbFile
+
+from vitlib.course.parameters import PARAMETERS, check_parameters
+from vitlib.course.runner import read_lessons
+
+FOLDER = Path(__file__).parents[1] / "notebooks"
+CHAPTERS = sorted(FOLDER.glob("[0-9]*.ipynb"))
+STORED = CHAPTERS + sorted((FOLDER / "solutions").glob("*.ipynb"))
+
+LONGEST_CELL = 25
+MACHINE_PATH = re.compile(r"/home/|/root/|/tmp/|/work/|/Users/|[A-Za-z]:\\+Users|site-packages")
+ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{6,}")
+PROGRESS = re.compile(r"\r|\d+%\||\bit/s\b|\bs/it\b")
+NOT_COMPARED = {"image/png", "image/jpeg", "application/vnd.jupyter.widget-view+json"}
+
+by_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+by_notebook = pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def texts_of(output):
+    """The texts of one output that are not pictures."""
+    texts = [output["text"]] if "text" in output else []
+    for kind, value in output.get("data", {}).items():
+        if not kind.startswith("image/") or kind == "image/svg+xml":
+            texts.append(value if isinstance(value, str) else json.dumps(value))
+    return texts
+
+
+def count_problems(notebook):
+    """What is wrong with the execution counts: nbval lets a cell without a count pass, whatever it printed."""
+    counts = [cell.execution_count for cell in code_cells(notebook)]
+    problems = [f"code cell {number} was not run" for number, count in enumerate(counts) if count is None]
+    counts = [count for count in counts if count is not None]
+    return problems + [f"cell {b} ran after cell {a}" for a, b in zip(counts, counts[1:], strict=False) if b <= a]
+
+
+def output_problems(notebook):
+    """What is in the stored outputs that should not be there."""
+    problems = []
+    for number, cell in enumerate(code_cells(notebook)):
+        for output in cell.outputs:
+            if output.output_type == "error":
+                problems.append(f"code cell {number} stopped with {output.ename}")
+            for text in texts_of(output):
+                found = MACHINE_PATH.findall(text) + ADDRESS.findall(text)
+                problems += [f"code cell {number} shows {trace}" for trace in found]
+        if "execution" in cell.metadata:
+            problems.append(f"code cell {number} stores its timings")
+    return problems + ["the notebook stores widget state"] * ("widgets" in notebook.metadata)
+
+
+def compared_problems(cell):
+    """What is in a compared cell's outputs that differs from run to run or machine to machine."""
+    problems = []
+    for output in cell.outputs:
+        if output.get("name") == "stderr":
+            problems.append(f"text on stderr: {output.text[:60]}")
+        problems += [f"progress: {text[:60]!r}" for text in texts_of(output) if PROGRESS.search(text)]
+        problems += [f"{kind} is compared" for kind in output.get("data", {}) if kind == "image/svg+xml"]
+    return problems
+
+
+def nbval_cells(request, path):
+    """A notebook's code cells as nbval collects them, with their options, without a kernel."""
+    return list(IPyNbFile.from_parent(request.session, path=path).collect())
+
+
+def altered(outputs):
+    """Copies of a cell's outputs, each with one text changed by a character, or one output with text lost."""
+    for number, output in enumerate(outputs):
+        places = [("text", None)] if "text" in output else []
+        places += [("data", kind) for kind in output.get("data", {}) if kind not in NOT_COMPARED]
+        if places:
+            yield outputs[:number] + outputs[number + 1 :]
+        for key, kind in places:
+            value = output[key] if kind is None else output[key][kind]
+            for other in (f"{value}?", value[1:]) if isinstance(value, str) else (["altered"],):
+                changed = copy.deepcopy(outputs)
+                holder = changed[number] if kind is None else changed[number][key]
+                holder[kind or key] = other
+                yield changed
+
+
+def nbval_results(path):
+    """Run nbval over one notebook as ``make test`` does; code cell number to whether it passed."""
+    report = path.with_suffix(".xml")
+    options = ["--nbval", "--nbval-current-env", "--nbval-cell-timeout=120", "-q", "-p", "no:cacheprovider"]
+    subprocess.run(
+        [sys.executable, "-m", "pytest", *options, f"--rootdir={path.parent}", f"--junitxml={report}", str(path)],
+        cwd=path.parent, capture_output=True, timeout=180,
+    )  # fmt: skip
+    cases = ElementTree.parse(report).iter("testcase")
+    return {int(case.get("name").split()[-1]): not list(case) for case in cases}
+
+
+def test_the_course_has_its_notebooks():
+    assert {"01", "02", "03", "04"} <= {path.stem.split("_")[0] for path in CHAPTERS}
+
+
+@by_notebook
+def test_every_code_cell_is_stored_executed_in_order(path):
+    assert count_problems(read(path)) == []
+
+
+@by_notebook
+def test_a_cell_without_a_count_is_noticed(path):
+    for cell in range(len(code_cells(read(path)))):
+        notebook = read(path)
+        code_cells(notebook)[cell].execution_count = None
+        assert count_problems(notebook) == [f"code cell {cell} was not run"]
+
+
+def test_cells_run_out_of_order_are_noticed():
+    notebook = new_notebook(cells=[new_code_cell("1", execution_count=count) for count in (1, 3, 2, 2)])
+    assert count_problems(notebook) == ["cell 2 ran after cell 3", "cell 2 ran after cell 2"]
+
+
+@by_notebook
+def test_no_stored_error_path_address_timing_or_widget_state(path):
+    assert output_problems(read(path)) == []
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        new_output("stream", text="saved to /home/ada/runs\n"),
+        new_output("stream", text="C:\\Users\\ada\n"),
+        new_output("display_data", data={"text/html": "<img src='/tmp/a.png'>"}),
+        new_output("execute_result", data={"text/plain": "<object object at 0x7f12ab34cd56>"}),
+        new_output("error", ename="ValueError", evalue="", traceback=[]),
+    ],
+)
+def test_traces_of_a_machine_are_noticed(output):
+    assert output_problems(new_notebook(cells=[new_code_cell(outputs=[output])]))
+
+
+@by_notebook
+def test_compared_cells_print_nothing_that_changes_from_run_to_run(path, request):
+    problems = {
+        item.cell_num: compared_problems(item.cell) for item in nbval_cells(request, path) if item.options["check"]
+    }
+    assert {number: found for number, found in problems.items() if found} == {}
+
+
+@by_notebook
+def test_every_change_to_a_stored_output_of_a_compared_cell_fails(path, request):
+    """By nbval's own comparison, of the stored outputs with altered copies: no lesson has to run again for it."""
+    compared = [item for item in nbval_cells(request, path) if item.options["check"] and item.cell.outputs]
+    assert compared, "no cell's output is compared"
+    for item in compared:
+        stored = item.cell.outputs
+        assert item.compare_outputs(copy.deepcopy(stored), stored)
+        for other in altered(stored):
+            assert not item.compare_outputs(copy.deepcopy(stored), other), f"code cell {item.cell_num}: {other}"
+
+
+def test_nbval_fails_every_altered_cell_and_no_other_but_passes_a_cleared_one(tmp_path):
+    text = new_output("stream", text="2\n")
+    value = new_output("execute_result", data={"text/plain": "3"}, execution_count=2)
+    html = "from IPython.display import HTML\nHTML('<b>4</b>')"
+    rich = new_output(
+        "execute_result", data={"text/plain": "<IPython.core.display.HTML object>", "text/html": "<b>4</b>"}
+    )
+    sources = {"print(2)": text, "1 + 2": value, html: rich}
+    good = [new_code_cell(source, outputs=[output]) for source, output in sources.items()]
+    bad = [
+        new_code_cell(source, outputs=outputs) for source, output in sources.items() for outputs in altered([output])
+    ]
+    for count, cell in enumerate(good + bad, start=1):
+        cell.execution_count = count
+    notebook = new_notebook(cells=[*good, *bad, new_code_cell("print(5)")])
+    nbformat.write(notebook, tmp_path / "altered.ipynb")
+    results = nbval_results(tmp_path / "altered.ipynb")
+    assert list(results.values()) == [True] * len(good) + [False] * len(bad) + [True]
+    assert count_problems(notebook) == [f"code cell {len(good + bad)} was not run"]
+
+
+@by_chapter
+def test_parameters_are_those_of_the_table_and_are_checked_at_once(path):
+    cells = read(path).cells
+    (place,) = [number for number, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", [])]
+    assert cells[place + 1].cell_type == "code"
+    assert "check_parameters(globals())" in cells[place + 1].source
+
+    declared = papermill.inspect_notebook(str(path))
+    assigned = [
+        node for node in ast.walk(ast.parse(cells[place].source)) if isinstance(node, ast.AnnAssign | ast.Assign)
+    ]
+    assert len(assigned) == len(declared), "papermill does not see every parameter"
+    assert {name: (entry["inferred_type_name"], entry["help"]) for name, entry in declared.items()} == {
+        name: (PARAMETERS[name].annotation, PARAMETERS[name].help) for name in declared
+    }
+    check_parameters({name: ast.literal_eval(entry["default"]) for name, entry in declared.items()})
+
+
+@by_chapter
+def test_cells_are_short_enough_to_read(path):
+    lengths = {number: len(cell.source.splitlines()) for number, cell in enumerate(code_cells(read(path)))}
+    assert {number: length for number, length in lengths.items() if length > LONGEST_CELL} == {}
+
+
+@by_chapter
+def test_a_lesson_needs_only_lessons_before_it(path):
+    earlier = {other.stem for other in CHAPTERS if other < path}
+    assert set(read(path).metadata.get("vitlib", {}).get("needs", [])) <= earlier
+
+
+def defaults_of_the_course():
+    """Name to the set of defaults that the lessons give it."""
+    defaults = {}
+    for lesson in read_lessons(FOLDER):
+        for name, value in lesson.defaults.items():
+            defaults.setdefault(name, set()).add(value)
+    return defaults
+
+
+def parameters_file(name):
+    return yaml.safe_load((FOLDER / "parameters" / f"{name}.yaml").read_text())
+
+
+def test_class_yaml_is_the_lessons_own_defaults():
+    defaults = defaults_of_the_course()
+    defaults.pop("run_dir")
+    assert defaults == {name: {value} for name, value in parameters_file("class").items()}
+
+
+@pytest.mark.parametrize("name", ["class", "smoke", "full"])
+def test_parameters_files_hold_known_names_and_allowed_values(name):
+    values = parameters_file(name)
+    assert set(values) <= set(defaults_of_the_course())
+    check_parameters(values)
+
+
+def test_full_yaml_is_the_published_setting():
+    published = {
+        "upstream": "cifair100",
+        "downstream": "cifair10",
+        "preset": "small",
+        "recipe": "published",
+        "norm_first": False,
+        "batch_size": 128,
+        "pretrain_epochs": 100,
+        "finetune_epochs": 1,
+        "train_steps_per_epoch": None,
+        "eval_steps_per_epoch": None,
+    }
+    assert published.items() <= parameters_file("full").items()

@@ -1,0 +1,76 @@
+"""README's promises: its Python runs, and the commands it names exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+from vitlib.__main__ import main
+from vitlib.course.parameters import PARAMETERS
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+FENCED = re.findall(r"^```(\w*)[^\n]*\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+OUTSIDE = re.sub(r"^```.*?^```", "", TEXT, flags=re.MULTILINE | re.DOTALL)
+SNIPPETS = [block for language, block in FENCED if language == "python"]
+# one command a line, a backslash joins two; in the prose, commands are in backquotes
+LINES = [
+    re.sub(r"(^|\s)#.*", "", line).strip().removeprefix("$ ")
+    for block in [block for language, block in FENCED if language != "python"] + re.findall(r"`([^`\n]+)`", OUTSIDE)
+    for line in block.replace("\\\n", " ").splitlines()
+]
+
+
+def words_after(command):
+    """The words that follow a command in every place where README names it."""
+    for line in LINES:
+        for match in re.finditer(rf"(?:^|[\s;&/\\]){re.escape(command)}(\s[^;&|>]*|$)", line):
+            words = shlex.split(match.group(1))
+            if words:
+                yield words
+
+
+def test_readme_has_python_snippets_and_commands():
+    assert SNIPPETS
+    assert list(words_after("make"))
+    assert list(words_after("python -m vitlib"))
+
+
+def test_every_python_snippet_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    namespace = {"__name__": "__main__"}
+    for number, snippet in enumerate(SNIPPETS, start=1):
+        exec(compile(snippet, f"README.md, Python snippet {number}", "exec"), namespace)
+
+
+@pytest.mark.parametrize("words", list(words_after("make")), ids=" ".join)
+def test_every_make_target_exists(words):
+    makefile = (ROOT / "Makefile").read_text()
+    for word in words:
+        assert "=" in word or re.search(rf"^{re.escape(word)}:", makefile, re.MULTILINE), word
+
+
+@pytest.mark.parametrize("words", list(words_after("python -m vitlib")), ids=" ".join)
+def test_every_vitlib_command_is_understood(words):
+    if words[0].startswith("-"):
+        main.make_context("vitlib", list(words), resilient_parsing=True)
+        return
+    command = main.get_command(click.Context(main), words[0])
+    assert command is not None, f"python -m vitlib has no command {words[0]}"
+    options = command.make_context(words[0], words[1:]).params
+    assert {name for name, _ in options.get("given", ())} <= set(PARAMETERS)
+    file = options.get("parameters")
+    assert file is None or (ROOT / file).exists(), file
+
+
+def test_files_that_readme_links_to_exist():
+    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", OUTSIDE) if not re.match(r"\w+:", link)]
+    assert not [link for link in links if link and not (ROOT / link).exists()]
+
+
+def test_scripts_that_readme_runs_exist():
+    scripts = re.findall(r"python ((?:\w+/)+\w+\.py)", "\n".join(LINES))
+    assert not [script for script in scripts if not (ROOT / script).exists()]

@@ -1,0 +1,318 @@
+"""Running notebooks through papermill: what is refused, what is recorded, and what a failure leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import numpy as np
+import psutil
+import pytest
+import torch
+from click.testing import CliRunner
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from vitlib.__main__ import main
+from vitlib.course import runner
+from vitlib.course.figures import record_figures, recorded_figures
+from vitlib.course.runner import run_course
+
+PARAMETERS = """\
+from typing import Optional
+batch_size: int = 4  # images per training step
+preset: str = "mini"  # size of the model
+train_steps_per_epoch: Optional[int] = None  # training steps per epoch; None for all images
+seed: int = 3  # start of every random draw
+run_dir: str = "."  # folder for what this run saves"""
+# vitlib takes seconds to import in a kernel, so the notebooks here store figures the way vitlib does
+SHOW = 'from IPython.display import display\ndisplay({"application/vnd.vitlib.figures+json": %s}, raw=True)'
+
+
+def write_notebook(folder, name, *cells, needs=(), parameters=PARAMETERS):
+    folder.mkdir(exist_ok=True)
+    code = [new_code_cell(parameters, metadata={"tags": ["parameters"]}), *map(new_code_cell, cells)]
+    notebook = new_notebook(cells=[new_markdown_cell("# A lesson"), *code], metadata={"vitlib": {"needs": list(needs)}})
+    nbformat.write(notebook, folder / f"{name}.ipynb")
+
+
+def command(*arguments):
+    return CliRunner().invoke(main, ["run", *map(str, arguments)])
+
+
+def metrics_of(folder):
+    return json.loads((folder / "metrics.json").read_text())["notebooks"]
+
+
+@pytest.fixture(scope="module")
+def course(tmp_path_factory):
+    """One run of four small notebooks, two of which fail, beside a user's kernel that must not be taken."""
+    top = tmp_path_factory.mktemp("course {braces}")
+    book, out, elsewhere = top / "notebooks", top / "run", top / "elsewhere"
+    show = SHOW % '[["top1", 0.51234567], ["chance", 1]]'
+    where = (
+        "import os, sys\nprint(sys.executable, os.getcwd(), batch_size, run_dir, sep='|')\nx = bytearray(200 * 2**20)"
+    )
+    write_notebook(book, "01_good", show, where)
+    write_notebook(book, "02_bad", "", "a = 1", "# a division\nprint('before')\n1 / 0")
+    write_notebook(book, "03_needs", needs=["02_bad"])
+    write_notebook(book, "04_dead", "import os\nos._exit(1)", parameters="seed: int = 7  # seed")
+    (top / "kernels" / "python3").mkdir(parents=True)
+    spec = {"argv": ["no-such-python", "-f", "{connection_file}"], "language": "python", "display_name": "another"}
+    (top / "kernels" / "python3" / "kernel.json").write_text(json.dumps(spec))
+    elsewhere.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(elsewhere)
+        patch.setenv("JUPYTER_PATH", str(top))
+        patch.setenv("JUPYTER_PREFER_ENV_PATH", "0")
+        outcomes = run_course(out, notebooks=book, given={"batch_size": "8"}, timeout=60)
+    return book, out, elsewhere, outcomes
+
+
+def test_the_rest_runs_on_after_a_failure_and_dependents_do_not(course):
+    assert {name: outcome.status for name, outcome in course[3].items()} == {
+        "01_good": "ok",
+        "02_bad": "failed",
+        "03_needs": "not run",
+        "04_dead": "failed",
+    }
+
+
+def test_a_failure_is_named_with_its_cell_and_error(course):
+    outcomes = course[3]
+    # In [4]: parameters, injected parameters, "a = 1", the division; the empty cell has no number
+    assert outcomes["02_bad"].error == 'In [4] "# a division": ZeroDivisionError: division by zero'
+    assert outcomes["03_needs"].error == "needs 02_bad"
+
+
+def test_a_dead_kernel_ends_its_notebook_with_the_cell_that_killed_it(course):
+    error = course[3]["04_dead"].error
+    assert error.startswith('In [2] "import os": the kernel died')
+    assert course[3]["04_dead"].seconds < 30
+
+
+def test_the_kernel_is_this_interpreter_in_the_callers_folder(course):
+    _, out, elsewhere, _ = course
+    executed = nbformat.read(out / "01_good.ipynb", as_version=4)
+    printed = next(output.text for cell in executed.cells for output in cell.get("outputs", []) if "text" in output)
+    executable, folder, batch_size, run_dir = printed.strip().split("|")
+    assert os.path.samefile(executable, sys.executable)
+    assert os.path.samefile(folder, elsewhere)
+    assert batch_size == "8"
+    assert run_dir == str(out.resolve())
+
+
+def test_only_whole_notebooks_have_a_final_name(course):
+    assert sorted(path.name for path in course[1].iterdir()) == [
+        "01_good.ipynb",
+        "02_bad.failed.ipynb",
+        "04_dead.failed.ipynb",
+        "metrics.json",
+    ]
+
+
+def test_metrics_hold_parameters_figures_memory_versions_and_seed(course):
+    _, out, _, _ = course
+    good = metrics_of(out)["01_good"]
+    assert good["parameters"] == {
+        "batch_size": 8,
+        "preset": "mini",
+        "train_steps_per_epoch": None,
+        "seed": 3,
+        "run_dir": str(out.resolve()),
+    }
+    assert good["figures"] == {"top1": 0.51234567, "chance": 1}
+    assert list(good["figures"]) == ["top1", "chance"]  # in the order in which they were recorded
+    assert good["seed"] == 3
+    assert good["seconds"] > 0
+    assert 200 * 2**20 < good["peak_memory_bytes"] < 2000 * 2**20
+    assert set(good["versions"]) == {"python", "torch", "vitlib", "papermill", "platform"}
+    assert metrics_of(out)["04_dead"]["parameters"] == {"seed": 7}
+
+
+def test_the_table_names_every_notebook_with_its_figures_and_failures(course):
+    table = runner.summary(course[3])
+    assert "top1 0.5123, chance 1" in table
+    assert "not run (needs 02_bad)" in table
+    assert "02_bad: In [4]" in table
+
+
+def test_a_later_failure_leaves_the_earlier_good_notebook_and_a_success_clears_the_failed_one(tmp_path):
+    book, out = tmp_path / "notebooks", tmp_path / "run"
+    cell = "import pathlib\nif pathlib.Path(run_dir, 'stop').exists(): raise ValueError('stopped\\nhere')"
+    write_notebook(book, "01_one", cell)
+    out.mkdir()
+    (out / "metrics.json").write_text('{"notebooks": {"09_other": {"status": "ok"}}}')
+    assert run_course(out, notebooks=book)["01_one"].status == "ok"
+    good = (out / "01_one.ipynb").read_bytes()
+    (out / "stop").touch()
+    assert run_course(out, notebooks=book)["01_one"].error.endswith(": ValueError: stopped")
+    assert (out / "01_one.ipynb").read_bytes() == good
+    assert (out / "01_one.failed.ipynb").exists()
+    assert metrics_of(out)["01_one"]["status"] == "failed"
+    (out / "stop").unlink()
+    assert run_course(out, notebooks=book)["01_one"].status == "ok"
+    assert not (out / "01_one.failed.ipynb").exists()
+    assert metrics_of(out)["09_other"] == {"status": "ok"}
+
+
+def test_a_hung_cell_ends_at_the_timeout_and_the_exit_code_says_so(tmp_path):
+    write_notebook(tmp_path / "notebooks", "01_hung", "import time\ntime.sleep(60)")
+    result = command("--notebooks", tmp_path / "notebooks", "--out", tmp_path / "run", "--timeout", 1)
+    assert result.exit_code == 1
+    assert "no answer for 1 seconds" in result.output
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send Ctrl-C to one process")
+def test_ctrl_c_prints_the_table_ends_the_kernel_and_exits_with_130(tmp_path):
+    book, out = tmp_path / "notebooks", tmp_path / "run"
+    write_notebook(book, "01_long", "import os, pathlib\npathlib.Path(run_dir, 'pid').write_text(str(os.getpid()))",
+                   "import time\ntime.sleep(60)")  # fmt: skip
+    write_notebook(book, "02_next")
+    line = [sys.executable, "-m", "vitlib", "run", "--notebooks", str(book), "--out", str(out)]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 60
+    while not (out / "pid").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "01_long   interrupted" in printed
+    assert "02_next   not run (interrupted)" in printed
+    assert not (out / "01_long.ipynb").exists()
+    assert not psutil.pid_exists(int((out / "pid").read_text()))
+
+
+@pytest.fixture
+def no_kernel(tmp_path, monkeypatch):
+    """Two notebooks, and a papermill that must not be called."""
+    monkeypatch.setattr(runner.papermill, "execute_notebook", lambda *a, **k: pytest.fail("a kernel was started"))
+    write_notebook(tmp_path / "notebooks", "01_one")
+    write_notebook(tmp_path / "notebooks", "02_two", parameters="rate: float = 0.5  # size of a step\nwords = ['a']")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["-p", "batch_sise", "8"], "did you mean 'batch_size'"),
+        (["-p", "batch_sise", "8"], "train_steps_per_epoch: Optional[int]  training steps per epoch"),
+        (["-p", "batch_size", "eight"], "batch_size='eight' is not allowed"),
+        (["-p", "batch_size", "0"], "at least 1"),
+        (["-p", "preset", "smal"], "did you mean 'small'"),
+        (["-p", "rate", "nan"], "rate=nan is not allowed"),
+        (["-p", "run_dir", "here"], "use --out"),
+        (["-p", "rate", "0.1", "--only", "01"], "rate is a parameter of 02_two only"),
+        (["--only", "7"], "there are 01_one, 02_two"),
+        (["--parameters", "absent.yaml"], "There is no file absent.yaml"),
+    ],
+)
+def test_a_wrong_command_is_one_error_before_any_kernel_starts(no_kernel, arguments, said):
+    result = command("--notebooks", no_kernel / "notebooks", "--out", no_kernel / "run", *arguments)
+    assert result.exit_code == 2
+    assert result.output.startswith("Error: ")
+    assert said in result.output
+    assert not (no_kernel / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("batch_size: two", "batch_size='two' is not allowed"),
+        ("batch_size: true", "batch_size=True is not allowed"),
+        ("batch_sizes: 2", "'batch_sizes' is not a parameter"),
+        ("- batch_size", "not a mapping"),
+        ("batch_size: [", "is not YAML"),
+    ],
+)
+def test_a_wrong_parameters_file_is_one_error_before_any_kernel_starts(no_kernel, text, said):
+    path = no_kernel / "wrong.yaml"
+    path.write_text(text)
+    result = command("--notebooks", no_kernel / "notebooks", "--out", no_kernel / "run", "--parameters", path)
+    assert result.exit_code == 2
+    assert said in result.output
+
+
+def test_a_parameter_wins_over_the_file_and_each_notebook_gets_what_it_declares(no_kernel, monkeypatch):
+    passed = {}
+    monkeypatch.setattr(
+        runner.papermill, "execute_notebook", lambda source, _, values, **k: passed.update({source: values})
+    )
+    path = no_kernel / "tiny.yaml"
+    path.write_text("batch_size: 2\nseed: 5\n")
+    book = no_kernel / "notebooks"
+    result = command("--notebooks", book, "--out", no_kernel / "run", "--parameters", path,
+                     "-p", "seed", "6", "-p", "rate", "1e-3")  # fmt: skip
+    assert result.exit_code == 0
+    assert passed == {
+        str(book / "01_one.ipynb"): {"batch_size": 2, "seed": 6, "run_dir": str((no_kernel / "run").resolve())},
+        str(book / "02_two.ipynb"): {"rate": 0.001},
+    }
+
+
+def test_a_value_from_a_file_may_belong_to_a_notebook_that_is_left_out(no_kernel, monkeypatch):
+    monkeypatch.setattr(runner.papermill, "execute_notebook", lambda *a, **k: None)
+    run_course(no_kernel / "run", notebooks=no_kernel / "notebooks", only=["1"], shared={"rate": 0.1})
+
+
+def test_the_run_folder_cannot_be_the_notebooks_folder(no_kernel):
+    result = command("--notebooks", no_kernel / "notebooks", "--out", no_kernel / "notebooks")
+    assert result.exit_code == 2
+    assert "choose another with --out" in result.output
+
+
+def test_a_folder_without_notebooks_is_an_error_of_one_line(tmp_path):
+    result = command("--notebooks", tmp_path)
+    assert result.exit_code == 2
+    assert result.output.startswith("Error: No notebook")
+
+
+def test_a_broken_metrics_file_is_found_before_any_kernel_starts(no_kernel):
+    (no_kernel / "run").mkdir()
+    (no_kernel / "run" / "metrics.json").write_text("{")
+    with pytest.raises(ValueError, match="not a record of runs"):
+        run_course(no_kernel / "run", notebooks=no_kernel / "notebooks")
+
+
+def test_download_of_an_unknown_source_is_one_line():
+    result = CliRunner().invoke(main, ["download", "cifair"])
+    assert result.exit_code == 2
+    assert result.output.startswith("Error: ")
+    assert "cifair10" in result.output
+
+
+def test_help_is_there_without_importing_torch_or_papermill():
+    code = "import sys, vitlib.__main__; print([name for name in ('torch', 'papermill') if name in sys.modules])"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "[]"
+
+
+def test_recorded_figures_come_back_as_plain_values_in_order(monkeypatch):
+    shown = []
+    monkeypatch.setattr("vitlib.course.figures._in_notebook", lambda: True)
+    monkeypatch.setattr("IPython.display.display", lambda bundle, raw: shown.append(bundle))
+    record_figures(
+        top1=torch.tensor(0.5), chance=np.float32(0.25), images=np.int64(7), preset="mini", loss=float("nan")
+    )
+    record_figures(chance=0.1, note=None)
+    cells = [new_code_cell(outputs=[new_output("display_data", data=bundle)]) for bundle in shown]
+    figures = recorded_figures(new_notebook(cells=[new_markdown_cell("text"), *cells]))
+    assert list(figures.items()) == [
+        ("top1", 0.5), ("chance", 0.1), ("images", 7), ("preset", "mini"), ("loss", None), ("note", None),
+    ]  # fmt: skip
+    assert {type(value) for value in figures.values()} == {float, int, str, type(None)}
+    assert shown[0]["text/plain"].splitlines()[0] == "top1    0.5"
+
+
+def test_outside_a_notebook_figures_are_printed(capsys):
+    record_figures(top1=0.512345, preset="mini")
+    assert capsys.readouterr().out == "top1    0.5123\npreset  mini\n"
+
+
+@pytest.mark.parametrize("value", [True, [1], np.zeros(2), torch.zeros(1), object()])
+def test_a_figure_must_be_one_number_or_text(value):
+    with pytest.raises(ValueError, match="top1"):
+        record_figures(top1=value)

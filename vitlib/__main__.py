@@ -1,0 +1,77 @@
+"""The command line: ``python -m vitlib``. Heavy imports wait for the command that needs them."""
+
+import sys
+from pathlib import Path
+
+import click
+
+
+class OneLineErrors(click.Group):
+    """Errors of input or files are one line and exit code 2, Ctrl-C is exit code 130, both without a traceback."""
+
+    def invoke(self, context: click.Context):
+        try:
+            return super().invoke(context)
+        except (ValueError, OSError) as error:
+            failure = click.ClickException(str(error))
+            failure.exit_code = 2
+            raise failure from error
+        except KeyboardInterrupt:
+            click.echo("Interrupted.", err=True)
+            context.exit(130)
+
+
+@click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """The Vision Transformer course: run its notebooks, fetch its images."""
+
+
+@main.command()
+@click.option("--only", metavar="03,04", help="Numbers or names of the notebooks to run; all without it.")
+@click.option("--parameters", metavar="FILE", type=click.Path(path_type=Path), help="YAML file of parameters.")
+@click.option("-p", "given", metavar="NAME VALUE", nargs=2, multiple=True, help="One parameter; wins over FILE.")
+@click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder of the run (see above).")
+@click.option(
+    "--timeout", metavar="SECONDS", type=click.FloatRange(min=0), default=3600, show_default=True,
+    help="Longest time for one cell; 0 for no limit.",
+)  # fmt: skip
+@click.option(
+    "--notebooks", metavar="DIR", type=click.Path(path_type=Path),
+    help="Folder of the notebooks; the course's own without it.",
+)  # fmt: skip
+def run(only, parameters, given, out, timeout, notebooks) -> None:
+    """Run notebooks in order through papermill, and print a table of what came out.
+
+    Without --out the run goes to runs/class, to runs/<FILE's name> with --parameters, and to runs/custom with -p.
+    The exit code is 0 when every notebook ran through, 1 when one failed, 2 for a wrong command, 130 after Ctrl-C.
+    """
+    from vitlib.course import runner
+
+    if out is None:
+        out = Path("runs") / ("custom" if given else parameters.stem if parameters else "class")
+    outcomes = runner.run_course(
+        out,
+        notebooks=notebooks or runner.COURSE_FOLDER,
+        only=[word.strip() for word in only.split(",") if word.strip()] if only else (),
+        shared=runner.parameters_from_file(parameters) if parameters else {},
+        given=dict(given),
+        timeout=timeout or None,
+    )
+    click.echo(f"\n{runner.summary(outcomes)}\n\nNotebooks and metrics.json are in {out}.")
+    statuses = {outcome.status for outcome in outcomes.values()}
+    sys.exit(130 if "interrupted" in statuses else 0 if statuses == {"ok"} else 1)
+
+
+@main.command()
+@click.argument("name")
+@click.option("--data-dir", metavar="DIR", help="Where to keep it; VITLIB_DATA or the usual cache without it.")
+def download(name, data_dir) -> None:
+    """Fetch the images NAME (for instance cifair100), so that notebooks find them without a network."""
+    from vitlib.data import download as fetch
+
+    fetch(name, data_dir)
+    click.echo(f"{name} is ready.")
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m vitlib")
