@@ -122,8 +122,8 @@ class ViTEmbeddings(nn.Module):
         self.image_shape = (num_channels, image_size, image_size)
         num_patches = (image_size // patch_size) ** 2
         self.patch_embedding = nn.Conv2d(num_channels, em_dim, patch_size, stride=patch_size, bias=patch_bias)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, em_dim))
-        self.position_embedding = nn.Parameter(torch.zeros(1, num_patches + 1, em_dim))
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, em_dim))
+        self.position_embedding = nn.Parameter(0.02 * torch.randn(1, num_patches + 1, em_dim))
         self.dropout = nn.Dropout(drop)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -317,14 +317,11 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def _initialise(module: nn.Module) -> None:
-    """Truncated normal with standard deviation 0.02 for all weights, CLS and positions; zero for biases."""
+    """Truncated normal with standard deviation 0.02 for all weights; zero for biases."""
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    if isinstance(module, ViTEmbeddings):
-        nn.init.trunc_normal_(module.cls_token, std=0.02)
-        nn.init.trunc_normal_(module.position_embedding, std=0.02)
 
 
 def _check_configuration(config: dict) -> None:
