@@ -61,7 +61,10 @@ def exercise(title: str):
         @wraps(body)
         def check(learners) -> None:
             try:
-                body(learners)
+                # fresh numbers every time, and none taken from the notebook's own random state
+                with torch.random.fork_rng(devices=[]):
+                    torch.seed()
+                    body(learners)
                 verdict = "correct"
             except NotImplementedError:
                 verdict = "not attempted yet"
@@ -211,13 +214,6 @@ def tokens(learners: Callable) -> None:
 # Chapter 02: attention
 
 
-def _fresh(*shape: int) -> torch.Tensor:
-    """Normal random numbers, other ones each time; the notebook's own random numbers are not touched."""
-    generator = torch.Generator()
-    generator.seed()
-    return torch.randn(shape, generator=generator)
-
-
 def _compare(given: torch.Tensor, right: torch.Tensor, slips: dict[str, torch.Tensor], otherwise: str) -> None:
     """Nothing if ``given`` is right; else the sentence of the typical wrong answer that it equals."""
     if close(given, right):
@@ -231,7 +227,7 @@ def _compare(given: torch.Tensor, right: torch.Tensor, slips: dict[str, torch.Te
 def attention(learners: Callable) -> None:
     """Of ``attention(query, key, value)``, each ``[B, H, T, K]``, ``-> [B, H, T, K]``."""
     batch, heads, length, width = shape = 2, 3, 5, 4
-    query, key, value = _fresh(3, *shape)
+    query, key, value = torch.randn(3, *shape)
     given = tensor_answer(learners, query.clone(), key.clone(), value.clone(), shape=shape)
     products = query @ key.mT
     scores = products / width**0.5
@@ -261,7 +257,7 @@ def attention(learners: Callable) -> None:
 def split_heads(learners: Callable) -> None:
     """Of ``split_heads(x [B, T, D], num_heads) -> [B, H, T, K]``."""
     batch, length, heads, width = 2, 5, 3, 4
-    x = _fresh(batch, length, heads * width)
+    x = torch.randn(batch, length, heads * width)
     given = answer(learners, x.clone(), heads)
     expect(
         getattr(given, "shape", None) != (batch, length, heads, width),
@@ -283,7 +279,7 @@ def split_heads(learners: Callable) -> None:
 def attend(learners: Callable) -> None:
     """Of ``attend(tokens [B, T, D], to_qkv [D, 3 * D], num_heads) -> [B, T, D]``, every image on its own."""
     batch, length, heads, width = 3, 5, 2, 4
-    tokens, to_qkv = _fresh(batch, length, heads * width), _fresh(heads * width, 3 * heads * width)
+    tokens, to_qkv = torch.randn(batch, length, heads * width), torch.randn(heads * width, 3 * heads * width)
     given = answer(learners, tokens.clone(), to_qkv.clone(), heads)
     expect(
         getattr(given, "shape", None) != (length, batch, heads * width),
@@ -305,7 +301,7 @@ def attend(learners: Callable) -> None:
     right = within.transpose(1, 2).flatten(2)
     if not close(given, right):
         other_images = tokens.clone()
-        other_images[1:] = _fresh(batch - 1, length, heads * width)
+        other_images[1:] = torch.randn(batch - 1, length, heads * width)
         alone = close(answer(learners, other_images, to_qkv.clone(), heads)[:1], given[:1])
         _compare(
             given, right, slips,
@@ -361,7 +357,7 @@ def _computes_a_block(lines: list[str]) -> bool:
         block = EncoderBlock(8, 2, 16).eval()
         for parameter in block.parameters():
             torch.nn.init.normal_(parameter)
-    x = _fresh(2, 5, 8)
+    x = torch.randn(2, 5, 8)
     names = {"x": x, "norm1": block.norm1, "norm2": block.norm2, "mlp": block.mlp}
     names["attention"] = lambda y: block.attention(y)[0]
     for line in lines:

@@ -146,7 +146,7 @@ PARAMETERS: dict[str, Parameter] = {
         Parameter("seeds", int, "repetitions of the comparison, each with its own seed", 1, 100),
         Parameter("device", str, "where to compute: auto, cpu, cuda, cuda:0 or mps", rule=_check_device),
         Parameter("run_dir", str, "folder for what this run saves"),
-        Parameter("strict_checks", bool, "stop when a result is not what the lesson expects"),
+        Parameter("strict_checks", bool, "stop at an exercise that is not solved"),
     )
 }
 

@@ -1,0 +1,242 @@
+"""The figures of the course: what is drawn is what was given, and it can be read from the back of a classroom."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from vitlib import plots
+from vitlib.train import History
+
+IMAGES = torch.randint(256, (5, 3, 12, 12), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+HISTORY = History(
+    steps=[{"step": n, "epoch": 1 + n // 5, "loss": 4 - n / 4, "learning_rate": 0.1} for n in range(1, 11)],
+    epochs=[
+        {"train_loss": 3.0, "train_accuracy": 0.1, "validation_loss": 2.8, "validation_accuracy": 0.2},
+        {"train_loss": 2.0, "train_accuracy": 0.3, "validation_loss": 1.9, "validation_accuracy": 0.4},
+    ],
+)
+for step in HISTORY.steps:
+    step["epoch"] = 1 if step["step"] <= 5 else 2
+for number, epoch in enumerate(HISTORY.epochs, start=1):
+    epoch["epoch"], epoch["step"] = number, 5 * number
+
+# every public function that draws, with arguments that make it draw all it can
+FIGURES = {
+    "image_grid": lambda: plots.image_grid(IMAGES, ["a", "b", "c", "d", "e"], columns=3, title="images"),
+    "patch_grid": lambda: plots.patch_grid(IMAGES[0], 4),
+    "token_matrix": lambda: plots.token_matrix(torch.randn(3, 8), "tokens", ["CLS", "0", "1"]),
+    "number_matrix": lambda: plots.number_matrix(torch.rand(2, 3), ["a", "b"], ["x", "y", "z"], "numbers"),
+    "position_maps": lambda: plots.position_maps(torch.rand(3, 3, 3, 3), "positions"),
+    "position_tile": lambda: plots.position_tile(torch.rand(3, 3, 3, 3), 1, 2, "one patch"),
+    "attention_of_query": lambda: plots.attention_of_query(IMAGES[0], torch.rand(3, 3), 0.25, 6, "head 1"),
+    "lines": lambda: plots.lines([1, 2, 3], {"a": [1, 4, 9], "b": [3, 2, 1]}, "time", "place", "a walk"),
+    "training_curves": lambda: plots.training_curves(HISTORY, 0.01, "a run"),
+    "confusion": lambda: plots.confusion(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]), ["cat", "dog"], "errors"),
+    "comparison": lambda: plots.comparison({"ours": [0.5, 0.6], "theirs": [0.3, 0.3]}, 0.1, "arms"),
+}
+
+
+def words(figure: Figure) -> list[str]:
+    """All texts of a figure that are shown, ticks and legends included."""
+    figure.canvas.draw()
+    return [text.get_text() for text in shown_texts(figure)]
+
+
+def shown_texts(figure: Figure) -> list[Text]:
+    return [text for text in figure.findobj(Text) if text.get_text().strip() and text.get_visible()]
+
+
+def drawn_image(ax, number: int = 0) -> np.ndarray:
+    return np.asarray(ax.images[number].get_array())
+
+
+def test_every_figure_of_the_module_is_tested_here():
+    drawing = {name for name, value in vars(plots).items() if hasattr(value, "__wrapped__") and name[0] != "_"}
+    assert drawing == set(FIGURES)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_figure_is_returned_and_leaves_nothing_behind_in_pyplot(name):
+    before = dict(plt.rcParams)
+    assert isinstance(FIGURES[name](), Figure)
+    assert plt.get_fignums() == []
+    assert dict(plt.rcParams) == before
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_word_of_a_figure_has_at_least_10_points(name):
+    figure = FIGURES[name]()
+    figure.canvas.draw()
+    small = {text.get_text(): text.get_fontsize() for text in shown_texts(figure) if text.get_fontsize() < 10}
+    assert not small
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_has_a_title(name):
+    figure = FIGURES[name]()
+    titles = [ax.get_title() for ax in figure.axes] + [figure.get_suptitle()]
+    assert any(titles)
+
+
+@pytest.mark.parametrize(
+    ("name", "labels"),
+    [
+        ("token_matrix", {"feature", "token", "value", "CLS", "0", "1"}),
+        ("number_matrix", {"a", "b", "x", "y", "z"}),
+        ("position_maps", {"cosine similarity", "column of the patch", "row of the patch", "0", "1", "2"}),
+        ("position_tile", {"cosine similarity", "column of the other patch", "row of the other patch"}),
+        ("attention_of_query", {"attention weight", "query: patch 5"}),
+        ("lines", {"time", "place", "a", "b"}),
+        ("training_curves", {"epoch", "cross-entropy (nats)", "top-1 accuracy (%)", "validation", "chance, 1%"}),
+        ("confusion", {"predicted class", "true class", "% of the true class", "cat", "dog"}),
+        ("comparison", {"top-1 accuracy (%): a dot per seed, a bar at the mean", "ours", "theirs", "chance"}),
+    ],
+)
+def test_axes_and_parts_are_labelled(name, labels):
+    assert labels <= set(words(FIGURES[name]()))
+
+
+def test_image_grid_draws_each_image_under_its_title():
+    figure = plots.image_grid(IMAGES, ["a", "b", "c", "d", "e"], columns=3)
+    assert len(figure.axes) == 6  # two rows of three, the last one empty
+    for ax, image, title in zip(figure.axes, IMAGES, "abcde", strict=False):
+        assert np.array_equal(drawn_image(ax), image.permute(1, 2, 0))
+        assert ax.get_title() == title
+    assert not figure.axes[5].images
+
+
+def test_image_grid_draws_grey_images_in_grey_on_the_scale_from_0_to_255():
+    figure = plots.image_grid(IMAGES[:, :1])
+    assert np.array_equal(drawn_image(figure.axes[0]), IMAGES[0, 0])
+    assert figure.axes[0].images[0].get_cmap().name == "gray"
+    assert figure.axes[0].images[0].get_clim() == (0, 255)
+
+
+def test_patch_grid_numbers_the_patches_row_by_row_inside_their_outlines():
+    figure = plots.patch_grid(IMAGES[0], 4)
+    (ax,) = figure.axes
+    assert np.array_equal(drawn_image(ax), IMAGES[0].permute(1, 2, 0))
+    places = {text.get_text(): text.get_position() for text in ax.texts}
+    assert len(places) == 9
+    # pixel 0 has its centre at 0, so the first patch reaches from -0.5 to 3.5
+    assert places["0"] == (1.5, 1.5) and places["2"] == (9.5, 1.5) and places["3"] == (1.5, 5.5)
+    assert sorted(line.get_ydata()[0] for line in ax.lines[:4]) == [-0.5, 3.5, 7.5, 11.5]
+    assert "3 x 3 = 9 patches" in ax.get_title()
+    assert "48 numbers per patch" in ax.get_title() and "81 attention weights" in ax.get_title()
+
+
+def test_patch_grid_leaves_the_numbers_out_where_there_is_no_room():
+    assert not plots.patch_grid(torch.zeros(3, 34, 34, dtype=torch.uint8), 2).axes[0].texts
+
+
+def test_token_matrix_draws_the_tokens_on_a_scale_symmetric_about_zero():
+    tokens = torch.tensor([[1.0, -3.0], [0.5, 2.0]], requires_grad=True)
+    ax = plots.token_matrix(tokens).axes[0]
+    assert np.array_equal(drawn_image(ax), tokens.detach())
+    assert ax.images[0].get_clim() == (-3, 3)
+
+
+def test_number_matrix_writes_every_number_into_its_cell():
+    values = torch.tensor([[0.125, 1.0], [-2.0, 0.5], [0.0, 3.25]])
+    ax = plots.number_matrix(values, ["a", "b", "c"], ["x", "y"]).axes[0]
+    assert np.array_equal(drawn_image(ax), values)
+    written = {text.get_position(): text.get_text() for text in ax.texts}
+    assert written == {(c, r): f"{values[r, c]:.2f}" for r in range(3) for c in range(2)}
+
+
+def test_number_matrix_of_equal_numbers_is_drawn_too():
+    plots.number_matrix(torch.ones(2, 2), "ab", "xy")
+
+
+def test_position_maps_puts_the_map_of_each_patch_where_the_patch_is():
+    similarity = torch.rand(3, 3, 3, 3)
+    ax = plots.position_maps(similarity, limit=0.5).axes[0]
+    mosaic = drawn_image(ax)
+    assert mosaic.shape == (11, 11)  # three tiles of three, a gap of one between them
+    for row in range(3):
+        for column in range(3):
+            tile = mosaic[4 * row : 4 * row + 3, 4 * column : 4 * column + 3]
+            assert np.array_equal(tile, similarity[row, column])
+    assert np.isnan(mosaic[3]).all() and np.isnan(mosaic[:, 7]).all()
+    assert list(ax.get_xticks()) == list(ax.get_yticks()) == [1, 5, 9]
+    assert ax.images[0].get_clim() == (-0.5, 0.5)
+
+
+def test_position_tile_shows_one_map_and_frames_its_patch():
+    similarity = torch.rand(3, 3, 3, 3)
+    ax = plots.position_tile(similarity, 0, 2).axes[0]
+    assert np.array_equal(drawn_image(ax), similarity[0, 2])
+    assert ax.patches[0].get_bbox().bounds == (1.5, -0.5, 1, 1)
+
+
+def test_attention_of_query_marks_the_query_in_image_and_map():
+    shares = torch.rand(3, 3)
+    figure = plots.attention_of_query(IMAGES[0], shares, 0.25, 6, "head 1")  # token 6 is patch 5: row 1, column 2
+    left, right = figure.axes[:2]
+    assert np.array_equal(drawn_image(left), IMAGES[0].permute(1, 2, 0))
+    assert np.array_equal(drawn_image(right), shares)
+    assert left.patches[0].get_bbox().bounds == (7.5, 3.5, 4, 4)
+    assert right.patches[0].get_bbox().bounds == (1.5, 0.5, 1, 1)
+    assert right.get_title() == "head 1\n25% to CLS, the rest:"
+
+
+def test_attention_of_query_marks_no_patch_for_cls():
+    figure = plots.attention_of_query(IMAGES[0], torch.rand(3, 3), 0.25, 0)
+    assert not figure.axes[0].patches and not figure.axes[1].patches
+    assert figure.axes[0].get_title() == "query: CLS"
+
+
+def test_lines_draws_the_given_numbers_and_passes_the_axis_options_on():
+    ax = plots.lines([1, 10, 100], {"a": [1, 4, 9], "b": [3, 2, 1]}, "x", "y", xscale="log", ylim=(0, 12)).axes[0]
+    assert [list(line.get_xdata()) for line in ax.lines] == [[1, 10, 100], [1, 10, 100]]
+    assert [list(line.get_ydata()) for line in ax.lines] == [[1, 4, 9], [3, 2, 1]]
+    assert ax.get_xscale() == "log" and ax.get_ylim() == (0, 12)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
+
+
+def test_lines_needs_no_legend_for_a_single_curve():
+    assert plots.lines([1, 2], {"a": [1, 2]}, "x", "y").axes[0].get_legend() is None
+
+
+def test_training_curves_draws_losses_as_they_are_and_accuracies_in_percent():
+    left, right = plots.training_curves(HISTORY, 0.01).axes
+    steps, train, validation = left.lines
+    assert list(steps.get_ydata()) == [step["loss"] for step in HISTORY.steps]
+    assert list(steps.get_xdata()) == pytest.approx([n / 5 for n in range(1, 11)])  # five steps an epoch
+    assert list(train.get_ydata()) == [3.0, 2.0] and list(validation.get_ydata()) == [2.8, 1.9]
+    train, validation, chance = right.lines
+    assert list(train.get_ydata()) == [10, 30] and list(validation.get_ydata()) == [20, 40]
+    assert list(chance.get_ydata()) == [1, 1]
+    assert list(validation.get_xdata()) == [1, 2]
+
+
+def test_confusion_shows_percent_of_each_true_class():
+    labels, predictions = torch.tensor([0, 0, 0, 0, 1]), torch.tensor([0, 0, 0, 1, 1])
+    ax = plots.confusion(labels, predictions, ["cat", "dog", "never seen"]).axes[0]
+    assert drawn_image(ax).tolist() == [[75, 25, 0], [0, 100, 0], [0, 0, 0]]
+
+
+def test_confusion_names_no_class_where_there_is_no_room():
+    names = [f"class {n}" for n in range(200)]
+    assert not set(words(plots.confusion(torch.tensor([0]), torch.tensor([199]), names))) & set(names)
+
+
+def test_confusion_rates_of_seen_classes_sum_to_one():
+    labels = torch.tensor([0, 2, 2, 2])
+    rates = plots.confusion_rates(labels, torch.tensor([1, 2, 0, 2]), 3)
+    assert rates[0].tolist() == [0, 1, 0]
+    assert rates.sum(dim=1).tolist() == pytest.approx([1, 0, 1])
+
+
+def test_comparison_draws_a_dot_per_seed_a_bar_at_the_mean_and_chance():
+    ax = plots.comparison({"ours": [0.5, 0.7], "theirs": [0.3, 0.3]}, 0.1).axes[0]
+    bar, dots, other_bar, other_dots, chance = ax.lines
+    assert list(bar.get_xdata()) == pytest.approx([60, 60])
+    assert list(dots.get_xdata()) == pytest.approx([50, 70]) and list(dots.get_ydata()) == [0, 0]
+    assert list(other_bar.get_xdata()) == pytest.approx([30, 30])
+    assert list(other_dots.get_ydata()) == [1, 1]
+    assert chance.get_xdata()[0] == 10
+    assert "60.0 % (50.0 to 70.0)" in [text.get_text() for text in ax.texts]

@@ -1,0 +1,136 @@
+"""Weights on disk: one safetensors file holds the tensors and a card that says what they are.
+
+safetensors files are read without running any code, unlike pickles. The card travels in the file's metadata as JSON.
+"""
+
+import dataclasses
+import hashlib
+import json
+import platform
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .files import written_whole
+from .model import ViTModel
+
+PRETRAINED = Path(__file__).parent / "pretrained"
+
+
+@dataclass(frozen=True)
+class Card:
+    """What one has to know to use a set of weights.
+
+    Args:
+        classes: names of the classes, in the order of the logits.
+        mean, std: the normalisation the model was trained with, one number per channel, in [0, 1].
+        preset: name of the model's size, if it has one.
+        record: how the weights came about: data set, recipe, seed, history, versions.
+    """
+
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    preset: str | None = None
+    record: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        for name in ("classes", "mean", "std"):  # JSON has no tuples
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+
+def versions() -> dict[str, str]:
+    """Versions that a record of a run should name."""
+    return {"python": platform.python_version(), **{name: version(name) for name in ("torch", "vitlib")}}
+
+
+def unwrap(model: nn.Module) -> ViTModel:
+    """The ViT inside DataParallel, DistributedDataParallel or torch.compile, whatever their order.
+
+    Raises:
+        ValueError: if there is no :class:`ViTModel` inside.
+    """
+    inner = model
+    while not isinstance(inner, ViTModel):
+        if isinstance(getattr(inner, "module", None), nn.Module):  # DataParallel, DistributedDataParallel
+            inner = inner.module
+        elif isinstance(getattr(inner, "_orig_mod", None), nn.Module):  # torch.compile
+            inner = inner._orig_mod
+        else:
+            raise ValueError(f"{type(model).__name__} holds no ViTModel; give a ViTModel, wrapped or not.")
+    return inner
+
+
+def transfer_encoder(pretrained: nn.Module, num_classes: int, **overrides) -> ViTModel:
+    """A new model with the encoder of ``pretrained`` and a new, all-zero head for ``num_classes`` classes.
+
+    A head of zeros gives every class the same probability, so that the first loss is exactly ln(num_classes) and the
+    first gradients do not pull the encoder towards a random head (the paper's section 3.2 does the same).
+
+    Args:
+        pretrained: a :class:`ViTModel`, possibly wrapped; it is left as it is.
+        overrides: arguments of :class:`ViTModel` that may differ without changing a weight's shape, such as ``drop``.
+    """
+    source = unwrap(pretrained)
+    model = ViTModel(**{**source.config, "num_classes": num_classes, **overrides})
+    model.vit_encoder.load_state_dict(source.vit_encoder.state_dict())
+    nn.init.zeros_(model.linear_classifier.weight)
+    nn.init.zeros_(model.linear_classifier.bias)
+    return model
+
+
+def save_checkpoint(path: str | Path, model: nn.Module, card: Card, dtype: torch.dtype = torch.float32) -> None:
+    """Write weights and card to ``path``, whole or not at all. float16 halves the file and loads as float32 again."""
+    from safetensors.torch import save_file
+
+    model = unwrap(model)
+    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
+    description = {"config": model.config, "card": dataclasses.asdict(card)}
+    with written_whole(path) as temporary:
+        save_file(tensors, temporary, metadata={"vitlib": json.dumps(description)})
+
+
+def load_checkpoint(path: str | Path) -> tuple[ViTModel, Card]:
+    """The model, float32 and in eval mode on the CPU, and its card.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is not a checkpoint of vitlib, or is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no checkpoint at {path}; train one first (notebook 03), or check the path.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            description = json.loads((file.metadata() or {})["vitlib"])
+            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (not a dict)
+        model = ViTModel(**description["config"])
+        model.load_state_dict(tensors)
+        card = Card(**description["card"])
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{path} is not a whole checkpoint of vitlib ({type(error).__name__}: {reason}); "
+            "write it again with save_checkpoint, or train again."
+        ) from error
+    return model.eval(), card
+
+
+def load_pretrained(name: str) -> tuple[ViTModel, Card]:
+    """A model that ships with vitlib, and its card; its file is checked against a fixed SHA-256 first.
+
+    Raises:
+        ValueError: for an unknown name, or a file that is not the one that shipped.
+    """
+    index = json.loads((PRETRAINED / "index.json").read_text())
+    if name not in index:
+        raise ValueError(f"There are no pretrained weights named {name!r}; choose one of {', '.join(index)}.")
+    path = PRETRAINED / f"{name}.safetensors"
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != index[name]:
+        raise ValueError(f"The weights {path.name} are missing or not the ones that shipped; install vitlib again.")
+    return load_checkpoint(path)

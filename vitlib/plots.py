@@ -1,0 +1,285 @@
+"""Every figure of the course, as a function that returns a matplotlib ``Figure``.
+
+A figure is displayed once, where a notebook names it last in a cell. Colours are those of Okabe and Ito, which
+colour-blind readers can tell apart; maps of numbers use viridis and cividis, which also survive a grey printout.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import wraps
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from torch import Tensor
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLE = {
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.prop_cycle": plt.cycler(color=COLOURS),
+    "figure.dpi": 90,
+    "figure.constrained_layout.use": True,
+    "image.cmap": "viridis",
+}
+
+
+def _styled(draw):
+    """Draws in the course's style, and takes the figure out of pyplot's list, which would keep it for ever."""
+
+    @wraps(draw)
+    def drawn(*args, **kwargs) -> Figure:
+        with plt.rc_context(STYLE):
+            figure = draw(*args, **kwargs)
+        plt.close(figure)
+        return figure
+
+    return drawn
+
+
+def _picture(image: Tensor) -> Tensor:
+    """``[C, H, W]`` as imshow wants it: ``[H, W, 3]``, or ``[H, W]`` for grey."""
+    return image.permute(1, 2, 0).squeeze(2).cpu().numpy()
+
+
+def _without_ticks(ax) -> None:
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+
+
+@_styled
+def image_grid(
+    images: Tensor, titles: Sequence[str] = (), columns: int = 8, title: str = "", side: float = 1.35
+) -> Figure:
+    """Images uint8 ``[N, C, H, W]`` in rows of ``columns``, ``side`` inches wide, each under its own title."""
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(side * columns, (side + 0.2) * rows + 0.3), squeeze=False)
+    for ax in axes.flat:
+        _without_ticks(ax)
+    for ax, image in zip(axes.flat, images, strict=False):
+        ax.imshow(_picture(image), cmap="gray", vmin=0, vmax=255)
+    for ax, text in zip(axes.flat, titles, strict=False):
+        ax.set_title(text, fontsize=10)
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+@_styled
+def patch_grid(image: Tensor, patch_size: int) -> Figure:
+    """One image uint8 ``[C, H, W]`` with its patches outlined and, while there is room, numbered row by row. The title
+    says what the cut costs: N patches of so many numbers, and N^2 weights in each head of each attention layer."""
+    channels, height, width = image.shape
+    rows, columns = height // patch_size, width // patch_size
+    patches = rows * columns
+    figure, ax = plt.subplots(figsize=(5.2, 5.2 * height / width + 0.6))
+    ax.imshow(_picture(image), cmap="gray", vmin=0, vmax=255)
+    for row in range(rows + 1):
+        ax.axhline(row * patch_size - 0.5, color="white", linewidth=0.8)
+    for column in range(columns + 1):
+        ax.axvline(column * patch_size - 0.5, color="white", linewidth=0.8)
+    if columns <= 12:
+        for number in range(patches):
+            row, column = divmod(number, columns)
+            ax.text(
+                (column + 0.5) * patch_size - 0.5, (row + 0.5) * patch_size - 0.5, number,
+                ha="center", va="center", color="white", fontsize=10,
+                bbox={"boxstyle": "round,pad=0.15", "facecolor": "black", "alpha": 0.55, "linewidth": 0},
+            )  # fmt: skip
+    _without_ticks(ax)
+    ax.set_title(
+        f"patch size {patch_size}: N = {rows} x {columns} = {patches:,} patches\n"
+        f"{channels * patch_size**2:,} numbers per patch, N² = {patches**2:,} attention weights"
+    )
+    return figure
+
+
+@_styled
+def token_matrix(
+    tokens: Tensor, title: str = "", row_labels: Sequence[str] = (), row: str = "token", column: str = "feature"
+) -> Figure:
+    """Tokens ``[T, D]`` as a matrix: one row a token, one column a feature, or whatever ``row`` and ``column`` say."""
+    figure, ax = plt.subplots(figsize=(8, 4.4))
+    limit = tokens.abs().max().item()
+    drawn = ax.imshow(
+        tokens.detach().cpu().numpy(), aspect="auto", cmap="PuOr", vmin=-limit, vmax=limit, interpolation="none"
+    )
+    ax.set(xlabel=column, ylabel=row, title=title)
+    if row_labels:
+        ax.set_yticks(range(len(row_labels)), row_labels)
+    figure.colorbar(drawn, label="value")
+    return figure
+
+
+@_styled
+def number_matrix(values: Tensor, rows: Sequence[str], columns: Sequence[str], title: str = "") -> Figure:
+    """A small matrix ``[R, C]`` with its numbers written into the cells, for attention worked out by hand."""
+    figure, ax = plt.subplots(figsize=(1.3 * len(columns) + 1.6, 0.9 * len(rows) + 1.3))
+    ax.imshow(values.detach().cpu().numpy(), cmap="cividis")
+    middle = (values.max() + values.min()).item() / 2
+    for row, numbers in enumerate(values.tolist()):
+        for column, value in enumerate(numbers):
+            colour = "black" if value > middle else "white"
+            ax.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=13)
+    ax.set_xticks(range(len(columns)), columns)
+    ax.set_yticks(range(len(rows)), rows)
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    ax.set_title(title)
+    return figure
+
+
+@_styled
+def position_maps(similarity: Tensor, title: str = "", limit: float = 1.0) -> Figure:
+    """Position similarities ``[g, g, g, g]``: the tile in row i, column j belongs to the patch that stands there.
+
+    Colours run from -``limit`` to ``limit``.
+    """
+    grid = len(similarity)
+    # one picture of g x g tiles with gaps of one cell between them: an axes for each tile would take seconds to draw
+    tiles = F.pad(similarity.cpu(), (0, 1, 0, 1), value=torch.nan)  # [g, g, g + 1, g + 1]
+    mosaic = tiles.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)[:-1, :-1]
+    figure, ax = plt.subplots(figsize=(5.8, 5.2))
+    drawn = ax.imshow(mosaic.numpy(), vmin=-limit, vmax=limit, interpolation="none")
+    centres = [tile * (grid + 1) + (grid - 1) / 2 for tile in range(grid)]
+    ax.set_xticks(centres, range(grid))
+    ax.set_yticks(centres, range(grid))
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ax.set(xlabel="column of the patch", ylabel="row of the patch", title=title)
+    figure.colorbar(drawn, label="cosine similarity", shrink=0.85, extend="both" if limit < 1 else "neither")
+    return figure
+
+
+@_styled
+def position_tile(similarity: Tensor, row: int, column: int, title: str = "", limit: float = 1.0) -> Figure:
+    """One tile of :func:`position_maps`, enlarged: how alike the patch in ``row``, ``column`` (framed) is to every
+    patch. ``similarity`` is ``[g, g, g, g]``."""
+    figure, ax = plt.subplots(figsize=(5.2, 4.4))
+    drawn = ax.imshow(similarity[row, column].cpu().numpy(), vmin=-limit, vmax=limit)
+    ax.add_patch(plt.Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=COLOURS[1], linewidth=3))
+    ax.set(xlabel="column of the other patch", ylabel="row of the other patch", title=title)
+    ax.spines[:].set_visible(False)
+    figure.colorbar(drawn, label="cosine similarity", shrink=0.85, extend="both" if limit < 1 else "neither")
+    return figure
+
+
+@_styled
+def attention_of_query(image: Tensor, shares: Tensor, cls_share: float, query: int, title: str = "") -> Figure:
+    """Where one token looks: the image uint8 ``[C, S, S]`` with the query marked, beside the shares ``[g, g]``.
+
+    ``query`` counts tokens: 0 is CLS, which has no place in the image and is not marked.
+    """
+    grid = len(shares)
+    patch = image.shape[-1] / grid
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 4.1))
+    left.imshow(_picture(image), cmap="gray", vmin=0, vmax=255)
+    drawn = right.imshow(shares.cpu().numpy(), vmin=0)
+    if query:
+        row, column = divmod(query - 1, grid)
+        corner = (column * patch - 0.5, row * patch - 0.5)
+        # the white border keeps the frame visible on an image or map of any colour
+        frame = {
+            "fill": False,
+            "edgecolor": COLOURS[1],
+            "linewidth": 3,
+            "path_effects": [withStroke(linewidth=5, foreground="white")],
+        }
+        left.add_patch(plt.Rectangle(corner, patch, patch, **frame))
+        right.add_patch(plt.Rectangle((column - 0.5, row - 0.5), 1, 1, **frame))
+    for ax in (left, right):
+        _without_ticks(ax)
+    left.set_title(f"query: patch {query - 1}" if query else "query: CLS")
+    right.set_title(f"{title}\n{cls_share:.0%} to CLS, the rest:")
+    figure.colorbar(drawn, ax=right, label="attention weight", shrink=0.85)
+    return figure
+
+
+@_styled
+def lines(x: Sequence, series: Mapping[str, Sequence], xlabel: str, ylabel: str, title: str = "", **axis) -> Figure:
+    """Named curves over one x axis. ``axis`` goes to ``Axes.set`` (``xscale="log"``, ``ylim=(0, 1)``, ...)."""
+    figure, ax = plt.subplots(figsize=(7, 3.8))
+    for name, values in series.items():
+        ax.plot(x, values, marker="o" if len(x) <= 20 else "", label=name)
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title, **axis)
+    if len(series) > 1:
+        ax.legend(frameon=False)
+    return figure
+
+
+@_styled
+def training_curves(history, chance: float, title: str = "") -> Figure:
+    """Loss and top-1 accuracy over a ``vitlib.train.History``; ``chance`` is the accuracy of guessing, as a share."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4))
+    per_epoch = history.steps[-1]["step"] / history.steps[-1]["epoch"]
+    left.plot(
+        [step["step"] / per_epoch for step in history.steps], [step["loss"] for step in history.steps],
+        color=COLOURS[5], linewidth=0.7, label="training, each step",
+    )  # fmt: skip
+    epochs = [epoch["epoch"] for epoch in history.epochs]
+    for ax, quantity in ((left, "loss"), (right, "accuracy")):
+        scale = 100 if quantity == "accuracy" else 1
+        for part, colour in (("train", COLOURS[0]), ("validation", COLOURS[1])):
+            values = [scale * epoch[f"{part}_{quantity}"] for epoch in history.epochs]
+            label = "training (augmented)" if part == "train" else "validation"
+            ax.plot(epochs, values, marker="o" if len(epochs) <= 20 else "", color=colour, label=label)
+        ax.set(xlabel="epoch")
+    right.axhline(100 * chance, color=COLOURS[6], linestyle=":", label=f"chance, {chance:.0%}")
+    left.set(ylabel="cross-entropy (nats)", title="loss")
+    right.set(ylabel="top-1 accuracy (%)", title="accuracy", ylim=(0, 100))
+    left.legend(frameon=False)
+    right.legend(frameon=False)
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+@_styled
+def confusion(labels: Tensor, predictions: Tensor, classes: Sequence[str], title: str = "") -> Figure:
+    """How often each true class (row) was taken for each class (column), in percent of the row.
+
+    Args:
+        labels, predictions: int64 ``[N]``.
+        classes: their names are written only where there is room, up to 25 classes.
+    """
+    rates = 100 * confusion_rates(labels, predictions, len(classes))
+    named = len(classes) <= 25
+    figure, ax = plt.subplots(figsize=(6.6, 5.6))
+    drawn = ax.imshow(rates.numpy(), cmap="cividis", vmin=0, vmax=100, interpolation="none")
+    if named:
+        ax.set_xticks(range(len(classes)), classes, rotation=60, ha="right", rotation_mode="anchor", fontsize=10)
+        ax.set_yticks(range(len(classes)), classes, fontsize=10)
+    ax.set(xlabel="predicted class", ylabel="true class", title=title)
+    figure.colorbar(drawn, label="% of the true class")
+    return figure
+
+
+def confusion_rates(labels: Tensor, predictions: Tensor, num_classes: int) -> Tensor:
+    """``[num_classes, num_classes]``, row: true class, column: predicted class; rows of seen classes sum to 1."""
+    counts = torch.bincount(labels * num_classes + predictions, minlength=num_classes**2).view(num_classes, -1).float()
+    return counts / counts.sum(1, keepdim=True).clamp(min=1)
+
+
+@_styled
+def comparison(accuracies: Mapping[str, Sequence[float]], chance: float, title: str = "") -> Figure:
+    """Arms of an experiment side by side: a dot per seed, a bar at the mean, a line at chance. Shares in [0, 1]."""
+    figure, ax = plt.subplots(figsize=(7.5, 1.0 + 0.8 * len(accuracies)))
+    for row, values in enumerate(accuracies.values()):
+        colour = COLOURS[row % len(COLOURS)]
+        percent = [100 * value for value in values]
+        mean = sum(percent) / len(percent)
+        ax.plot([mean, mean], [row - 0.28, row + 0.28], color=colour, linewidth=4)
+        ax.plot(percent, [row] * len(percent), "o", color=colour, markersize=9, alpha=0.6)
+        spread = f"{mean:.1f} % ({min(percent):.1f} to {max(percent):.1f})"
+        ax.annotate(spread, (max(percent), row), xytext=(12, 0), textcoords="offset points", va="center")
+    ax.axvline(100 * chance, color=COLOURS[6], linestyle=":")
+    ax.annotate("chance", (100 * chance, -0.5), xytext=(4, 0), textcoords="offset points", va="center", fontsize=10)
+    ax.set_yticks(range(len(accuracies)), accuracies)
+    ax.set(xlabel="top-1 accuracy (%): a dot per seed, a bar at the mean", xlim=(0, 118), title=title)
+    ax.set_xticks(range(0, 101, 20))
+    ax.set_ylim(len(accuracies) - 0.5, -0.7)
+    return figure
