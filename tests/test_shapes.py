@@ -1,0 +1,200 @@
+"""The embedded data sets: the same bytes everywhere, balanced, varied, and true to their labels and masks."""
+
+import hashlib
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from vitlib import shapes
+from vitlib.shapes import CLASSES, COLOURS, DEFAULT_COUNTS, SHAPES, draw_shapes
+
+# SHA-256 over the bytes of images, labels and masks of the first 1,000 training images at seed 0. These hashes may
+# change only when the pictures are meant to change: then every number printed in the notebooks changes too.
+GOLDEN = {
+    "shapes100": "90ea01476e80bfb061d33b628cc186094ca35f66f9a60c72d0c6122d0a97e1d7",
+    "shapes10": "7e95e63e0f8ab9f4c7339a8ed74898f3039bafa927f4cf74ae91b8424e6ceeb7",
+}
+
+
+def fingerprint(name: str, **options) -> str:
+    drawn = draw_shapes(name, **{"count": 1000, **options})
+    digest = hashlib.sha256(drawn.images.numpy().tobytes())
+    digest.update(drawn.labels.numpy().astype("<i8").tobytes())
+    digest.update(drawn.masks.numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.fixture(scope="module", params=DEFAULT_COUNTS)
+def drawn(request) -> shapes.Shapes:
+    return draw_shapes(request.param, count=1000)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", GOLDEN)
+def test_same_seed_gives_the_published_bytes_whatever_the_number_of_threads(name, threads):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        assert fingerprint(name) == GOLDEN[name]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_no_number_depends_on_the_last_bit_of_a_sine():
+    exact = [shapes._ONE * f(2 * math.pi * k / shapes._TURN) for f in (math.cos, math.sin) for k in range(256)]
+    assert min(abs(value % 1 - 0.5) for value in exact) > 1e-6
+
+
+def test_no_array_on_the_way_to_the_pictures_is_floating_point(monkeypatch):
+    seen = set()
+
+    def spy(function):
+        def wrapper(*arguments):
+            result = function(*arguments)
+            seen.update(part.dtype.kind for part in (*arguments, result) if isinstance(part, np.ndarray))
+            return result
+
+        return wrapper
+
+    for name in ("_mix", "_coverage", "_ramp", "_grain"):
+        monkeypatch.setattr(shapes, name, spy(getattr(shapes, name)))
+    for name in DEFAULT_COUNTS:
+        draw_shapes(name, count=10)
+    assert seen <= {"i", "u"} and "i" in seen
+
+
+@pytest.mark.parametrize("name", DEFAULT_COUNTS)
+def test_image_i_does_not_depend_on_how_many_are_drawn(name):
+    few, many = draw_shapes(name, count=7), draw_shapes(name, count=430)
+    assert torch.equal(few.images, many.images[:7])
+    assert torch.equal(few.labels, many.labels[:7])
+    assert torch.equal(few.masks, many.masks[:7])
+
+
+@pytest.mark.parametrize("name", DEFAULT_COUNTS)
+def test_seed_split_and_image_number_each_change_the_pictures(name):
+    base = draw_shapes(name, count=200)
+    for other in (draw_shapes(name, count=200, seed=1), draw_shapes(name, "test", count=200)):
+        assert not torch.equal(base.labels, other.labels)
+        assert not (base.images == other.images).flatten(1).all(1).any()
+    assert len(torch.unique(base.images.flatten(1), dim=0)) == 200
+
+
+def test_train_and_test_of_both_sets_share_no_picture():
+    everything = [draw_shapes(n, s, count=500).masks for n in DEFAULT_COUNTS for s in ("train", "test")]
+    assert len(torch.unique(torch.cat(everything).flatten(1), dim=0)) == 2000
+
+
+@pytest.mark.parametrize("name", DEFAULT_COUNTS)
+def test_shapes_dtypes_and_default_counts_are_the_documented_ones(name):
+    for split, count in DEFAULT_COUNTS[name].items():
+        drawn = draw_shapes(name, split)
+        assert drawn.images.shape == (count, 3, 32, 32) and drawn.images.dtype == torch.uint8
+        assert drawn.labels.shape == (count,) and drawn.labels.dtype == torch.int64
+        assert drawn.masks.shape == (count, 32, 32) and drawn.masks.dtype == torch.bool
+        assert torch.bincount(drawn.labels).tolist() == [count // len(drawn.classes)] * len(drawn.classes)
+
+
+def test_classes_are_balanced_to_within_one_and_shuffled(drawn):
+    counts = torch.bincount(drawn.labels[:250], minlength=len(drawn.classes))
+    assert counts.max() - counts.min() <= 1
+    size = len(drawn.classes)
+    assert not torch.equal(drawn.labels[:size], drawn.labels[:size].sort().values)
+    assert not torch.equal(drawn.labels[:size], drawn.labels[size : 2 * size])
+
+
+def test_class_names_are_readable_and_in_a_fixed_order():
+    assert len(set(CLASSES["shapes100"])) == 100 and CLASSES["shapes10"] == SHAPES
+    assert CLASSES["shapes100"][33] == "red star"
+    assert draw_shapes("shapes100", count=0).classes == CLASSES["shapes100"]
+
+
+def test_the_object_has_the_colour_that_its_label_names():
+    drawn = draw_shapes("shapes100", count=1000)
+    colours = torch.tensor(list(COLOURS.values())).float()
+    for image, label, mask in zip(drawn.images.float(), drawn.labels, drawn.masks, strict=True):
+        mean = image[:, mask].mean(1)
+        assert (colours - mean).norm(dim=1).argmin() == label % len(COLOURS)
+
+
+def test_the_mask_outlines_the_object(drawn):
+    """Inside the mask the picture is one colour, and another one than just outside."""
+    images, masks = drawn.images.float(), drawn.masks[:, None]
+    assert masks.flatten(1).sum(1).min() >= 30 and masks.flatten(1).sum(1).max() <= 600
+    inside = (images * masks).sum((2, 3)) / masks.sum((2, 3))
+    spread = ((images - inside[:, :, None, None]).abs() * masks).sum((2, 3)) / masks.sum((2, 3))
+    outside = (images * ~masks).sum((2, 3)) / (~masks).sum((2, 3))
+    assert spread.max() < 30
+    assert (inside - outside).abs().max(1).values.min() > 30
+
+
+def test_shapes_have_their_own_outline(drawn):
+    """Each stencil, unturned, differs from every other in at least a tenth of the cells that either covers."""
+    stencils = torch.from_numpy(shapes._STENCIL[: len(SHAPES)]).bool()
+    assert not (stencils[:, [0, -1]].any() or stencils[:, :, [0, -1]].any()), "a stencil touches its border"
+    assert torch.equal(stencils, stencils.flip(2)), "a mirrored shape must stay in its class"
+    for i in range(len(SHAPES)):
+        for j in range(i):
+            differs = (stencils[i] ^ stencils[j]).sum() / (stencils[i] | stencils[j]).sum()
+            assert differs > 0.1, (SHAPES[i], SHAPES[j])
+
+
+def test_objects_are_whole_and_vary_in_place_and_size(drawn):
+    masks = drawn.masks.float()
+    assert not (drawn.masks[:, [0, -1]].any() or drawn.masks[:, :, [0, -1]].any()), "cut off by the border"
+    steps = torch.arange(32.0)
+    centres = torch.stack([(masks.sum(d) * steps).sum(1) / masks.sum((1, 2)) for d in (1, 2)])
+    assert (centres.std(1) > 1.5).all() and ((centres.mean(1) - 15.5).abs() < 1).all()
+    assert drawn.masks.sum((1, 2)).float().std() > 30
+
+
+def test_downstream_backgrounds_are_busier_than_upstream_ones():
+    def roughness(name):  # mean difference between background pixels two apart
+        drawn = draw_shapes(name, count=500)
+        outside = ~drawn.masks[:, :, 2:] & ~drawn.masks[:, :, :-2]
+        steps = (drawn.images[..., 2:].float() - drawn.images[..., :-2].float()).abs().mean(1)
+        return (steps * outside).sum() / outside.sum()
+
+    assert roughness("shapes10") > 1.4 * roughness("shapes100")
+
+
+def test_a_downstream_shape_comes_in_any_colour():
+    drawn = draw_shapes("shapes10", count=1000)
+    stars = drawn.labels == SHAPES.index("star")
+    colours = torch.stack(
+        [i[:, m].float().mean(1) for i, m in zip(drawn.images[stars], drawn.masks[stars], strict=True)]
+    )
+    assert (colours.std(0) > 40).all()
+
+
+def test_ten_thousand_images_take_at_most_three_seconds_and_little_memory():
+    code = (
+        "import resource, sys, time; from vitlib.shapes import draw_shapes; draw_shapes('shapes100', count=200)\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before, start = peak(), time.process_time(); drawn = draw_shapes('shapes100')\n"
+        "print(time.process_time() - start, (peak() - before) * (1 if sys.platform == 'darwin' else 1024))"
+    )
+    pytest.importorskip("resource", reason="Windows has no resource module to measure memory with")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, grown = map(float, done.stdout.split())
+    assert seconds < 3, f"{seconds:.1f} s of processor time"
+    assert grown < 150e6, f"the peak grew by {grown / 1e6:.0f} MB for 41 MB of results"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"name": "shapes11"}, "'shapes11'.*shapes100, shapes10"),
+        ({"name": "shapes10", "split": "validation"}, "'validation'.*'train' or 'test'"),
+        ({"name": "shapes10", "count": -1}, "-1 images.*0 or more"),
+        ({"name": "shapes10", "seed": -1}, "seed -1.*from 0"),
+        ({"name": "shapes10", "seed": 2**32}, "4294967296.*from 0"),
+    ],
+)
+def test_bad_arguments_are_one_sentence_that_names_the_way_out(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        draw_shapes(**arguments)
