@@ -281,6 +281,7 @@ class ViTModel(nn.Module):
         )
         self.linear_classifier = nn.Linear(em_dim, num_classes)
         self.apply(_initialise)
+        nn.init.trunc_normal_(self.linear_classifier.weight, std=0.02)  # nearly equal logits, so a first loss near ln C
 
     def forward(self, images: Tensor) -> Tensor:
         """``[B, C, S, S]`` normalised images to logits ``[B, num_classes]``."""
@@ -317,11 +318,13 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def _initialise(module: nn.Module) -> None:
-    """Truncated normal with standard deviation 0.02 for all weights; zero for biases."""
-    if isinstance(module, nn.Linear | nn.Conv2d):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+    """As in the paper's code: Xavier for linear layers, LeCun for the patch embedding, zero for biases."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+    elif isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, nonlinearity="linear")  # LeCun: variance 1 / inputs
+    if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
+        nn.init.zeros_(module.bias)
 
 
 def _check_configuration(config: dict) -> None:

@@ -1,0 +1,165 @@
+"""Checkpoints: what goes in comes out, nothing half-written, nothing unpickled, only the encoder is moved."""
+
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+
+from vitlib import checkpoint
+from vitlib.checkpoint import Card, load_checkpoint, load_pretrained, save_checkpoint, transfer_encoder, unwrap
+from vitlib.files import written_whole
+from vitlib.model import ViTModel
+
+TINY = {"num_layers": 1, "image_size": 8, "patch_size": 4, "em_dim": 16, "num_heads": 2, "ff_dim": 32, "drop": 0.0}
+CARD = Card(("cat", "dog", "Übergröße"), (0.5, 0.4, 0.3), (0.2, 0.2, 0.1), None, {"seed": 3, "epochs": [1.5]})
+
+
+@pytest.fixture
+def model():
+    return ViTModel(3, **TINY).eval()
+
+
+def test_round_trip_keeps_weights_configuration_and_card(model, tmp_path):
+    save_checkpoint(tmp_path / "a.safetensors", model, CARD)
+    loaded, card = load_checkpoint(tmp_path / "a.safetensors")
+    assert card == CARD and loaded.config == model.config and not loaded.training
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+
+
+def test_half_precision_halves_the_file_and_loads_as_float32(model, tmp_path):
+    save_checkpoint(tmp_path / "whole.safetensors", model, CARD)
+    save_checkpoint(tmp_path / "half.safetensors", model, CARD, torch.float16)
+    loaded, _ = load_checkpoint(tmp_path / "half.safetensors")
+    assert (tmp_path / "half.safetensors").stat().st_size < 0.75 * (tmp_path / "whole.safetensors").stat().st_size
+    assert all(p.dtype == torch.float32 for p in loaded.parameters())
+    images = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(loaded(images), model(images), rtol=0, atol=1e-3)
+
+
+def test_a_failed_write_leaves_the_earlier_file(model, tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_checkpoint(path, model, CARD)
+    before = path.read_bytes()
+    with pytest.raises(KeyboardInterrupt), written_whole(path) as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+class Trap:
+    def __reduce__(self):
+        return (pytest.fail, ("a checkpoint was unpickled",))
+
+
+def damage(path, kind, model):
+    save_checkpoint(path, model, CARD)
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif kind == "no card":
+        save_file(model.state_dict(), path)
+    elif kind == "weights missing":
+        with checkpoint.written_whole(path) as temporary:
+            from safetensors import safe_open
+
+            with safe_open(path, framework="pt") as file:
+                metadata, names = file.metadata(), list(file.keys())[1:]
+                save_file({name: file.get_tensor(name) for name in names}, temporary, metadata=metadata)
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps(Trap()))
+    elif kind == "empty":
+        path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("kind", ["truncated", "no card", "weights missing", "pickle", "empty"])
+def test_a_damaged_or_foreign_file_is_refused_in_one_sentence(model, tmp_path, kind):
+    path = tmp_path / "a.safetensors"
+    damage(path, kind, model)
+    with pytest.raises(ValueError, match="a.safetensors is not a whole checkpoint of vitlib") as error:
+        load_checkpoint(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_says_what_to_do(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint at .*train one first"):
+        load_checkpoint(tmp_path / "nothing.safetensors")
+
+
+def test_transfer_moves_the_encoder_and_nothing_else(model):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    moved = transfer_encoder(model, 10, drop=0.3)
+    for name, tensor in moved.vit_encoder.state_dict().items():
+        assert torch.equal(tensor, before[f"vit_encoder.{name}"])
+    assert moved.linear_classifier.weight.shape == (10, 16) and not moved.linear_classifier.weight.any()
+    with torch.no_grad():
+        moved.vit_encoder.layernorm.weight.zero_()
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items()), "weights are shared"
+
+
+def test_first_loss_after_transfer_is_exactly_that_of_guessing(model):
+    loss = F.cross_entropy(transfer_encoder(model, 10)(torch.randn(4, 3, 8, 8)), torch.arange(4))
+    assert loss.item() == pytest.approx(math.log(10), abs=1e-6)
+
+
+class FakeDistributed(nn.Module):
+    """DistributedDataParallel keeps the model in ``module``, as DataParallel does; it needs no process group here."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda m: m,
+        nn.DataParallel,
+        FakeDistributed,
+        torch.compile,
+        lambda m: torch.compile(nn.DataParallel(m)),
+        lambda m: nn.DataParallel(torch.compile(m)),
+    ],
+    ids=[
+        "plain",
+        "DataParallel",
+        "DistributedDataParallel",
+        "compiled",
+        "compiled DataParallel",
+        "DataParallel compiled",
+    ],
+)
+def test_wrapped_models_are_taken_as_they_are(model, wrap):
+    assert unwrap(wrap(model)) is model
+    moved = transfer_encoder(wrap(model), 4)
+    assert torch.equal(moved.vit_encoder.layernorm.weight, model.vit_encoder.layernorm.weight)
+
+
+def test_a_model_without_a_vit_is_refused():
+    with pytest.raises(ValueError, match="Linear holds no ViTModel"):
+        unwrap(nn.Linear(2, 2))
+
+
+def test_shipped_weights_load_and_know_their_classes():
+    model, card = load_pretrained("shapes100-mini")
+    assert len(card.classes) == model.config["num_classes"] == 100 and card.preset == "mini"
+    assert len(card.mean) == len(card.std) == 3 and card.record["epochs_run"]
+
+
+def test_shipped_weights_that_changed_are_refused(tmp_path, monkeypatch):
+    for file in checkpoint.PRETRAINED.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / "shapes100-mini.safetensors"
+    flipped = bytearray(weights.read_bytes())
+    flipped[-1] ^= 1
+    weights.write_bytes(flipped)
+    monkeypatch.setattr(checkpoint, "PRETRAINED", tmp_path)
+    with pytest.raises(ValueError, match="missing or not the ones that shipped"):
+        load_pretrained("shapes100-mini")
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(ValueError, match="'resnet'.*shapes100-mini"):
+        load_pretrained("resnet")
