@@ -59,9 +59,11 @@ format: $(READY)
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-# no timings and no widget state: they differ each time, and saved widget state keeps GitHub from showing a notebook
+# no timings and no widget state: they differ each time, and saved widget state keeps GitHub from showing a notebook;
+# the second line keeps of a progress bar what one sees at the end
 notebooks: $(READY)
-	$(RUN) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=1200 --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.store_widget_state=False --coalesce-streams $(NOTEBOOKS)
+	$(RUN) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=1200 --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.store_widget_state=False $(NOTEBOOKS)
+	$(RUN) -m nbconvert --to notebook --inplace --coalesce-streams $(NOTEBOOKS)
 
 clean:
 	$(PYTHON) -c "import pathlib, shutil; [shutil.rmtree(p, ignore_errors=True) for n in ('$(VENV)', 'runs', 'build', '*.egg-info', '.pytest_cache', '.ruff_cache', '**/__pycache__', '**/.ipynb_checkpoints') for p in pathlib.Path('.').glob(n)]"

@@ -9,6 +9,7 @@ import pytest
 
 from vitlib.__main__ import main
 from vitlib.course.parameters import PARAMETERS
+from vitlib.course.runner import read_lessons
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -64,6 +65,20 @@ def test_every_vitlib_command_is_understood(words):
     assert {name for name, _ in options.get("given", ())} <= set(PARAMETERS)
     file = options.get("parameters")
     assert file is None or (ROOT / file).exists(), file
+
+
+def parameter_table():
+    """The table of parameters as README should have it, a row per parameter of the notebooks."""
+    lessons = read_lessons(ROOT / "notebooks")
+    for name, parameter in PARAMETERS.items():
+        takers = [lesson for lesson in lessons if name in lesson.parameters]
+        if takers:
+            numbers = ", ".join(lesson.name[:2] for lesson in takers)
+            yield f"| `{name}` | `{takers[0].defaults[name]}` | {numbers} | {parameter.help} |"
+
+
+def test_the_table_of_parameters_is_that_of_the_notebooks():
+    assert [line for line in TEXT.splitlines() if re.match(r"\| `\w+` \| `", line)] == list(parameter_table())
 
 
 def test_files_that_readme_links_to_exist():

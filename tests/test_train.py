@@ -229,6 +229,14 @@ def test_bad_arguments_give_one_sentence_and_write_nothing(tmp_path, changes, wo
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
+def test_no_images_at_all_give_one_sentence():
+    trained = pretrain(coloured(), **quick())
+    data, none = coloured(), coloured().subset([])
+    for train, validation in ((none, data), (data, none)):
+        with pytest.raises(ValueError, match="too few"):
+            fit(trained.model, train, validation, trained.card, RECIPES["modern"], epochs=1, progress=False)
+
+
 def test_images_of_another_size_than_the_upstream_ones_are_refused():
     upstream = pretrain(coloured(), **quick())
     larger = LabelledImages(torch.zeros(20, 3, 16, 16, dtype=torch.uint8), torch.arange(20) % 2, ("a", "b"))

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -228,6 +229,7 @@ def training_curves(history, chance: float, title: str = "") -> Figure:
             label = "training (augmented)" if part == "train" else "validation"
             ax.plot(epochs, values, marker="o" if len(epochs) <= 20 else "", color=colour, label=label)
         ax.set(xlabel="epoch")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.axhline(100 * chance, color=COLOURS[6], linestyle=":", label=f"chance, {chance:.0%}")
     left.set(ylabel="cross-entropy (nats)", title="loss")
     right.set(ylabel="top-1 accuracy (%)", title="accuracy", ylim=(0, 100))

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -201,13 +201,17 @@ def fit(
         seed: decides the order of the images, the augmentation and dropout.
         after_epoch: called after every epoch with the history so far; this is where files are written.
 
-    Ctrl-C ends the training: the model keeps the weights it has, ``interrupted`` is set in the
-    history, and the epoch that was cut short is not part of it.
+    Ctrl-C ends the training: the model keeps the weights it has, ``interrupted`` is set in the history, and the epoch
+    that was cut short is not part of it.
 
     Raises:
         ValueError: for arguments out of range.
     """
     _check_lengths(locals(), "epochs", "batch_size", "train_steps_per_epoch", "eval_steps_per_epoch")
+    if not len(train) or not len(validation):
+        raise ValueError(
+            f"{len(train)} training and {len(validation)} validation images are too few; give one of each."
+        )
     train = train.to(next(model.parameters()).device)
     steps = math.ceil(len(train) / batch_size)  # per epoch
     if train_steps_per_epoch is not None:
@@ -217,20 +221,30 @@ def fit(
     generator = torch.Generator().manual_seed(seed)  # order and augmentation
     torch.manual_seed(seed)  # dropout
 
+    def train_step(batch: Tensor) -> tuple[Tensor, Tensor, float]:
+        images = recipe.augmentation(train.images[batch], card.mean, card.std, generator)
+        rate = scheduler.get_last_lr()[0]
+        loss, correct = _optimise(model, images, train.labels[batch], recipe, optimizer)
+        scheduler.step()
+        return loss, correct, rate
+
     history = History()
     try:
         for epoch in range(1, epochs + 1):
             batches = torch.randperm(len(train), generator=generator).split(batch_size)[:steps]
             title = f"{description}, epoch {epoch}/{epochs}"
+            model.train()
             with progress_bar(description=title, total=sum(map(len, batches)), unit=" images", show=progress) as bar:
-                record = _train_epoch(
-                    model, train, batches, card, recipe, optimizer, scheduler, generator, history, bar
-                )
+                step_records, record = _train_epoch(train_step, batches, bar)
                 score = evaluate(model, validation, card, batch_size, eval_steps_per_epoch)
                 record |= {f"validation_{name}": value for name, value in score.items()}
                 bar.set_postfix_str(
                     "loss {train_loss:.3f}, validation accuracy {validation_accuracy:.1%}".format(**record)
                 )
+            history.steps += [
+                {"step": step, "epoch": epoch, **values}
+                for step, values in enumerate(step_records, start=len(history.steps) + 1)
+            ]
             history.epochs.append({"epoch": epoch, "step": len(history.steps), **record})
             after_epoch(history)
     except KeyboardInterrupt:
@@ -239,40 +253,40 @@ def fit(
     return history
 
 
-def _train_epoch(model, train, batches, card, recipe, optimizer, scheduler, generator, history, bar) -> dict:
-    """One pass over ``batches`` (index tensors). Adds its steps to the history and returns the epoch's averages."""
-    model.train()
+def _optimise(model, images, labels, recipe: Recipe, optimizer) -> tuple[Tensor, Tensor]:
+    """One optimiser step. Returns the mean loss and the number of right answers, both still on the device."""
+    logits = model(images)
+    loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+    optimizer.zero_grad()
+    loss.backward()
+    if recipe.clip is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+    optimizer.step()
+    return loss.detach(), (logits.detach().argmax(1) == labels).sum()
+
+
+def _train_epoch(train_step: Callable, batches: Sequence[Tensor], bar) -> tuple[list[dict], dict]:
+    """One pass over ``batches`` (index tensors): a record of each step, and the averages over the epoch.
+
+    Losses stay on the device until the end: reading one waits for the device, so that is done once a second at most.
+    """
     started = shown = time.perf_counter()
-    rates, losses, correct, seen = [], [], 0, 0
+    losses, rates, correct, seen = [], [], 0, 0
     for batch in batches:
-        images, labels = train.images[batch], train.labels[batch]
-        images = recipe.augmentation(images, card.mean, card.std, generator)
-        logits = model(images)
-        loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
-        optimizer.zero_grad()
-        loss.backward()
-        if recipe.clip is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        rates.append(scheduler.get_last_lr()[0])
-        optimizer.step()
-        scheduler.step()
-        # losses stay on the device: reading one waits for the device, so that is done once a second at most
-        losses.append(loss.detach() * len(batch))
-        correct += (logits.detach().argmax(1) == labels).sum()
+        loss, hits, rate = train_step(batch)
+        losses.append(loss)
+        rates.append(rate)
+        correct += hits
         seen += len(batch)
         bar.update(len(batch))
         if time.perf_counter() - shown > 1:
             shown = time.perf_counter()
             bar.set_postfix_str(f"loss {loss.item():.3f}, accuracy {correct.item() / seen:.1%}", refresh=False)
-
-    sizes = torch.tensor([len(batch) for batch in batches])
-    losses = torch.stack(losses).cpu()
+    losses = torch.stack(losses).tolist()
     seconds = time.perf_counter() - started
-    first = len(history.steps) + 1
-    for step, (loss, rate) in enumerate(zip((losses / sizes).tolist(), rates, strict=True), start=first):
-        history.steps.append({"step": step, "epoch": len(history.epochs) + 1, "loss": loss, "learning_rate": rate})
-    return {
-        "train_loss": losses.sum().item() / seen,
+    records = [{"loss": loss, "learning_rate": rate} for loss, rate in zip(losses, rates, strict=True)]
+    return records, {
+        "train_loss": sum(loss * len(batch) for loss, batch in zip(losses, batches, strict=True)) / seen,
         "train_accuracy": correct.item() / seen,
         "seconds": seconds,
         "images_per_second": seen / seconds,
@@ -296,9 +310,9 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         groups.setdefault(group, []).append(parameter)
     groups = [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=recipe.momentum)
+        return torch.optim.SGD(groups, momentum=recipe.momentum, fused=True)
     if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(groups)
+        return torch.optim.AdamW(groups, fused=True)
     raise ValueError(f"optimizer={recipe.optimizer!r} is not known; choose sgd or adamw.")
 
 
