@@ -14,63 +14,17 @@ import torch.nn.functional as F
 from vitlib.course import checks
 
 NOTEBOOK = nbformat.read(Path(__file__).parents[1] / "notebooks" / "02_attention.ipynb", as_version=4)
-STUBS = [
-    cell.source
+ASIDES = [
+    code
     for cell in NOTEBOOK.cells
-    if cell.cell_type == "code" and re.search(r"^checks\.(?!be_strict).*\(", cell.source, re.M)
+    if cell.cell_type == "markdown"
+    for code in re.findall(r"<summary>Aside.*?</summary>.*?```python\n(.*?)```", cell.source, re.S)
 ]
-FOLDED = {
-    kind: [
-        code
-        for cell in NOTEBOOK.cells
-        if cell.cell_type == "markdown"
-        for code in re.findall(rf"<summary>{kind}.*?</summary>.*?```python\n(.*?)```", cell.source, re.S)
-    ]
-    for kind in ("Solution", "Aside")
-}
 CHECKS = [checks.attention, checks.split_heads, checks.attend, checks.block_order]
 
 
-@pytest.fixture(autouse=True)
-def lenient():
-    checks.be_strict(False)
-    yield
-    checks.be_strict(False)
-
-
-def verdict(check, learners, capsys) -> str:
-    """What the check prints, after its title."""
-    check(learners)
-    return capsys.readouterr().out.strip().split(": ", 1)[1]
-
-
-def test_the_notebook_has_a_stub_and_a_solution_for_each_exercise():
-    assert len(STUBS) == len(FOLDED["Solution"]) == len(CHECKS)
-
-
-@pytest.mark.parametrize("stub", STUBS, ids=range(len(STUBS)))
-def test_an_untouched_stub_is_not_attempted_yet(stub, capsys):
-    exec(stub, {"checks": checks})
-    assert capsys.readouterr().out.endswith(": not attempted yet\n")
-
-
-@pytest.mark.parametrize("stub", STUBS, ids=range(len(STUBS)))
-def test_a_strict_check_stops_at_an_untouched_stub(stub):
-    checks.be_strict(True)
-    with pytest.raises(AssertionError, match="not attempted yet"):
-        exec(stub, {"checks": checks})
-
-
-@pytest.mark.parametrize(("stub", "solution"), list(zip(STUBS, FOLDED["Solution"], strict=True)), ids=range(len(STUBS)))
-def test_the_folded_solution_passes_strictly(stub, solution, capsys):
-    checks.be_strict(True)
-    call = stub.strip().splitlines()[-1]
-    exec(f"{solution}\n{call}", {"checks": checks, "math": math, "torch": torch, "F": F})
-    assert capsys.readouterr().out.endswith(": correct\n")
-
-
 def test_the_folded_aside_about_masks_holds_for_any_scores():
-    (aside,) = FOLDED["Aside"]
+    (aside,) = ASIDES
     query, key, value = torch.randn(3, 3, 2)
     names = {"torch": torch, "math": math, "F": F, "query": query, "key": key, "value": value}
     exec(aside, {**names, "scores": query @ key.T / math.sqrt(2)})
@@ -78,8 +32,8 @@ def test_the_folded_aside_about_masks_holds_for_any_scores():
 
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("learners", [3, torch.eye(3), lambda: 1, lambda *given: "word", lambda *given: [], sys.exit])
-def test_no_answer_makes_a_check_crash(check, learners, capsys):
-    assert verdict(check, learners, capsys).startswith("not yet: ")
+def test_no_answer_makes_a_check_crash(check, learners, verdict):
+    assert verdict(check, learners).startswith("not yet: ")
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -112,8 +66,8 @@ ATTENTION = {
 
 
 @pytest.mark.parametrize(("wrong", "hint"), ATTENTION.values(), ids=ATTENTION)
-def test_attention_names_the_mistake(wrong, hint, capsys):
-    assert re.match(f"not yet: .*{hint}", verdict(checks.attention, wrong, capsys))
+def test_attention_names_the_mistake(wrong, hint, verdict):
+    assert re.match(f"not yet: .*{hint}", verdict(checks.attention, wrong))
 
 
 SPLIT_HEADS = {
@@ -126,15 +80,15 @@ SPLIT_HEADS = {
 
 
 @pytest.mark.parametrize(("wrong", "hint"), SPLIT_HEADS.values(), ids=SPLIT_HEADS)
-def test_split_heads_names_the_mistake(wrong, hint, capsys):
-    assert re.match(f"not yet: .*{hint}", verdict(checks.split_heads, wrong, capsys))
+def test_split_heads_names_the_mistake(wrong, hint, verdict):
+    assert re.match(f"not yet: .*{hint}", verdict(checks.split_heads, wrong))
 
 
-def test_split_heads_takes_a_view_that_is_followed_by_a_transpose(capsys):
+def test_split_heads_takes_a_view_that_is_followed_by_a_transpose(verdict):
     def learners(x, num_heads):
         return x.view(x.shape[0], x.shape[1], num_heads, -1).transpose(1, 2)
 
-    assert verdict(checks.split_heads, learners, capsys) == "correct"
+    assert verdict(checks.split_heads, learners) == "correct"
 
 
 def sequence_first(tokens, to_qkv, num_heads):
@@ -172,8 +126,8 @@ ATTEND = {
 
 
 @pytest.mark.parametrize(("wrong", "hint"), ATTEND.values(), ids=ATTEND)
-def test_attend_names_the_mistake(wrong, hint, capsys):
-    assert re.match(f"not yet: .*{hint}", verdict(checks.attend, wrong, capsys))
+def test_attend_names_the_mistake(wrong, hint, verdict):
+    assert re.match(f"not yet: .*{hint}", verdict(checks.attend, wrong))
 
 
 @pytest.mark.parametrize(
@@ -184,15 +138,15 @@ def test_attend_names_the_mistake(wrong, hint, capsys):
     ],
     ids=["one image after the other", "swapped in and out"],
 )
-def test_attend_takes_any_right_repair(right, capsys):
-    assert verdict(checks.attend, right, capsys) == "correct"
+def test_attend_takes_any_right_repair(right, verdict):
+    assert verdict(checks.attend, right) == "correct"
 
 
-def test_the_buggy_function_of_the_notebook_is_the_one_that_the_check_knows(capsys):
+def test_the_buggy_function_of_the_notebook_is_the_one_that_the_check_knows(verdict):
     (source,) = (cell.source for cell in NOTEBOOK.cells if cell.source.startswith("def attend_sequence_first"))
     names = {"F": F}
     exec(source.split("\n\n\n")[0], names)
-    assert "in the other images" in verdict(checks.attend, names["attend_sequence_first"], capsys)
+    assert "in the other images" in verdict(checks.attend, names["attend_sequence_first"])
 
 
 BLOCK_ORDER = {
@@ -211,19 +165,19 @@ BLOCK_ORDER = {
 
 
 @pytest.mark.parametrize(("wrong", "hint"), BLOCK_ORDER.values(), ids=BLOCK_ORDER)
-def test_block_order_names_the_mistake(wrong, hint, capsys):
-    said = verdict(checks.block_order, wrong, capsys)
+def test_block_order_names_the_mistake(wrong, hint, verdict):
+    said = verdict(checks.block_order, wrong)
     assert said.startswith("not yet: ") and hint in said
 
 
 @pytest.mark.parametrize("right", ["CDBFAE", "CDEFAB", "cdbfae", list("CDBFAE"), tuple("CDEFAB")])
-def test_block_order_takes_every_way_to_write_the_right_order(right, capsys):
-    assert verdict(checks.block_order, right, capsys) == "correct"
+def test_block_order_takes_every_way_to_write_the_right_order(right, verdict):
+    assert verdict(checks.block_order, right) == "correct"
 
 
-def test_no_other_order_of_the_lines_is_correct(capsys):
+def test_no_other_order_of_the_lines_is_correct(verdict):
     # B and E are the same line, and the norms change places in a test above: 60 orders that begin with C are left
     orders = ("C" + "".join(rest) for rest in permutations("ABDEF"))
     tried = [order for order in orders if order.index("B") < order.index("E")]
     assert len(tried) == 60
-    assert [order for order in tried if verdict(checks.block_order, order, capsys) == "correct"] == ["CDBFAE"]
+    assert [order for order in tried if verdict(checks.block_order, order) == "correct"] == ["CDBFAE"]

@@ -30,6 +30,7 @@ with plt.rc_context(plots.STYLE):
         bottom.imshow(query_attention(attention, 0)[1], vmin=0)
         for ax in (top, bottom):
             ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
     axes[0, 0].set_ylabel("image")
     axes[1, 0].set_ylabel("attention of CLS")
     figure.savefig(Path(__file__).with_name("attention.png"), dpi=110)

@@ -394,9 +394,9 @@ def first_loss(function: Callable) -> None:
 @exercise("top-1 accuracy")
 def top1(function: Callable) -> None:
     """``function(logits [B, C], labels [B])``: the share of images whose highest logit is that of the right class."""
-    logits, labels = torch.randn(24, 7), torch.randint(7, (24,))
-    logits[torch.arange(12), labels[:12]] += 100  # half of them right, at least
-    right = (logits.argmax(1) == labels).sum().item()
+    logits, labels, right = torch.randn(24, 7), torch.randint(7, (24,)), 15
+    winners = torch.where(torch.arange(24) < right, labels, (labels + 1) % 7)
+    logits[torch.arange(24), winners] += 100
     share = answer(function, logits, labels)
     if isinstance(share, torch.Tensor):
         expect(
