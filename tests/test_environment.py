@@ -153,9 +153,10 @@ def test_the_workflow_calls_ci_run_on_three_systems_and_ci_run_calls_make_test()
 
 
 def make_says(*arguments):
-    """What make would do, without doing it."""
-    line = ["make", "--always-make", "--dry-run", *arguments]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    """What make would do, without doing it, also when make runs these tests."""
+    line = ["make", "--always-make", "--dry-run", "--no-print-directory", *arguments]
+    outside = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    return subprocess.run(line, cwd=ROOT, env=outside, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
