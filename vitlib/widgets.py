@@ -30,7 +30,8 @@ def explorer(draw: Callable[..., Figure], **controls: ipywidgets.Widget) -> ipyw
     for control in controls.values():
         control.observe(redraw, names="value")
     redraw()
-    return ipywidgets.VBox([*controls.values(), picture])
+    # aligned to the left, or the picture would be stretched to the width of the page and blurred
+    return ipywidgets.VBox([*controls.values(), picture], layout=ipywidgets.Layout(align_items="flex-start"))
 
 
 def _control(kind, options, value, description: str) -> ipywidgets.Widget:
