@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import runpy
 
 import pytest
 import torch
@@ -165,3 +166,16 @@ def test_shipped_weights_that_changed_are_refused(tmp_path, monkeypatch):
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(ValueError, match="'resnet'.*shapes100-mini"):
         load_pretrained("resnet")
+
+
+def test_a_shipped_checkpoint_is_half_as_large_and_found_by_name(model, tmp_path, monkeypatch):
+    ship = runpy.run_path(str(checkpoint.PRETRAINED / "ship.py"))["ship"]
+    save_checkpoint(tmp_path / "trained.safetensors", model, CARD)
+    monkeypatch.setattr(checkpoint, "PRETRAINED", tmp_path / "shipped")
+    monkeypatch.setitem(ship.__globals__, "PRETRAINED", tmp_path / "shipped")
+    for name in ("first", "second"):
+        ship(tmp_path / "trained.safetensors", name)
+    for name in ("first", "second"):
+        loaded, card = load_pretrained(name)
+        assert card == CARD
+        torch.testing.assert_close(loaded.linear_classifier.weight, model.linear_classifier.weight, rtol=0, atol=1e-3)
