@@ -101,7 +101,7 @@ def test_best_and_last_weights_are_both_kept(tmp_path, monkeypatch):
 
 def test_ctrl_c_keeps_the_weights_so_far_and_says_so(tmp_path, monkeypatch, capsys):
     calls = []
-    augment = Augmentation.__call__
+    augment = Augmentation.apply
 
     def interrupted(self, *args):
         calls.append(args)
@@ -109,7 +109,7 @@ def test_ctrl_c_keeps_the_weights_so_far_and_says_so(tmp_path, monkeypatch, caps
             raise KeyboardInterrupt
         return augment(self, *args)
 
-    monkeypatch.setattr(Augmentation, "__call__", interrupted)
+    monkeypatch.setattr(Augmentation, "apply", interrupted)
     trained = pretrain(coloured(), **quick(pretrain_epochs=5, run_dir=tmp_path))
     assert trained.history.interrupted and len(trained.history.epochs) == 1
     assert "Stopped by Ctrl-C in epoch 2" in capsys.readouterr().out

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import click
 
+TRAINING_COMMANDS = ("pretrain", "finetune")
+
 
 class OneLineErrors(click.Group):
     """Errors of input or files are one line and exit code 2, Ctrl-C is exit code 130, both without a traceback."""
@@ -20,10 +22,20 @@ class OneLineErrors(click.Group):
             click.echo("Interrupted.", err=True)
             context.exit(130)
 
+    def list_commands(self, context: click.Context) -> list[str]:
+        return [*super().list_commands(context), *TRAINING_COMMANDS]
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in TRAINING_COMMANDS:
+            return super().get_command(context, name)
+        from vitlib.course import commands  # loads torch, which the other commands need not wait for
+
+        return getattr(commands, f"{name}_command")
+
 
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """The Vision Transformer course: run its notebooks, fetch its images."""
+    """The Vision Transformer course: run its notebooks, fetch its images, train models."""
 
 
 @main.command()

@@ -87,30 +87,57 @@ class Augmentation:
     flip: float = 0.5
     hole: int = 8
 
+    def __post_init__(self):
+        if self.padding < 0 or self.hole < 0 or not 0 <= self.flip <= 1:
+            raise ValueError(f"{self} is not possible; padding and hole are pixels, flip is a share from 0 to 1.")
+
+    def draw(self, count: int, height: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """The random numbers for ``count`` images of ``height`` x ``width`` pixels, by name, each ``[count]``.
+
+        ``generator`` lives on the CPU, so that the same seed draws the same numbers whatever the device. Training
+        draws for a whole epoch at once: what happens to an image then depends neither on the size of the batches nor
+        on the number of processes, and no step waits for numbers to reach the device.
+        """
+        self._check_size(height, width)
+
+        def draw(end: int) -> Tensor:  # whole numbers from 0 to end, the latter included
+            return torch.randint(end + 1, (count,), generator=generator)
+
+        drawn = {}
+        if self.padding or self.flip:
+            drawn["flipped"] = torch.rand(count, generator=generator) < self.flip
+            drawn["top"], drawn["left"] = draw(2 * self.padding), draw(2 * self.padding)
+        if self.hole:
+            drawn["hole_top"], drawn["hole_left"] = draw(height - self.hole), draw(width - self.hole)
+        return drawn
+
+    def apply(
+        self, images: Tensor, drawn: dict[str, Tensor], mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> Tensor:
+        """uint8 ``[B, C, H, W]`` to augmented, normalised float32 of the same shape, with numbers drawn before.
+
+        The drawn numbers, each ``[B]``, are on the device of the images.
+        """
+        if "top" in drawn:
+            images = crop_and_flip(images, drawn["top"], drawn["left"], drawn["flipped"], self.padding)
+        images = normalise(images, mean, std)
+        if "hole_top" in drawn:
+            images = erase_hole(images, drawn["hole_top"], drawn["hole_left"], self.hole)
+        return images
+
     def __call__(
         self, images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], generator: torch.Generator
     ) -> Tensor:
-        """uint8 ``[B, C, H, W]`` to augmented, normalised float32 of the same shape.
+        """:meth:`draw` and :meth:`apply` in one: uint8 ``[B, C, H, W]`` to float32 of the same shape."""
+        drawn = self.draw(len(images), *images.shape[-2:], generator)
+        return self.apply(images, {name: numbers.to(images.device) for name, numbers in drawn.items()}, mean, std)
 
-        ``generator`` lives on the CPU, so that the same seed draws the same numbers whatever the device.
-        """
-        batch, _, height, width = images.shape
-
-        def draw(end: int) -> Tensor:  # whole numbers from 0 to end, the latter included
-            return torch.randint(end + 1, (batch,), generator=generator).to(images.device, non_blocking=True)
-
-        if self.padding or self.flip:
-            flipped = (torch.rand(batch, generator=generator) < self.flip).to(images.device, non_blocking=True)
-            images = crop_and_flip(images, draw(2 * self.padding), draw(2 * self.padding), flipped, self.padding)
-        images = normalise(images, mean, std)
-        if self.hole:
-            if self.hole > min(height, width):
-                raise ValueError(
-                    f"hole={self.hole} is larger than the images of {height}x{width} pixels; "
-                    f"it must be at most {min(height, width)}."
-                )
-            images = erase_hole(images, draw(height - self.hole), draw(width - self.hole), self.hole)
-        return images
+    def _check_size(self, height: int, width: int) -> None:
+        if self.hole > min(height, width):
+            raise ValueError(
+                f"hole={self.hole} is larger than the images of {height}x{width} pixels; "
+                f"it must be at most {min(height, width)}."
+            )
 
 
 PUBLISHED = Augmentation(padding=4, flip=0.5, hole=8)  # pad to 40, crop 32, flip, one 8x8 hole on every image

@@ -33,6 +33,8 @@ PRESETS: dict[str, dict] = {
     "B/16": {"image_size": 224, "patch_bias": True},
 }
 
+POOLINGS = ("cls", "mean")  # what the classifier sees: the CLS token, or the mean of all patch tokens
+
 
 def create_model(preset: str, num_classes: int, **overrides) -> "ViTModel":
     """A freshly initialised model of a named size.
@@ -163,19 +165,38 @@ class SelfAttention(nn.Module):
         """``[B, T, D]`` to ``[B, T, D]`` and, where asked for, the attention weights ``[B, H, T, T]``.
 
         Row i of a weight matrix says how much token i takes from every token; each row sums to 1. Without
-        ``need_weights`` PyTorch's fused kernel computes the same output and never stores the weights.
+        ``need_weights`` PyTorch's fused kernel computes the same output and never stores the weights; on a CPU in
+        bfloat16 that kernel is several times slower than the lines written out (benchmarks/throughput.py), so there
+        they are taken.
         """
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # [B, T, 3, H, K]
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, K]
         drop = self.drop if self.training else 0.0
-        if need_weights:
+        slow_kernel = query.dtype == torch.bfloat16 and query.device.type == "cpu"
+        if need_weights or slow_kernel:
             scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])  # [B, H, T, T]
             weights = scores.softmax(dim=-1)  # over the keys: each query's weights sum to 1
             mixed = F.dropout(weights, drop) @ value
         else:
-            weights = None
             mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=drop)
-        return self.output(mixed.transpose(1, 2).flatten(2)), weights  # heads side by side again: [B, T, D]
+        output = self.output(mixed.transpose(1, 2).flatten(2))  # heads side by side again: [B, T, D]
+        return output, weights if need_weights else None
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016, arXiv:1603.09382): in training, what a branch adds is left out for a random
+    ``probability`` of the images, and scaled up for the others, so that its mean stays the same."""
+
+    def __init__(self, probability: float):
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, T, D]`` to the same shape."""
+        if not self.training or self.probability == 0:
+            return x
+        kept = 1 - self.probability
+        return x * torch.empty(len(x), 1, 1, dtype=x.dtype, device=x.device).bernoulli_(kept) / kept
 
 
 class EncoderBlock(nn.Module):
@@ -186,7 +207,10 @@ class EncoderBlock(nn.Module):
     by default in ``nn.TransformerEncoderLayer``), which is what the published small system does.
     """
 
-    def __init__(self, em_dim: int, num_heads: int, ff_dim: int, drop: float = 0.0, norm_first: bool = True):
+    def __init__(
+        self, em_dim: int, num_heads: int, ff_dim: int, drop: float = 0.0, norm_first: bool = True,
+        drop_path: float = 0.0,
+    ):  # fmt: skip
         super().__init__()
         # the ViT paper's code uses 1e-6; the published post-norm system PyTorch's default
         eps = 1e-6 if norm_first else 1e-5
@@ -195,7 +219,7 @@ class EncoderBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(em_dim, ff_dim), nn.GELU(), nn.Dropout(drop), nn.Linear(ff_dim, em_dim))
         self.norm1 = nn.LayerNorm(em_dim, eps=eps)
         self.norm2 = nn.LayerNorm(em_dim, eps=eps)
-        self.dropout = nn.Dropout(drop)
+        self.dropout = nn.Sequential(nn.Dropout(drop), DropPath(drop_path))
 
     def forward(self, x: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
         """``[B, T, D]`` to ``[B, T, D]`` and the attention weights ``[B, H, T, T]`` (None unless asked for)."""
@@ -212,13 +236,14 @@ class ViTEncoder(nn.Module):
 
     def __init__(
         self, num_layers, image_size, patch_size, num_channels, em_dim, drop, num_heads, ff_dim,
-        norm_first=True, patch_bias=False,
+        norm_first=True, patch_bias=False, drop_path=0.0,
     ):  # fmt: skip
         super().__init__()
         self.embedding = ViTEmbeddings(image_size, patch_size, num_channels, em_dim, drop, patch_bias)
         # each block is built and initialised on its own: nn.TransformerEncoder copies one, so that all start equal
         self.encoder = nn.ModuleList(
-            EncoderBlock(em_dim, num_heads, ff_dim, drop, norm_first) for _ in range(num_layers)
+            EncoderBlock(em_dim, num_heads, ff_dim, drop, norm_first, drop_path * depth / max(1, num_layers - 1))
+            for depth in range(num_layers)  # the deeper, the more often left out: from 0 to drop_path
         )
         self.layernorm = nn.LayerNorm(em_dim, eps=1e-6)
 
@@ -245,6 +270,8 @@ class ViTModel(nn.Module):
         ff_dim: hidden width of the MLP in each block.
         norm_first: True for pre-norm (the paper), False for post-norm (the published small system).
         patch_bias: whether the patch embedding has a bias; the official weights have one.
+        drop_path: probability of leaving out a branch of the last block; it rises from 0 at the first.
+        pooling: what the classifier sees: "cls", the CLS token (the paper), or "mean", the mean of all patch tokens.
 
     Raises:
         ValueError: one sentence, for a configuration that cannot be built or images that do not fit it.
@@ -263,6 +290,8 @@ class ViTModel(nn.Module):
         ff_dim: int = 3072,
         norm_first: bool = True,
         patch_bias: bool = False,
+        drop_path: float = 0.0,
+        pooling: str = "cls",
     ):
         super().__init__()
         self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
@@ -278,14 +307,21 @@ class ViTModel(nn.Module):
             ff_dim,
             norm_first,
             patch_bias,
+            drop_path,
         )
+        self.pooling = pooling
         self.linear_classifier = nn.Linear(em_dim, num_classes)
         self.apply(_initialise)
         nn.init.trunc_normal_(self.linear_classifier.weight, std=0.02)  # nearly equal logits, so a first loss near ln C
 
     def forward(self, images: Tensor) -> Tensor:
         """``[B, C, S, S]`` normalised images to logits ``[B, num_classes]``."""
-        tokens = self.vit_encoder(images)
+        return self.classify(self.vit_encoder(images))
+
+    def classify(self, tokens: Tensor) -> Tensor:
+        """Normalised tokens ``[B, T, D]`` to logits ``[B, num_classes]``."""
+        if self.pooling == "mean":
+            return self.linear_classifier(tokens[:, 1:].mean(1))
         return self.linear_classifier(tokens[:, 0])  # the CLS token speaks for the image (the paper's equation 4)
 
     def intermediates(self, images: Tensor) -> dict[str, Tensor]:
@@ -308,7 +344,7 @@ class ViTModel(nn.Module):
             "tokens": torch.stack(tokens),
             "attention": torch.stack(attention),
             "encoded": encoded,
-            "logits": self.linear_classifier(encoded[:, 0]),
+            "logits": self.classify(encoded),
         }
 
 
@@ -332,8 +368,13 @@ def _check_configuration(config: dict) -> None:
         if name in ("norm_first", "patch_bias"):
             if not isinstance(value, bool):
                 raise ValueError(f"{name}={value!r} is not allowed; give True or False.")
-        elif name == "drop":
+        elif name == "pooling":
+            if value not in POOLINGS:
+                raise ValueError(f"pooling={value!r} is not known; choose {' or '.join(POOLINGS)}.")
+        elif name in ("drop", "drop_path"):
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-                raise ValueError(f"drop={value!r} is not a probability; give a number from 0 up to, not including, 1.")
+                raise ValueError(
+                    f"{name}={value!r} is not a probability; give a number from 0 up to, not including, 1."
+                )
         elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r} is not allowed; give a whole number of at least 1.")

@@ -1,90 +1,29 @@
-"""Training: one loop, two recipes, and the two stages of the course, pretraining and fine-tuning."""
+"""Training: one loop, and the two stages of the course, pretraining and fine-tuning."""
 
+import copy
 import json
 import math
+import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from .augment import CIFAR10_MEAN, CIFAR10_STD, PUBLISHED, Augmentation, normalise
-from .checkpoint import Card, save_checkpoint, transfer_encoder, unwrap, versions
+from .augment import normalise
+from .checkpoint import Card, ResumeFile, digest, save_checkpoint, transfer_encoder, unwrap, versions
 from .data import LabelledImages, channel_statistics, train_validation_split
+from .distributed import current_processes
 from .files import written_whole
 from .model import create_model
 from .progress import progress_bar
+from .recipes import FINETUNING, RECIPES, Recipe, build_optimizer, named_recipe, rate_factor
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a model is trained, apart from how long and on what.
-
-    Args:
-        optimizer: "sgd" or "adamw".
-        learning_rate: the highest rate of the schedule.
-        weight_decay: per step; with AdamW not applied to biases, norms, CLS and positions.
-        schedule: "constant", or "cosine" down to zero at the last step.
-        warmup: share of all steps in which the rate rises linearly from zero.
-        momentum: of SGD.
-        clip: largest norm of the gradient, or None.
-        label_smoothing: probability mass that the target spreads over all classes.
-        drop: dropout probability in the model.
-        head_rate: the classifier's learning rate as a multiple of the encoder's.
-        position_rate: the same for CLS and positions.
-        augmentation: what is done to training images.
-        statistics: (mean, std) to normalise with; None measures them on the training images.
-    """
-
-    optimizer: str
-    learning_rate: float
-    weight_decay: float
-    schedule: str = "constant"
-    warmup: float = 0.0
-    momentum: float = 0.9
-    clip: float | None = None
-    label_smoothing: float = 0.0
-    drop: float = 0.0
-    head_rate: float = 1.0
-    position_rate: float = 1.0
-    augmentation: Augmentation = Augmentation()
-    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
-
-
-# "published" is the small published system to the letter; "modern" is what the field has done since; "short" is for
-# runs of minutes: there a crop costs more than it gives, and positions have to leave their small start quickly.
-RECIPES = {
-    "published": Recipe(
-        optimizer="sgd",
-        learning_rate=0.01,
-        weight_decay=1e-4,
-        drop=0.1,
-        augmentation=PUBLISHED,
-        statistics=(CIFAR10_MEAN, CIFAR10_STD),
-    ),
-    "modern": Recipe(
-        optimizer="adamw",
-        learning_rate=1e-3,
-        weight_decay=0.05,
-        schedule="cosine",
-        warmup=0.05,
-        clip=1.0,
-        augmentation=Augmentation(padding=4, flip=0.5, hole=0),
-    ),
-}
-RECIPES["short"] = replace(
-    RECIPES["modern"], augmentation=Augmentation(padding=0, flip=0.5, hole=0), position_rate=15.0
-)
-# The pretrained encoder is to move little, its new head a lot.
-FINETUNING = {
-    "published": RECIPES["published"],
-    "modern": replace(RECIPES["modern"], learning_rate=5e-4, warmup=0.1, head_rate=10.0),
-    "short": replace(RECIPES["short"], warmup=0.1, head_rate=10.0, position_rate=1.0),
-}
+PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 @dataclass
@@ -141,6 +80,29 @@ def resolve_device(device: str = "auto") -> torch.device:
         raise ValueError(f"device={device!r} is not to be had on this machine; choose auto or cpu.") from error
 
 
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """How wide the matrix products of a training are: ``float32``, or ``bfloat16`` at half the width (autocast; the
+    weights stay float32); ``auto`` is bfloat16 on CUDA GPUs and float32 elsewhere.
+
+    Some CPUs are twice as fast in bfloat16, others many times slower: benchmarks/throughput.py tells which.
+
+    Raises:
+        ValueError: for any other word.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r} is not known; choose one of {', '.join(PRECISIONS)}.")
+    if precision == "auto":
+        return "bfloat16" if device.type == "cuda" else "float32"
+    return precision
+
+
+def hardware(device: torch.device) -> str:
+    """The processor that a training ran on, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {device.type}, {torch.get_num_threads()} threads"
+
+
 @torch.inference_mode()
 def predict(model: nn.Module, images: Tensor, card: Card, batch_size: int = 256) -> Tensor:
     """Logits ``[N, num_classes]``, float32 on the CPU, for uint8 images ``[N, C, H, W]``.
@@ -160,19 +122,22 @@ def predict(model: nn.Module, images: Tensor, card: Card, batch_size: int = 256)
 def evaluate(
     model: nn.Module, data: LabelledImages, card: Card, batch_size: int = 256, steps: int | None = None
 ) -> dict[str, float]:
-    """Mean cross-entropy ("loss") and top-1 accuracy as a share ("accuracy") over ``data``.
+    """Mean cross-entropy ("loss") and top-1 accuracy as a share ("accuracy") over ``data``, computed in float32.
 
     With ``steps``, only that many batches are looked at, evenly spread over the data, since folders come sorted by
-    class.
+    class. Where several processes train together, each looks at its share, and all of them must call this.
     """
     if steps is not None and steps * batch_size < len(data):
         data = data.subset(torch.linspace(0, len(data) - 1, steps * batch_size).long())
+    processes = current_processes()
+    data = data.subset(slice(processes.rank, None, processes.count))
     logits = predict(model, data.images, card, batch_size)
     labels = data.labels.cpu()
-    return {
-        "loss": F.cross_entropy(logits, labels).item(),
-        "accuracy": (logits.argmax(1) == labels).float().mean().item(),
-    }
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    sums = [losses.double().sum(), (logits.argmax(1) == labels).sum(), torch.tensor(len(data))]
+    sums = torch.stack([value.float() for value in sums]).to(next(model.parameters()).device)
+    loss, hits, seen = processes.total(sums).tolist()
+    return {"loss": loss / seen, "accuracy": hits / seen}
 
 
 def fit(
@@ -187,145 +152,257 @@ def fit(
     train_steps_per_epoch: int | None = None,
     eval_steps_per_epoch: int | None = None,
     seed: int = 0,
+    precision: str = "auto",
+    compile: bool = False,
     description: str = "training",
     progress: bool = True,
-    after_epoch: Callable[[History], None] = lambda history: None,
+    after_epoch: Callable[[nn.Module, History], None] = lambda model, history: None,
+    resume: ResumeFile | None = None,
 ) -> History:
-    """Train ``model`` in place and return what happened. The images are moved to the model's device and stay there.
+    """Train ``model`` in place and return what happened.
 
     Args:
         card: gives the normalisation.
         epochs: passes over the training images.
-        batch_size: images per optimiser step; the last batch of an epoch may be smaller.
+        batch_size: images per optimiser step, over all processes; the last batch of an epoch may be smaller.
         train_steps_per_epoch, eval_steps_per_epoch: at most so many batches per epoch; None for all.
         seed: decides the order of the images, the augmentation and dropout.
-        after_epoch: called after every epoch with the history so far; this is where files are written.
+        precision: see :func:`resolve_precision`.
+        compile: whether ``torch.compile`` translates the model first, which takes a minute and pays in long trainings.
+        after_epoch: called after every epoch with the model to keep and the history; files are written there.
+        resume: where to take up an interrupted training, if there was one, and what to keep up to date.
 
     Ctrl-C ends the training: the model keeps the weights it has, ``interrupted`` is set in the history, and the epoch
     that was cut short is not part of it.
 
     Raises:
-        ValueError: for arguments out of range.
+        ValueError: for arguments out of range, or a resume file that belongs to something else.
     """
     _check_lengths(locals(), "epochs", "batch_size", "train_steps_per_epoch", "eval_steps_per_epoch")
     if not len(train) or not len(validation):
         raise ValueError(
             f"{len(train)} training and {len(validation)} validation images are too few; give one of each."
         )
-    train = train.to(next(model.parameters()).device)
     steps = math.ceil(len(train) / batch_size)  # per epoch
     if train_steps_per_epoch is not None:
         steps = min(steps, train_steps_per_epoch)
-    optimizer = build_optimizer(model, recipe)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate_factor, recipe, total=epochs * steps))
-    generator = torch.Generator().manual_seed(seed)  # order and augmentation
-    torch.manual_seed(seed)  # dropout
-
-    def train_step(batch: Tensor) -> tuple[Tensor, Tensor, float]:
-        images = recipe.augmentation(train.images[batch], card.mean, card.std, generator)
-        rate = scheduler.get_last_lr()[0]
-        loss, correct = _optimise(model, images, train.labels[batch], recipe, optimizer)
-        scheduler.step()
-        return loss, correct, rate
-
-    history = History()
+    training = Training(model, card, recipe, epochs * steps, seed=seed, precision=precision, compile=compile)
+    if resume is not None:
+        training.take_up(resume)
+    if training.processes.count == 1:
+        train = train.to(training.device)  # all of it, once; of several processes each moves its share of every epoch
+    history = training.history
     try:
-        for epoch in range(1, epochs + 1):
-            batches = torch.randperm(len(train), generator=generator).split(batch_size)[:steps]
-            title = f"{description}, epoch {epoch}/{epochs}"
-            model.train()
-            with progress_bar(description=title, total=sum(map(len, batches)), unit=" images", show=progress) as bar:
-                step_records, record = _train_epoch(train_step, batches, bar)
-                score = evaluate(model, validation, card, batch_size, eval_steps_per_epoch)
+        for epoch in range(len(history.epochs) + 1, epochs + 1):
+            sizes, batches = training.epoch_batches(train, epoch, batch_size, steps)
+            with progress_bar(
+                description=f"{description}, epoch {epoch}/{epochs}",
+                total=sum(sizes),
+                unit=" images",
+                show=progress and training.processes.is_first,
+            ) as bar:
+                record = training.run_epoch(sizes, batches, bar, resume)
+                score = evaluate(training.kept, validation, card, batch_size, eval_steps_per_epoch)
                 record |= {f"validation_{name}": value for name, value in score.items()}
                 bar.set_postfix_str(
                     "loss {train_loss:.3f}, validation accuracy {validation_accuracy:.1%}".format(**record)
                 )
-            history.steps += [
-                {"step": step, "epoch": epoch, **values}
-                for step, values in enumerate(step_records, start=len(history.steps) + 1)
-            ]
             history.epochs.append({"epoch": epoch, "step": len(history.steps), **record})
-            after_epoch(history)
+            after_epoch(training.kept, history)
+            if resume is not None:
+                training.save(resume)
     except KeyboardInterrupt:
         history.interrupted = True
         print(f"Stopped by Ctrl-C in epoch {len(history.epochs) + 1}; the weights so far are kept.")
+    model.load_state_dict(training.kept.state_dict())
     return history
 
 
-def _optimise(model, images, labels, recipe: Recipe, optimizer) -> tuple[Tensor, Tensor]:
-    """One optimiser step. Returns the mean loss and the number of right answers, both still on the device."""
-    logits = model(images)
-    loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
-    optimizer.zero_grad()
-    loss.backward()
-    if recipe.clip is not None:
-        nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-    optimizer.step()
-    return loss.detach(), (logits.detach().argmax(1) == labels).sum()
+class Training:
+    """A training under way: everything that changes from step to step, so that it can be saved and taken up again.
 
+    Args:
+        model: is trained in place.
+        total_steps: length of the learning rate schedule.
+        card, recipe, seed, precision, compile: see :func:`fit`.
 
-def _train_epoch(train_step: Callable, batches: Sequence[Tensor], bar) -> tuple[list[dict], dict]:
-    """One pass over ``batches`` (index tensors): a record of each step, and the averages over the epoch.
-
-    Losses stay on the device until the end: reading one waits for the device, so that is done once a second at most.
+    Attributes:
+        kept: the model to evaluate and to keep: the one with averaged weights if the recipe asks for it.
+        history: what has happened up to the last whole epoch.
+        losses, hits, seconds: what has happened in the current epoch: the loss of each step and the number of right
+            answers, both only of this process's images, and the time since its start.
     """
-    started = shown = time.perf_counter()
-    losses, rates, correct, seen = [], [], 0, 0
-    for batch in batches:
-        loss, hits, rate = train_step(batch)
-        losses.append(loss)
-        rates.append(rate)
-        correct += hits
-        seen += len(batch)
-        bar.update(len(batch))
-        if time.perf_counter() - shown > 1:
-            shown = time.perf_counter()
-            bar.set_postfix_str(f"loss {loss.item():.3f}, accuracy {correct.item() / seen:.1%}", refresh=False)
-    losses = torch.stack(losses).tolist()
-    seconds = time.perf_counter() - started
-    records = [{"loss": loss, "learning_rate": rate} for loss, rate in zip(losses, rates, strict=True)]
-    return records, {
-        "train_loss": sum(loss * len(batch) for loss, batch in zip(losses, batches, strict=True)) / seen,
-        "train_accuracy": correct.item() / seen,
-        "seconds": seconds,
-        "images_per_second": seen / seconds,
-    }
+
+    def __init__(
+        self,
+        model: nn.Module,
+        card: Card,
+        recipe: Recipe,
+        total_steps: int,
+        *,
+        seed: int = 0,
+        precision: str = "auto",
+        compile: bool = False,
+    ):
+        self.model, self.card, self.recipe, self.total_steps, self.seed = model, card, recipe, total_steps, seed
+        self.device = next(model.parameters()).device
+        self.processes = current_processes()
+        self.autocast = resolve_precision(precision, self.device) == "bfloat16"
+        self.optimizer = build_optimizer(unwrap(model), recipe)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]  # the highest of the schedule
+        self.kept = copy.deepcopy(model) if recipe.average else model
+        self.forward = self.processes.parallel(torch.compile(model) if compile else model)
+        self.history = History()
+        self._begin_epoch()
+        torch.manual_seed(seed + self.processes.rank)  # dropout and drop path
+
+    def _begin_epoch(self) -> None:
+        self.losses: list[Tensor] = []
+        self.hits = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.seconds = 0.0
+
+    def epoch_batches(
+        self, train: LabelledImages, epoch: int, batch_size: int, steps: int
+    ) -> tuple[list[int], list[tuple[Tensor, Tensor, dict[str, Tensor]]]]:
+        """The images of one epoch in a random order that seed and epoch decide.
+
+        Returns:
+            the number of images in each step, over all processes; and per step what this process trains on, on the
+            device: uint8 images ``[B, C, H, W]``, labels ``[B]`` and the numbers drawn for their augmentation.
+        """
+        generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
+        order = torch.randperm(len(train), generator=generator)[: steps * batch_size]
+        drawn = self.recipe.augmentation.draw(len(order), *train.images.shape[-2:], generator)
+        batches = torch.arange(len(order)).split(batch_size)
+        shares = [self.processes.share(batch) for batch in batches]
+        mine = torch.cat(shares)
+        data = train.subset(order[mine].to(train.labels.device)).to(self.device)
+        lengths = [len(share) for share in shares]
+        numbers = {name: values[mine].to(self.device).split(lengths) for name, values in drawn.items()}
+        per_step = [{name: values[step] for name, values in numbers.items()} for step in range(len(lengths))]
+        images, labels = data.images.split(lengths), data.labels.split(lengths)
+        return [len(batch) for batch in batches], list(zip(images, labels, per_step, strict=True))
+
+    def run_epoch(self, sizes: list[int], batches: list, bar, resume: ResumeFile | None = None) -> dict:
+        """Train on what is left of an epoch, and move its steps to the history. Returns the averages over the epoch.
+
+        Losses stay on the device until the end: reading one waits for the device, so that is done once a second at
+        most.
+        """
+        self.model.train()
+        first = len(self.losses)
+        bar.update(sum(sizes[:first]))
+        seen = sum(len(labels) for _, labels, _ in batches[:first])  # by this process
+        resume_steps = 1 if self.processes.count == 1 else 20
+        shown = time.perf_counter()
+        started = shown - self.seconds
+        for step in range(first, len(sizes)):
+            self.step(*batches[step], sizes[step])
+            seen += len(batches[step][1])
+            bar.update(sizes[step])
+            now = time.perf_counter()
+            self.seconds = now - started
+            if now - shown > 1 and not bar.disable:
+                shown = now
+                accuracy = self.hits.item() / max(1, seen)
+                bar.set_postfix_str(f"loss {self.losses[-1].item():.3f}, accuracy {accuracy:.1%}", refresh=False)
+            # processes ask each other seldom: it makes them wait
+            if resume is not None and step % resume_steps == 0 and self.processes.from_first(resume.is_due):
+                self.save(resume)
+        losses = self.processes.total(torch.stack(self.losses)).tolist()
+        hits = self.processes.total(self.hits).item()
+        seconds = time.perf_counter() - started
+        done, epoch = len(self.history.steps), len(self.history.epochs) + 1
+        self.history.steps += [
+            {"step": done + i + 1, "epoch": epoch, "loss": loss, "learning_rate": self.rate(done + i)}
+            for i, loss in enumerate(losses)
+        ]
+        self._begin_epoch()
+        return {
+            "train_loss": sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / sum(sizes),
+            "train_accuracy": hits / sum(sizes),
+            "seconds": seconds,
+            "images_per_second": sum(sizes) / seconds,
+        }
+
+    def step(self, images: Tensor, labels: Tensor, drawn: dict[str, Tensor], batch_size: int) -> None:
+        """One optimiser step on this process's part of a batch of ``batch_size`` images."""
+        step = len(self.history.steps) + len(self.losses)
+        factor = rate_factor(self.recipe, step, self.total_steps)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        images = self.recipe.augmentation.apply(images, drawn, self.card.mean, self.card.std)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            logits = self.forward(images)
+        logits = logits.float()
+        smoothing = self.recipe.label_smoothing
+        loss = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum") / batch_size
+        self.optimizer.zero_grad()
+        (loss * self.processes.count).backward()  # the processes' gradients are averaged, the loss is a sum
+        if self.recipe.clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        self.optimizer.step()
+        self._update_average(step)
+        self.losses.append(loss.detach())
+        self.hits += (logits.detach().argmax(1) == labels).sum()
+
+    def rate(self, step: int) -> float:
+        """The learning rate of optimiser step ``step``, from 0, without the factors for some layers."""
+        return self.recipe.learning_rate * rate_factor(self.recipe, step, self.total_steps)
+
+    def _update_average(self, step: int) -> None:
+        if self.recipe.average:
+            # the first weights are random: they are forgotten quickly, and in short trainings altogether
+            decay = min(self.recipe.average, (1 + step) / (10 + step))
+            get_ema_multi_avg_fn(decay)(list(self.kept.parameters()), list(self.model.parameters()), None)
+
+    def save(self, resume: ResumeFile) -> None:
+        """Write all that is needed to go on from here exactly; every process must call this."""
+        losses = self.processes.total(torch.stack(self.losses)) if self.losses else torch.zeros(0)
+        hits = self.processes.total(self.hits)
+        random_states = self.processes.gather(_random_states(self.device))
+        if self.processes.is_first:
+            resume.save(
+                {
+                    "model": unwrap(self.model).state_dict(),
+                    "kept": unwrap(self.kept).state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "history": asdict(self.history),
+                    "losses": losses,
+                    "hits": hits,
+                    "seconds": self.seconds,
+                    "random_states": random_states,
+                }
+            )
+
+    def take_up(self, resume: ResumeFile) -> None:
+        """Go on where ``resume`` says, if it says anything; every process must call this."""
+        state = self.processes.from_first(resume.load() if self.processes.is_first else None)
+        if state is None:
+            return
+        unwrap(self.model).load_state_dict(state["model"])
+        unwrap(self.kept).load_state_dict(state["kept"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.history = History(**state["history"])
+        # what was summed over the processes is counted once, by the first
+        counted = 1 if self.processes.is_first else 0
+        self.losses = list((counted * state["losses"]).to(self.device).unbind())
+        self.hits = (counted * state["hits"]).to(self.device)
+        self.seconds = state["seconds"]
+        _set_random_states(state["random_states"][self.processes.rank], self.device)
 
 
-def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimiser over all parameters that are to be trained.
-
-    AdamW decays the weights of linear layers and convolutions only: biases, norms, CLS and positions have no scale
-    that decay could keep small without harm. SGD decays everything, as the published system does.
-    """
-    groups: dict[tuple[float, float], list] = {}
-    for name, parameter in unwrap(model).named_parameters():
-        if not parameter.requires_grad:
-            continue
-        is_position = name.endswith(("cls_token", "position_embedding"))
-        decays = recipe.optimizer == "sgd" or (parameter.ndim > 1 and not is_position)
-        factor = recipe.position_rate if is_position else recipe.head_rate if "classifier" in name else 1.0
-        group = recipe.learning_rate * factor, recipe.weight_decay if decays else 0.0
-        groups.setdefault(group, []).append(parameter)
-    groups = [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=recipe.momentum, fused=True)
-    if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(groups, fused=True)
-    raise ValueError(f"optimizer={recipe.optimizer!r} is not known; choose sgd or adamw.")
+def _random_states(device: torch.device) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
 
 
-def rate_factor(recipe: Recipe, step: int, total: int) -> float:
-    """The share of the highest learning rate to use in optimiser step ``step`` (from 0) of ``total``."""
-    warmup = round(recipe.warmup * total)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    if recipe.schedule == "constant":
-        return 1.0
-    if recipe.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-    raise ValueError(f"schedule={recipe.schedule!r} is not known; choose constant or cosine.")
+def _set_random_states(states: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def pretrain(
@@ -334,6 +411,7 @@ def pretrain(
     *,
     recipe: str | Recipe = "modern",
     norm_first: bool = True,
+    pooling: str = "cls",
     pretrain_epochs: int = 100,
     batch_size: int = 128,
     train_steps_per_epoch: int | None = None,
@@ -341,7 +419,10 @@ def pretrain(
     validation_fraction: float = 0.1,
     seed: int = 0,
     device: str = "auto",
+    precision: str = "auto",
+    compile: bool = False,
     run_dir: str | Path | None = None,
+    resume: bool = False,
     source: str | None = None,
     progress: bool = True,
 ) -> Trained:
@@ -352,17 +433,21 @@ def pretrain(
         preset: a key of ``vitlib.model.PRESETS``.
         recipe: a key of ``RECIPES``, or a recipe of your own.
         norm_first: False for post-norm blocks, as in the published system.
-        pretrain_epochs, batch_size, train_steps_per_epoch, eval_steps_per_epoch, seed: see :func:`fit`.
+        pooling: what the classifier sees, "cls" or "mean"; see :class:`vitlib.model.ViTModel`.
+        pretrain_epochs, batch_size, train_steps_per_epoch, eval_steps_per_epoch, seed, precision, compile: see
+            :func:`fit`.
         validation_fraction: share of ``train`` that is never trained on.
         device: see :func:`resolve_device`.
         run_dir: where to write ``pretrained.safetensors`` (last weights), ``pretrained-best.safetensors`` (best by
             validation accuracy) and ``pretrained-history.json`` after every epoch; None to write nothing.
+        resume: True keeps ``pretrained-resume.pt`` in ``run_dir`` too, and takes up what an interrupted call with the
+            same arguments left there; the weights end up the same to the last bit.
         source: name of the data set, for the record.
 
     Raises:
-        ValueError: for arguments out of range.
+        ValueError: for arguments out of range, or a resume file of another training.
     """
-    recipe = _named_recipe(recipe, RECIPES)
+    recipe = named_recipe(recipe, RECIPES)
     mean, std = recipe.statistics or channel_statistics(train.images)
     torch.manual_seed(seed)  # initialisation
     model = create_model(
@@ -372,12 +457,15 @@ def pretrain(
         num_channels=train.images.shape[1],
         norm_first=norm_first,
         drop=recipe.drop,
+        drop_path=recipe.drop_path,
+        pooling=pooling,
     )
     card = Card(train.classes, mean, std, preset, {"stage": "pretraining", "source": source})
     lengths = {"train_steps_per_epoch": train_steps_per_epoch, "eval_steps_per_epoch": eval_steps_per_epoch}
     return _train_stage(
-        "pretrained", model, train, card, recipe, validation_fraction, device, run_dir,
-        epochs=pretrain_epochs, batch_size=batch_size, **lengths, seed=seed, progress=progress,
+        "pretrained", model, train, card, recipe, validation_fraction, device, run_dir, resume,
+        epochs=pretrain_epochs, batch_size=batch_size, **lengths, seed=seed, precision=precision, compile=compile,
+        progress=progress,
     )  # fmt: skip
 
 
@@ -395,7 +483,10 @@ def finetune(
     validation_fraction: float = 0.1,
     seed: int = 0,
     device: str = "auto",
+    precision: str = "auto",
+    compile: bool = False,
     run_dir: str | Path | None = None,
+    resume: bool = False,
     source: str | None = None,
     description: str = "fine-tuning",
     progress: bool = True,
@@ -409,54 +500,79 @@ def finetune(
         train: the downstream training images, of the upstream images' size.
         recipe: a key of ``FINETUNING``, or a recipe of your own.
         freeze_encoder: True trains the head alone (a linear probe).
-        finetune_epochs, batch_size, train_steps_per_epoch, eval_steps_per_epoch, seed: see :func:`fit`.
-        run_dir: as in :func:`pretrain`, with ``finetuned`` in the names.
+        finetune_epochs, batch_size, train_steps_per_epoch, eval_steps_per_epoch, seed, precision, compile: see
+            :func:`fit`.
+        run_dir, resume: as in :func:`pretrain`, with ``finetuned`` in the names.
 
     Raises:
         ValueError: for arguments out of range, images of another size, or a model that holds no ViT.
     """
-    recipe = _named_recipe(recipe, FINETUNING)
-    model = transfer_encoder(pretrained, len(train.classes), drop=recipe.drop)
+    recipe = named_recipe(recipe, FINETUNING)
+    model = transfer_encoder(pretrained, len(train.classes), drop=recipe.drop, drop_path=recipe.drop_path)
     model.vit_encoder.requires_grad_(not freeze_encoder)
     record = {"stage": "linear probe" if freeze_encoder else "fine-tuning", "source": source, "upstream": card.record}
     card = Card(train.classes, card.mean, card.std, card.preset, record)
     lengths = {"train_steps_per_epoch": train_steps_per_epoch, "eval_steps_per_epoch": eval_steps_per_epoch}
     return _train_stage(
-        "finetuned", model, train, card, recipe, validation_fraction, device, run_dir,
-        epochs=finetune_epochs, batch_size=batch_size, **lengths, seed=seed, description=description, progress=progress,
+        "finetuned", model, train, card, recipe, validation_fraction, device, run_dir, resume,
+        epochs=finetune_epochs, batch_size=batch_size, **lengths, seed=seed, precision=precision, compile=compile,
+        description=description, progress=progress,
     )  # fmt: skip
 
 
-def _train_stage(name, model, train, card, recipe, validation_fraction, device, run_dir, **fit_arguments) -> Trained:
+def record_test(trained: Trained, test: LabelledImages, source: str, checkpoint: str | Path | None = None) -> Trained:
+    """Score the final weights on the test split, once, and write the result into their card.
+
+    Args:
+        source: name of the test set, for the record: CIFAR and ciFAIR differ by some points.
+        checkpoint: the file to write the card to as well, together with the weights.
+
+    Returns:
+        ``trained`` with ``test`` in its card's record: source, images, loss, accuracy.
+    """
+    score = evaluate(trained.model, test, trained.card)
+    result = {"source": f"{source}, test split", "images": len(test), **score}
+    card = replace(trained.card, record=trained.card.record | {"test": result})
+    if checkpoint is not None and current_processes().is_first:
+        save_checkpoint(checkpoint, trained.model, card)
+    return replace(trained, card=card)
+
+
+def _train_stage(
+    name, model, train, card, recipe, validation_fraction, device, run_dir, resume, **fit_arguments
+) -> Trained:
     """What both stages share: split, train, keep the files in step with the training."""
-    train, validation = train_validation_split(train, validation_fraction, fit_arguments["seed"])
-    model = model.to(resolve_device(device))
+    if resume and run_dir is None:
+        raise ValueError("resume=True needs a run_dir; name the folder that the training is kept in.")
+    device = resolve_device(device)
     settings = {key: value for key, value in fit_arguments.items() if key not in ("description", "progress")}
+    settings |= {"precision": resolve_precision(fit_arguments["precision"], device), "recipe": asdict(recipe)}
+    settings |= {"validation_fraction": validation_fraction, "processes": current_processes().count}
+    resume_file = None
+    if resume:
+        identity = {"config": model.config, "images": digest(train.images, train.labels), "device": device.type}
+        start = digest(*model.state_dict().values())
+        resume_file = ResumeFile(Path(run_dir) / f"{name}-resume.pt", settings | identity | {"start": start})
+    train, validation = train_validation_split(train, validation_fraction, fit_arguments["seed"])
+    model = model.to(device)
 
     def described(history: History) -> Card:
-        record = {"recipe": asdict(recipe), **settings, "epochs_run": history.epochs, "versions": versions()}
-        return replace(card, record=card.record | record)
+        sizes = {"train_images": len(train), "validation_images": len(validation)}
+        record = {**settings, **sizes, "epochs_run": history.epochs, "hardware": hardware(device)}
+        return replace(card, record=card.record | record | {"versions": versions()})
 
-    def save(history: History) -> None:
-        if run_dir is None:
+    def save(model: nn.Module, history: History) -> None:
+        if run_dir is None or not current_processes().is_first:
             return
         save_checkpoint(Path(run_dir) / f"{name}.safetensors", model, described(history))
         history.save(Path(run_dir) / f"{name}-history.json")
         if history.epochs and history.best is history.epochs[-1]:
             save_checkpoint(Path(run_dir) / f"{name}-best.safetensors", model, described(history))
 
-    history = fit(model, train, validation, card, recipe, after_epoch=save, **fit_arguments)
+    history = fit(model, train, validation, card, recipe, after_epoch=save, resume=resume_file, **fit_arguments)
     if history.interrupted:
-        save(history)
+        save(model, history)
     return Trained(model.eval(), described(history), history)
-
-
-def _named_recipe(recipe: str | Recipe, known: dict[str, Recipe]) -> Recipe:
-    if isinstance(recipe, Recipe):
-        return recipe
-    if recipe not in known:
-        raise ValueError(f"recipe={recipe!r} is not known; choose one of {', '.join(known)}, or give a Recipe.")
-    return known[recipe]
 
 
 def _check_lengths(values: dict, *names: str) -> None:

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-import yaml
 
 from vitlib.data import check_source
-from vitlib.model import PRESETS
-from vitlib.train import RECIPES
+from vitlib.model import POOLINGS, PRESETS
+from vitlib.recipes import RECIPES
+from vitlib.train import PRECISIONS
 
 WORDS_FOR_NONE = ("None", "none", "null", "~")
 WORDS_FOR_BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -109,6 +109,8 @@ class Parameter:
         if self.type is bool:
             return WORDS_FOR_BOOLS.get(text.lower(), text)
         if self.type is object:
+            import yaml  # here, since training from the command line does without it
+
             return yaml.safe_load(text)
         try:
             return self.type(text)
@@ -134,13 +136,19 @@ PARAMETERS: dict[str, Parameter] = {
         # which model and training
         Parameter("preset", str, "size of the model", choices=tuple(PRESETS)),
         Parameter("norm_first", bool, "LayerNorm before each sublayer (the ViT paper) or after it"),
+        Parameter("pooling", str, "what the classifier sees: the CLS token or the patches' mean", choices=POOLINGS),
         Parameter("recipe", str, "optimiser, schedule and augmentation", choices=tuple(RECIPES)),
+        Parameter("precision", str, "bfloat16 halves matrix products; auto does on GPUs", choices=PRECISIONS),
+        Parameter("compile", bool, "let torch.compile translate the model first"),
+        Parameter("weights", str, "a shipped name, a checkpoint file, or random for a new encoder"),
+        Parameter("freeze_encoder", bool, "train the head alone (a linear probe)"),
         # the five of the published system
         Parameter("batch_size", int, "images per training step", 1, 65536),
         Parameter("pretrain_epochs", int, "passes over the upstream images", 1, 10_000),
         Parameter("finetune_epochs", int, "passes over the downstream images", 1, 10_000),
         Parameter("train_steps_per_epoch", int, "training steps per epoch; None for all images", 1, optional=True),
         Parameter("eval_steps_per_epoch", int, "batches per evaluation; None for all images", 1, optional=True),
+        Parameter("validation_fraction", float, "share of the training images to validate on", 0.001, 0.9),
         # how it is run
         Parameter("seed", int, "start of every random draw", 0, 2**32 - 1),
         Parameter("seeds", int, "repetitions of the comparison, each with its own seed", 1, 100),

@@ -1,0 +1,128 @@
+"""The training commands, ``python -m vitlib pretrain`` and ``finetune``: the notebooks' parameters as options.
+
+They are also what ``torchrun`` starts, and import only torch, torchvision, tqdm, click and safetensors and what these
+bring along, so that they run on machines that have nothing else.
+"""
+
+import sys
+from pathlib import Path
+
+import click
+import torch
+
+from vitlib.checkpoint import Card, load_checkpoint, load_pretrained
+from vitlib.course.parameters import PARAMETERS, Parameter
+from vitlib.data import LabelledImages, channel_statistics, load_images
+from vitlib.distributed import current_processes, join_processes, leave_processes
+from vitlib.model import PRESETS, ViTModel, create_model
+from vitlib.recipes import FINETUNING, RECIPES
+from vitlib.train import Trained, finetune, pretrain, record_test
+
+DATA = {"data_dir": None, "image_size": None}
+TRAINING = {
+    "batch_size": 128,
+    "train_steps_per_epoch": None,
+    "eval_steps_per_epoch": None,
+    "validation_fraction": 0.1,
+    "seed": 0,
+    "device": "auto",
+    "precision": "auto",
+    "compile": False,
+}
+
+
+def course_options(**defaults: object):
+    """Options for a command: the notebooks' parameters of these names, with these defaults. They are checked as the
+    notebooks check them, with the same sentences."""
+
+    def convert(parameter: Parameter):
+        def converted(context, option, text):
+            value = parameter.parse(text) if isinstance(text, str) else text
+            parameter.check(value)
+            return value
+
+        return converted
+
+    def decorate(command):
+        for name, default in reversed(defaults.items()):
+            parameter = PARAMETERS[name]
+            help = f"{parameter.help} [{'|'.join(parameter.choices) or parameter.type.__name__}, default {default}]"
+            flag = f"--{name.replace('_', '-')}"
+            command = click.option(flag, name, metavar="", default=default, callback=convert(parameter), help=help)(
+                command
+            )
+        return command
+
+    return decorate
+
+
+@click.command("pretrain")
+@course_options(
+    upstream="cifair100", preset="small", recipe="modern", norm_first=True, pooling="cls", pretrain_epochs=100,
+    **TRAINING, **DATA, run_dir="runs/pretrain",
+)  # fmt: skip
+def pretrain_command(upstream, preset, run_dir, data_dir, image_size, **options) -> None:
+    """Train a new model and score its last weights on the test split, once.
+
+    RUN_DIR gets pretrained.safetensors with the record of the run, pretrained-history.json and the file from which
+    the same command, called again, takes an interrupted training up.
+    """
+    options["device"] = join_processes(options["device"])
+    train, test = _splits(upstream, data_dir, image_size or PRESETS[preset]["image_size"])
+    trained = pretrain(train, preset, run_dir=run_dir, resume=True, source=upstream, **options)
+    _finish(trained, test, upstream, Path(run_dir) / "pretrained.safetensors")
+
+
+@click.command("finetune")
+@course_options(
+    downstream="cifair10", weights="cifar100-small", recipe="modern", freeze_encoder=False, finetune_epochs=1,
+    **TRAINING, **DATA, run_dir="runs/finetune",
+)  # fmt: skip
+def finetune_command(downstream, weights, run_dir, data_dir, image_size, recipe, **options) -> None:
+    """Move the encoder of WEIGHTS to other images, train it there and score it on their test split, once.
+
+    With --weights random a new encoder of the small preset takes its place, trained from scratch as in pretraining:
+    the control. RUN_DIR gets finetuned.safetensors and what belongs to it.
+    """
+    options["device"] = join_processes(options["device"])
+    if weights == "random":
+        train, test = _splits(downstream, data_dir, image_size or PRESETS["small"]["image_size"])
+        model, card = _new_encoder(train, options["seed"])
+        recipe = (FINETUNING if options["freeze_encoder"] else RECIPES)[recipe]
+    else:
+        model, card = _load_weights(weights)
+        train, test = _splits(downstream, data_dir, image_size or model.config["image_size"])
+    trained = finetune(model, card, train, recipe=recipe, run_dir=run_dir, resume=True, source=downstream, **options)
+    _finish(trained, test, downstream, Path(run_dir) / "finetuned.safetensors")
+
+
+def _new_encoder(train: LabelledImages, seed: int) -> tuple[ViTModel, Card]:
+    torch.manual_seed(seed)
+    model = create_model("small", 1, image_size=train.images.shape[-1], num_channels=train.images.shape[1])
+    return model, Card(("none",), *channel_statistics(train.images), "small", {"stage": "random"})
+
+
+def _load_weights(weights: str) -> tuple[ViTModel, Card]:
+    is_file = weights.endswith(".safetensors") or Path(weights).exists()
+    return load_checkpoint(weights) if is_file else load_pretrained(weights)
+
+
+def _splits(source: str, data_dir, image_size: int) -> tuple[LabelledImages, LabelledImages]:
+    """Training and test images, and only the first process shows how they are loaded."""
+    options = {"data_dir": data_dir, "image_size": image_size, "progress": current_processes().is_first}
+    return load_images(source, "train", **options), load_images(source, "test", **options)
+
+
+def _finish(trained: Trained, test: LabelledImages, source: str, checkpoint: Path) -> None:
+    if trained.history.interrupted:
+        leave_processes()
+        sys.exit(130)
+    trained = record_test(trained, test, source, checkpoint)
+    if current_processes().is_first:
+        score, seconds = trained.card.record["test"], sum(epoch["seconds"] for epoch in trained.history.epochs)
+        click.echo(
+            f"{score['accuracy']:.2%} top-1 (loss {score['loss']:.3f}) on the {score['images']} test images of "
+            f"{source}, after {len(trained.history.epochs)} epochs and {seconds:.0f} s of training; "
+            f"the weights are in {checkpoint}."
+        )
+    leave_processes()

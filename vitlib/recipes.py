@@ -1,0 +1,155 @@
+"""How models are trained: the recipes of the course, and the optimiser and learning rates that follow from one."""
+
+import math
+import re
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from .augment import CIFAR10_MEAN, CIFAR10_STD, PUBLISHED, Augmentation
+from .model import ViTModel
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained, apart from how long and on what.
+
+    Args:
+        optimizer: "sgd" or "adamw".
+        learning_rate: the highest rate of the schedule.
+        weight_decay: per step; with AdamW not applied to biases, norms, CLS and positions.
+        schedule: "constant", or "cosine" down to zero at the last step.
+        warmup: share of all steps in which the rate rises linearly from zero.
+        momentum: of SGD.
+        clip: largest norm of the gradient, or None.
+        label_smoothing: probability mass that the target spreads over all classes.
+        drop: dropout probability in the model.
+        drop_path: probability of leaving out a branch of the last block (stochastic depth).
+        head_rate: the classifier's learning rate as a multiple of the encoder's.
+        position_rate: the same for CLS and positions.
+        layer_decay: factor on the learning rate from each block to the one below it; 1 for none.
+        average: decay of the moving average of the weights (EMA) that is evaluated and kept; 0 keeps the weights
+            themselves.
+        augmentation: what is done to training images.
+        statistics: (mean, std) to normalise with; None measures them on the training images.
+    """
+
+    optimizer: str
+    learning_rate: float
+    weight_decay: float
+    schedule: str = "constant"
+    warmup: float = 0.0
+    momentum: float = 0.9
+    clip: float | None = None
+    label_smoothing: float = 0.0
+    drop: float = 0.0
+    drop_path: float = 0.0
+    head_rate: float = 1.0
+    position_rate: float = 1.0
+    layer_decay: float = 1.0
+    average: float = 0.0
+    augmentation: Augmentation = Augmentation()
+    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+
+
+# "published" is the small published system to the letter; "modern" is what the field has done since; "short" is for
+# runs of minutes: there a crop costs more than it gives, and positions have to leave their small start quickly.
+RECIPES = {
+    "published": Recipe(
+        optimizer="sgd",
+        learning_rate=0.01,
+        weight_decay=1e-4,
+        drop=0.1,
+        augmentation=PUBLISHED,
+        statistics=(CIFAR10_MEAN, CIFAR10_STD),
+    ),
+    "modern": Recipe(
+        optimizer="adamw",
+        learning_rate=1e-3,
+        weight_decay=0.05,
+        schedule="cosine",
+        warmup=0.05,
+        clip=1.0,
+        label_smoothing=0.1,
+        position_rate=5.0,
+        average=0.999,
+        augmentation=Augmentation(padding=4, flip=0.5, hole=0),
+    ),
+}
+RECIPES["short"] = replace(
+    RECIPES["modern"],
+    augmentation=Augmentation(padding=0, flip=0.5, hole=0),
+    label_smoothing=0.0,
+    position_rate=15.0,
+    average=0.0,
+)
+# The pretrained encoder is to move little, its new head a lot.
+FINETUNING = {
+    "published": RECIPES["published"],
+    "modern": replace(
+        RECIPES["modern"],
+        learning_rate=5e-4,
+        warmup=0.1,
+        label_smoothing=0.0,
+        head_rate=10.0,
+        position_rate=1.0,
+        layer_decay=0.85,
+        average=0.98,
+    ),
+    "short": replace(RECIPES["short"], warmup=0.1, head_rate=10.0, position_rate=1.0),
+}
+
+
+def named_recipe(recipe: str | Recipe, known: dict[str, Recipe]) -> Recipe:
+    """A recipe by its name in ``known``; a recipe of one's own is given back. Raises ValueError for other names."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if recipe not in known:
+        raise ValueError(f"recipe={recipe!r} is not known; choose one of {', '.join(known)}, or give a Recipe.")
+    return known[recipe]
+
+
+def build_optimizer(model: ViTModel, recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's optimiser over all parameters that are to be trained.
+
+    AdamW decays the weights of linear layers and convolutions only: biases, norms, CLS and positions have no scale
+    that decay could keep small without harm. SGD decays everything, as the published system does.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_position = name.endswith(("cls_token", "position_embedding"))
+        decays = recipe.optimizer == "sgd" or (parameter.ndim > 1 and not is_position)
+        factor = recipe.position_rate if is_position else recipe.head_rate if "classifier" in name else 1.0
+        factor *= recipe.layer_decay ** _layers_above(name, len(model.vit_encoder.encoder))
+        group = recipe.learning_rate * factor, recipe.weight_decay if decays else 0.0
+        groups.setdefault(group, []).append(parameter)
+    groups = [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=recipe.momentum, fused=True)
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, fused=True)
+    raise ValueError(f"optimizer={recipe.optimizer!r} is not known; choose sgd or adamw.")
+
+
+def _layers_above(name: str, blocks: int) -> int:
+    """How many layers lie between a parameter and the logits: 0 for head and final norm, ``blocks`` + 1 for the
+    embeddings (Clark et al. 2020, arXiv:2003.10555, appendix B; BEiT's code counts the same way)."""
+    if "embedding" in name or "cls_token" in name:
+        return blocks + 1
+    block = re.search(r"encoder\.encoder\.(\d+)\.", name)
+    return blocks - int(block[1]) if block else 0
+
+
+def rate_factor(recipe: Recipe, step: int, total: int) -> float:
+    """The share of the highest learning rate to use in optimiser step ``step`` (from 0) of ``total``."""
+    warmup = round(recipe.warmup * total)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if recipe.schedule == "constant":
+        return 1.0
+    if recipe.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    raise ValueError(f"schedule={recipe.schedule!r} is not known; choose constant or cosine.")
