@@ -16,7 +16,7 @@ class Recipe:
     """How a model is trained, apart from how long and on what.
 
     Args:
-        optimizer: "sgd" or "adamw".
+        optimizer: "sgd", "adamw", or "muon" for the matrices of the blocks and AdamW for everything else.
         learning_rate: the highest rate of the schedule.
         weight_decay: per step; with AdamW not applied to biases, norms, CLS and positions.
         schedule: "constant", or "cosine" down to zero at the last step.
@@ -28,6 +28,7 @@ class Recipe:
         drop_path: probability of leaving out a branch of the last block (stochastic depth).
         head_rate: the classifier's learning rate as a multiple of the encoder's.
         position_rate: the same for CLS and positions.
+        matrix_rate: the same for the matrices of the blocks under Muon.
         layer_decay: factor on the learning rate from each block to the one below it; 1 for none.
         average: decay of the moving average of the weights (EMA) that is evaluated and kept; 0 keeps the weights
             themselves.
@@ -47,6 +48,7 @@ class Recipe:
     drop_path: float = 0.0
     head_rate: float = 1.0
     position_rate: float = 1.0
+    matrix_rate: float = 1.0
     layer_decay: float = 1.0
     average: float = 0.0
     augmentation: Augmentation = Augmentation()
@@ -77,6 +79,9 @@ RECIPES = {
         augmentation=Augmentation(padding=4, flip=0.5, hole=0),
     ),
 }
+# Muon (Jordan et al. 2024) makes every update of a matrix orthogonal. Per image it learns much faster than AdamW in
+# short trainings on photographs; its rate is scaled so that AdamW's rates fit (Liu et al. 2025, arXiv:2502.16982).
+RECIPES["muon"] = replace(RECIPES["modern"], optimizer="muon", matrix_rate=3.0, average=0.995)
 RECIPES["short"] = replace(
     RECIPES["modern"],
     augmentation=Augmentation(padding=0, flip=0.5, hole=0),
@@ -99,6 +104,7 @@ FINETUNING = {
     ),
     "short": replace(RECIPES["short"], warmup=0.1, head_rate=10.0, position_rate=1.0),
 }
+FINETUNING["muon"] = FINETUNING["modern"]  # what Muon has trained is fine-tuned as usual
 
 
 def named_recipe(recipe: str | Recipe, known: dict[str, Recipe]) -> Recipe:
@@ -110,28 +116,41 @@ def named_recipe(recipe: str | Recipe, known: dict[str, Recipe]) -> Recipe:
     return known[recipe]
 
 
-def build_optimizer(model: ViTModel, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimiser over all parameters that are to be trained.
+def build_optimizers(model: ViTModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """The recipe's optimiser over all parameters that are to be trained; for Muon two, that and AdamW.
 
-    AdamW decays the weights of linear layers and convolutions only: biases, norms, CLS and positions have no scale
-    that decay could keep small without harm. SGD decays everything, as the published system does.
+    AdamW and Muon decay the weights of linear layers and convolutions only: biases, norms, CLS and positions have no
+    scale that decay could keep small without harm. SGD decays everything, as the published system does.
     """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    if recipe.optimizer not in ("sgd", "adamw", "muon"):
+        raise ValueError(f"optimizer={recipe.optimizer!r} is not known; choose sgd, adamw or muon.")
+    matrices: dict[tuple[float, float], list[nn.Parameter]] = {}
+    others: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         is_position = name.endswith(("cls_token", "position_embedding"))
+        is_matrix = recipe.optimizer == "muon" and ".encoder." in name and parameter.ndim == 2
         decays = recipe.optimizer == "sgd" or (parameter.ndim > 1 and not is_position)
-        factor = recipe.position_rate if is_position else recipe.head_rate if "classifier" in name else 1.0
-        factor *= recipe.layer_decay ** _layers_above(name, len(model.vit_encoder.encoder))
+        factor = recipe.layer_decay ** _layers_above(name, len(model.vit_encoder.encoder))
+        if is_matrix:
+            factor *= recipe.matrix_rate
+        elif is_position:
+            factor *= recipe.position_rate
+        elif "classifier" in name:
+            factor *= recipe.head_rate
         group = recipe.learning_rate * factor, recipe.weight_decay if decays else 0.0
-        groups.setdefault(group, []).append(parameter)
-    groups = [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
+        (matrices if is_matrix else others).setdefault(group, []).append(parameter)
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=recipe.momentum, fused=True)
-    if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(groups, fused=True)
-    raise ValueError(f"optimizer={recipe.optimizer!r} is not known; choose sgd or adamw.")
+        return [torch.optim.SGD(_as_groups(others), momentum=recipe.momentum, fused=True)]
+    optimizers = [torch.optim.AdamW(_as_groups(others), fused=True)]
+    if matrices:
+        optimizers.append(torch.optim.Muon(_as_groups(matrices), adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
+def _as_groups(parameters: dict[tuple[float, float], list[nn.Parameter]]) -> list[dict]:
+    return [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in parameters.items()]
 
 
 def _layers_above(name: str, blocks: int) -> int:

@@ -21,7 +21,7 @@ from .distributed import current_processes
 from .files import written_whole
 from .model import create_model
 from .progress import progress_bar
-from .recipes import FINETUNING, RECIPES, Recipe, build_optimizer, named_recipe, rate_factor
+from .recipes import FINETUNING, RECIPES, Recipe, build_optimizers, named_recipe, rate_factor
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 
@@ -248,8 +248,9 @@ class Training:
         self.device = next(model.parameters()).device
         self.processes = current_processes()
         self.autocast = resolve_precision(precision, self.device) == "bfloat16"
-        self.optimizer = build_optimizer(unwrap(model), recipe)
-        self.rates = [group["lr"] for group in self.optimizer.param_groups]  # the highest of the schedule
+        self.optimizers = build_optimizers(unwrap(model), recipe)
+        self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        self.rates = [group["lr"] for group in self.groups]  # the highest of the schedule
         self.kept = copy.deepcopy(model) if recipe.average else model
         self.forward = self.processes.parallel(torch.compile(model) if compile else model)
         self.history = History()
@@ -329,7 +330,7 @@ class Training:
         """One optimiser step on this process's part of a batch of ``batch_size`` images."""
         step = len(self.history.steps) + len(self.losses)
         factor = rate_factor(self.recipe, step, self.total_steps)
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+        for group, rate in zip(self.groups, self.rates, strict=True):
             group["lr"] = rate * factor
         images = self.recipe.augmentation.apply(images, drawn, self.card.mean, self.card.std)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
@@ -337,11 +338,13 @@ class Training:
         logits = logits.float()
         smoothing = self.recipe.label_smoothing
         loss = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum") / batch_size
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         (loss * self.processes.count).backward()  # the processes' gradients are averaged, the loss is a sum
         if self.recipe.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self._update_average(step)
         self.losses.append(loss.detach())
         self.hits += (logits.detach().argmax(1) == labels).sum()
@@ -366,7 +369,7 @@ class Training:
                 {
                     "model": unwrap(self.model).state_dict(),
                     "kept": unwrap(self.kept).state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
+                    "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                     "history": asdict(self.history),
                     "losses": losses,
                     "hits": hits,
@@ -382,7 +385,9 @@ class Training:
             return
         unwrap(self.model).load_state_dict(state["model"])
         unwrap(self.kept).load_state_dict(state["kept"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]  # new objects
         self.history = History(**state["history"])
         # what was summed over the processes is counted once, by the first
         counted = 1 if self.processes.is_first else 0
