@@ -4,10 +4,12 @@ safetensors files are read without running any code, unlike pickles. The card tr
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import platform
+import subprocess
 import time
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -44,9 +46,16 @@ class Card:
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
 
+@functools.cache
 def versions() -> dict[str, str]:
-    """Versions that a record of a run should name."""
-    return {"python": platform.python_version(), **{name: version(name) for name in ("torch", "vitlib")}}
+    """Versions that a record of a run should name; with the commit where vitlib runs out of a git checkout."""
+    named = {"python": platform.python_version(), **{name: version(name) for name in ("torch", "vitlib")}}
+    command = ["git", "-C", str(PRETRAINED), "describe", "--always", "--dirty", "--abbrev=10"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return named
+    return named | {"commit": commit}
 
 
 def unwrap(model: nn.Module) -> ViTModel:
@@ -136,6 +145,12 @@ def load_pretrained(name: str) -> tuple[ViTModel, Card]:
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != index[name]:
         raise ValueError(f"The weights {path.name} are missing or not the ones that shipped; install vitlib again.")
     return load_checkpoint(path)
+
+
+def load_weights(weights: str | Path) -> tuple[ViTModel, Card]:
+    """Weights by whatever names them: a file of :func:`save_checkpoint`, or a name of :func:`load_pretrained`."""
+    is_file = str(weights).endswith(".safetensors") or Path(weights).exists()
+    return load_checkpoint(weights) if is_file else load_pretrained(str(weights))
 
 
 def digest(*tensors: Tensor) -> str:

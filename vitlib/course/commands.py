@@ -4,13 +4,14 @@ They are also what ``torchrun`` starts, and import only torch, torchvision, tqdm
 bring along, so that they run on machines that have nothing else.
 """
 
+import shlex
 import sys
 from pathlib import Path
 
 import click
 import torch
 
-from vitlib.checkpoint import Card, load_checkpoint, load_pretrained
+from vitlib.checkpoint import Card, load_weights
 from vitlib.course.parameters import PARAMETERS, Parameter
 from vitlib.data import LabelledImages, channel_statistics, load_images
 from vitlib.distributed import current_processes, join_processes, leave_processes
@@ -90,7 +91,7 @@ def finetune_command(downstream, weights, run_dir, data_dir, image_size, recipe,
         model, card = _new_encoder(train, options["seed"])
         recipe = (FINETUNING if options["freeze_encoder"] else RECIPES)[recipe]
     else:
-        model, card = _load_weights(weights)
+        model, card = load_weights(weights)
         train, test = _splits(downstream, data_dir, image_size or model.config["image_size"])
     trained = finetune(model, card, train, recipe=recipe, run_dir=run_dir, resume=True, source=downstream, **options)
     _finish(trained, test, downstream, Path(run_dir) / "finetuned.safetensors")
@@ -100,11 +101,6 @@ def _new_encoder(train: LabelledImages, seed: int) -> tuple[ViTModel, Card]:
     torch.manual_seed(seed)
     model = create_model("small", 1, image_size=train.images.shape[-1], num_channels=train.images.shape[1])
     return model, Card(("none",), *channel_statistics(train.images), "small", {"stage": "random"})
-
-
-def _load_weights(weights: str) -> tuple[ViTModel, Card]:
-    is_file = weights.endswith(".safetensors") or Path(weights).exists()
-    return load_checkpoint(weights) if is_file else load_pretrained(weights)
 
 
 def _splits(source: str, data_dir, image_size: int) -> tuple[LabelledImages, LabelledImages]:
@@ -117,6 +113,7 @@ def _finish(trained: Trained, test: LabelledImages, source: str, checkpoint: Pat
     if trained.history.interrupted:
         leave_processes()
         sys.exit(130)
+    trained.card.record["command"] = shlex.join(["python", "-m", "vitlib", *sys.argv[1:]])
     trained = record_test(trained, test, source, checkpoint)
     if current_processes().is_first:
         score, seconds = trained.card.record["test"], sum(epoch["seconds"] for epoch in trained.history.epochs)

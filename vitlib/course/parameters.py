@@ -140,7 +140,7 @@ PARAMETERS: dict[str, Parameter] = {
         Parameter("recipe", str, "optimiser, schedule and augmentation", choices=tuple(RECIPES)),
         Parameter("precision", str, "bfloat16 halves matrix products; auto does on GPUs", choices=PRECISIONS),
         Parameter("compile", bool, "let torch.compile translate the model first"),
-        Parameter("weights", str, "a shipped name, a checkpoint file, or random for a new encoder"),
+        Parameter("weights", str, "where the encoder comes from: a shipped name or a checkpoint file", optional=True),
         Parameter("freeze_encoder", bool, "train the head alone (a linear probe)"),
         # the five of the published system
         Parameter("batch_size", int, "images per training step", 1, 65536),

@@ -1,11 +1,15 @@
-"""Makes a checkpoint one that ships with vitlib: float16, beside this script, its SHA-256 in index.json.
+"""Makes a checkpoint one that ships with vitlib: float16, beside this script, its SHA-256 in index.json and its record,
+the curve included, as JSON beside it.
 
-python vitlib/pretrained/ship.py runs/class/pretrained.safetensors shapes100-mini
+python vitlib/pretrained/ship.py runs/pretrain/pretrained.safetensors cifar100-small
+
+What the record should say beyond what training wrote follows as name=value.
 """
 
 import hashlib
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -14,18 +18,23 @@ from vitlib.checkpoint import PRETRAINED, load_checkpoint, save_checkpoint
 from vitlib.files import written_whole
 
 
-def ship(checkpoint: Path, name: str) -> None:
+def ship(checkpoint: Path, name: str, **remarks: str) -> None:
     model, card = load_checkpoint(checkpoint)
+    card.record.update(remarks)
     file = PRETRAINED / f"{name}.safetensors"
     save_checkpoint(file, model, card, torch.float16)
+    _write_json(PRETRAINED / f"{name}.json", asdict(card))
     index_file = PRETRAINED / "index.json"
     index = json.loads(index_file.read_text()) if index_file.exists() else {}
-    index[name] = hashlib.sha256(file.read_bytes()).hexdigest()
-    with written_whole(index_file) as temporary:
-        temporary.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    _write_json(index_file, index | {name: hashlib.sha256(file.read_bytes()).hexdigest()})
+
+
+def _write_json(path: Path, content: dict) -> None:
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    if len(sys.argv) < 3 or not all("=" in remark for remark in sys.argv[3:]):
         sys.exit(__doc__)
-    ship(Path(sys.argv[1]), sys.argv[2])
+    ship(Path(sys.argv[1]), sys.argv[2], **dict(remark.split("=", 1) for remark in sys.argv[3:]))
