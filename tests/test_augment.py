@@ -1,5 +1,7 @@
 """The augmentations against torchvision.transforms.v2 with the same drawn numbers, and the order of the pipeline."""
 
+import math
+
 import pytest
 import torch
 
@@ -9,12 +11,17 @@ from vitlib.augment import (
     PUBLISHED,
     Augmentation,
     crop_and_flip,
-    erase_hole,
+    erase,
+    mix_neighbours,
+    neighbours,
     normalise,
 )
 from vitlib.compat import import_torchvision
+from vitlib.randaugment import MAGNITUDES, Operation, draw_operations, operation_strengths, randaugment
 
 BATCH = 16
+STRONG = Augmentation(padding=4, flip=0.5, hole=8, randaugment=2, erase=0.5, mixing=0.5)
+CUT_OFF = {Operation.BRIGHTNESS, Operation.COLOR, Operation.CONTRAST, Operation.SHARPNESS}  # fractions are cut off
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +56,12 @@ def test_crop_and_flip_equals_torchvision_with_the_same_numbers(v2, images):
         assert torch.equal(result, v2.horizontal_flip(expected) if flip else expected)
 
 
-def test_erase_hole_equals_torchvision_with_the_same_numbers(v2, images):
+def test_erase_equals_torchvision_with_the_same_numbers(v2, images):
     x = normalise(images, CIFAR10_MEAN, CIFAR10_STD)
-    top, left = torch.randint(0, 25, (2, BATCH))
-    ours = erase_hole(x, top, left, size=8)
-    for image, row, column, result in zip(x, top, left, ours, strict=True):
-        assert torch.equal(result, v2.erase(image, row.item(), column.item(), 8, 8, torch.zeros(3, 8, 8)))
+    rectangles = torch.stack([torch.randint(0, end, (BATCH,)) for end in (20, 25, 13, 8)])  # top, left, height, width
+    ours = erase(x, *rectangles)
+    for image, (top, left, height, width), result in zip(x, rectangles.T.tolist(), ours, strict=True):
+        assert torch.equal(result, v2.erase(image, top, left, height, width, torch.zeros(3, height, width)))
 
 
 def test_published_pipeline_equals_its_steps_in_the_published_order(v2, images):
@@ -108,6 +115,218 @@ def test_no_augmentation_is_normalisation_alone(images):
     assert torch.equal(plain, normalise(images, CIFAR10_MEAN, CIFAR10_STD))
 
 
+def torchvision_operation(v2, image, operation, strength):
+    """One operation as torchvision.transforms.v2.RandAugment calls it."""
+
+    def affine(translate=(0, 0), shear=(0.0, 0.0), center=None):
+        degrees = [math.degrees(math.atan(number)) for number in shear]
+        return v2.affine(image, angle=0.0, translate=list(translate), scale=1.0, shear=degrees, center=center)
+
+    return {
+        Operation.IDENTITY: lambda: image,
+        Operation.SHEAR_X: lambda: affine(shear=(strength, 0.0), center=[0, 0]),
+        Operation.SHEAR_Y: lambda: affine(shear=(0.0, strength), center=[0, 0]),
+        Operation.TRANSLATE_X: lambda: affine(translate=(int(strength), 0)),
+        Operation.TRANSLATE_Y: lambda: affine(translate=(0, int(strength))),
+        Operation.ROTATE: lambda: v2.rotate(image, strength),
+        Operation.BRIGHTNESS: lambda: v2.adjust_brightness(image, 1 + strength),
+        Operation.COLOR: lambda: v2.adjust_saturation(image, 1 + strength),
+        Operation.CONTRAST: lambda: v2.adjust_contrast(image, 1 + strength),
+        Operation.SHARPNESS: lambda: v2.adjust_sharpness(image, 1 + strength),
+        Operation.POSTERIZE: lambda: v2.posterize(image, int(strength)),
+        Operation.SOLARIZE: lambda: v2.solarize(image, strength),
+        Operation.AUTO_CONTRAST: lambda: v2.autocontrast(image),
+        Operation.EQUALIZE: lambda: v2.equalize(image),
+    }[operation]()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("operation", Operation)
+def test_randaugment_equals_torchvision_with_the_same_numbers(v2, operation, channels):
+    """Every magnitude with both signs, on images of noise, of few grey levels, and of one."""
+    height, width = 20, 24
+    strengths = torch.stack([operation_strengths(m, height, width)[operation] for m in range(MAGNITUDES)])
+    signed = operation <= Operation.SHARPNESS
+    strengths = torch.cat([strengths, -strengths if signed else strengths])
+    images = torch.randint(0, 256, (len(strengths), channels, height, width), dtype=torch.uint8)
+    images[::5] = images[::5] // 64 * 37 + 20
+    images[::9] = images[::9, :, :1, :1]
+    ours = randaugment(images, torch.full((len(images),), operation), strengths)
+    theirs = [
+        torchvision_operation(v2, *pair) for pair in zip(images, [operation] * 62, strengths.tolist(), strict=True)
+    ]
+    difference = (ours.int() - torch.stack(theirs).int()).abs()
+    assert ours.dtype == torch.uint8
+    assert difference.max() <= (1 if operation in CUT_OFF else 0)
+    assert (difference > 0).float().mean() < 0.01
+
+
+def test_randaugment_has_the_operations_and_strengths_of_torchvision(v2):
+    from torchvision.transforms.v2 import RandAugment
+
+    space = RandAugment._AUGMENTATION_SPACE  # magnitudes and whether they are signed; there is no public list
+    assert [name.lower() for name in space] == [operation.name.replace("_", "").lower() for operation in Operation]
+    assert [signed for _, signed in space.values()] == [0 < operation <= Operation.SHARPNESS for operation in Operation]
+    for magnitude in range(MAGNITUDES):
+        ours = operation_strengths(magnitude, 32, 48).tolist()
+        for operation, (magnitudes, _) in zip(Operation, space.values(), strict=True):
+            levels = magnitudes(MAGNITUDES, 32, 48)
+            theirs = 0.0 if levels is None else levels[magnitude].item()
+            theirs = int(theirs) if operation in (Operation.TRANSLATE_X, Operation.TRANSLATE_Y) else theirs
+            theirs = theirs * 255 if operation == Operation.SOLARIZE else theirs
+            assert ours[operation] == pytest.approx(theirs, rel=1e-7)
+
+
+def test_randaugment_does_to_each_image_what_was_drawn_for_it(images):
+    operation = torch.arange(BATCH) % len(Operation)
+    strength = operation_strengths(9, 32, 32)[operation]
+    together = randaugment(images, operation, strength)
+    alone = [randaugment(images[i : i + 1], operation[i : i + 1], strength[i : i + 1]) for i in range(BATCH)]
+    assert torch.equal(together, torch.cat(alone))
+
+
+def test_operations_are_drawn_equally_often_and_half_of_the_signed_ones_are_negative():
+    operation, strength = draw_operations(7000, 2, 9, 32, 32, seeded())
+    assert operation.shape == strength.shape == (7000, 2)
+    assert (operation.flatten().bincount() / 1000).tolist() == pytest.approx([1] * 14, abs=0.15)
+    assert torch.equal(strength.abs(), operation_strengths(9, 32, 32)[operation])
+    signed = (operation > 0) & (operation <= Operation.SHARPNESS)
+    assert (strength[signed] < 0).float().mean().item() == pytest.approx(0.5, abs=0.03)
+    assert (strength[~signed] >= 0).all()
+
+
+def test_new_augmentations_leave_the_numbers_of_the_older_ones_as_they_are():
+    strong, published = (augmentation.draw(50, 32, 32, seeded()) for augmentation in (STRONG, PUBLISHED))
+    assert all(torch.equal(strong[name], numbers) for name, numbers in published.items())
+    assert list(strong)[:5] == list(published) == ["flipped", "top", "left", "hole_top", "hole_left"]
+    assert all(len(numbers) == 50 for numbers in strong.values())
+
+
+def test_strong_pipeline_equals_its_steps_in_their_order(images):
+    drawn = STRONG.draw(BATCH, 32, 32, seeded())
+    x = crop_and_flip(images, drawn["top"], drawn["left"], drawn["flipped"], padding=4)
+    x = randaugment(x, drawn["operation"][:, 0], drawn["strength"][:, 0])
+    x = randaugment(x, drawn["operation"][:, 1], drawn["strength"][:, 1])
+    x = normalise(x, CIFAR10_MEAN, CIFAR10_STD)
+    x = erase(x, drawn["hole_top"], drawn["hole_left"], torch.tensor([8] * BATCH), torch.tensor([8] * BATCH))
+    x = erase(x, drawn["erase_top"], drawn["erase_left"], drawn["erase_height"], drawn["erase_width"])
+    assert torch.equal(STRONG.apply(images, drawn, CIFAR10_MEAN, CIFAR10_STD), x)
+    assert torch.equal(STRONG(images, CIFAR10_MEAN, CIFAR10_STD, seeded()), x)
+
+
+def test_apply_and_mix_never_ask_the_device_for_a_value(images):
+    """Tensors on the meta device have no values: to read one, or to branch on one, raises."""
+    drawn = {name: numbers.to("meta") for name, numbers in STRONG.draw(BATCH, 32, 32, seeded()).items()}
+    augmented = STRONG.apply(images.to("meta"), drawn, CIFAR10_MEAN, CIFAR10_STD)
+    mixed, kept = STRONG.mix(augmented, drawn)
+    assert mixed.shape == images.shape and kept.shape == (BATCH,)
+
+
+def test_random_erasing_draws_areas_and_shapes_from_the_whole_range():
+    drawn = Augmentation(padding=0, flip=0, hole=0, erase=0.25).draw(20_000, 300, 300, seeded())
+    height, width = drawn["erase_height"].double(), drawn["erase_width"].double()
+    erased = height > 0
+    assert torch.equal(erased, width > 0)
+    assert erased.double().mean().item() == pytest.approx(0.25, abs=0.01)
+    area, ratio = (height * width)[erased] / 300**2, (height / width)[erased]
+    assert area.min().item() == pytest.approx(0.02, abs=0.002) and area.max().item() == pytest.approx(0.33, abs=0.005)
+    assert area.mean().item() == pytest.approx(0.175, abs=0.005)  # uniform
+    assert ratio.min().item() == pytest.approx(0.3, abs=0.01) and ratio.max().item() == pytest.approx(3.3, abs=0.1)
+    assert ratio.log().mean().item() == pytest.approx((math.log(0.3) + math.log(3.3)) / 2, abs=0.03)  # log-uniform
+    assert (drawn["erase_top"] + drawn["erase_height"] <= 300).all() and (drawn["erase_top"] >= 0).all()
+    assert (drawn["erase_top"] == 300 - drawn["erase_height"])[erased].any() and (drawn["erase_top"] == 0)[erased].any()
+
+
+def test_erased_rectangle_is_clipped_to_a_narrow_image():
+    augmentation = Augmentation(padding=0, flip=0, hole=0, erase=1.0)
+    drawn = augmentation.draw(500, 8, 64, seeded())
+    erased = augmentation.apply(torch.full((500, 3, 8, 64), 255, dtype=torch.uint8), drawn, (0.5,) * 3, (1.0,) * 3) == 0
+    assert drawn["erase_height"].max() == 8
+    assert torch.equal(erased.sum((1, 2, 3)), 3 * drawn["erase_height"] * drawn["erase_width"])
+
+
+def test_neighbours_are_pairs_and_a_last_odd_image_is_its_own():
+    assert neighbours(6).tolist() == [1, 0, 3, 2, 5, 4]
+    assert neighbours(5).tolist() == [1, 0, 3, 2, 4]
+    assert neighbours(1).tolist() == [0]
+
+
+def test_mixup_and_cutmix_take_their_share_of_the_neighbour():
+    x = torch.arange(1.0, 6.0)[:, None, None, None].expand(5, 3, 8, 10)
+    share = torch.tensor([0.25, 1.0, 1.0, 1.0, 0.5])
+    top, left, height, width = torch.tensor([[0] * 5, [0] * 5, [0, 0, 4, 0, 0], [0, 0, 6, 0, 0]])
+    top[2], left[2] = -1, 7  # 3 rows and 3 columns are inside
+    mixed, kept = mix_neighbours(x, share, top, left, height, width)
+    assert torch.equal(mixed[0], 0.25 * x[0] + 0.75 * x[1]) and torch.equal(mixed[1], x[1])
+    expected = x[2].clone()
+    expected[:, :3, 7:] = 4.0
+    assert torch.equal(mixed[2:], torch.stack([expected, x[3], x[4]]))  # the last has no partner
+    assert kept.tolist() == pytest.approx([0.25, 1.0, 1 - 9 / 80, 1.0, 1.0])
+
+
+def test_kept_is_the_share_of_own_content():
+    """In images of one value each, the mean of a mixed image says how much of either is in it."""
+    x = torch.arange(64.0)[:, None, None, None].expand(64, 3, 32, 32)
+    mixed, kept = STRONG.mix(x, STRONG.draw(64, 32, 32, seeded()))
+    own = torch.arange(64.0)
+    torch.testing.assert_close(mixed.mean((1, 2, 3)), kept * own + (1 - kept) * own[neighbours(64)])
+    assert 20 < (kept < 1).sum() < 44
+
+
+def test_mixing_draws_shares_from_the_beta_distributions():
+    count = 20_000
+    drawn = Augmentation(mixing=0.5, mixup=0.8, cutmix=1.0).draw(count, 400, 400, seeded())
+    mixup, cutmix = drawn["mix_share"] < 1, drawn["cut_height"] > 0
+    assert not (mixup & cutmix).any()
+    assert [kind.float().mean().item() for kind in (mixup, cutmix)] == pytest.approx([0.25] * 2, abs=0.015)
+    area = (drawn["cut_height"] * drawn["cut_width"])[cutmix] / 400**2
+    for shares, alpha in ((drawn["mix_share"][mixup], 0.8), (area, 1.0)):
+        assert shares.mean().item() == pytest.approx(0.5, abs=0.02)
+        assert shares.var().item() == pytest.approx(1 / (8 * alpha + 4), abs=0.005)
+    centre = (drawn["cut_top"] + drawn["cut_height"] // 2)[cutmix]
+    assert 0 <= centre.min() < 5 and 395 < centre.max() < 400
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_one_kind_of_mixing_alone(kind):
+    drawn = Augmentation(mixing=1.0, **{"mixup": 0.0, "cutmix": 0.0, kind: 1.0}).draw(200, 32, 32, seeded())
+    shared, cut = drawn["mix_share"] < 1, drawn["cut_height"] > 0
+    assert shared.all() and not cut.any() if kind == "mixup" else cut.sum() > 180 and not shared.any()
+
+
+def test_without_mixing_images_come_back_as_they_are(images):
+    x = normalise(images, CIFAR10_MEAN, CIFAR10_STD)
+    mixed, kept = PUBLISHED.mix(x, PUBLISHED.draw(BATCH, 32, 32, seeded()))
+    assert mixed is x and kept.tolist() == [1.0] * BATCH
+
+
+def test_all_numbers_come_from_the_generator_alone():
+    before = torch.get_rng_state()
+    first = STRONG.draw(50, 32, 32, seeded())
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(7)
+    again = STRONG.draw(50, 32, 32, seeded())
+    assert all(torch.equal(again[name], numbers) for name, numbers in first.items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"randaugment": -1}, "randaugment=-1.*give 0, 1"),
+        ({"randaugment": 2.0}, "randaugment=2.0.*give 0, 1"),
+        ({"magnitude": 31}, "magnitude=31.*from 0 to 30"),
+        ({"erase": 1.5}, "erase=1.5.*from 0 to 1"),
+        ({"mixing": -0.1}, "mixing=-0.1.*from 0 to 1"),
+        ({"mixup": -1.0}, "mixup=-1.0.*or 0 for none"),
+        ({"cutmix": math.inf}, "cutmix=inf.*or 0 for none"),
+        ({"mixing": 0.5, "mixup": 0.0, "cutmix": 0.0}, "mixing=0.5 needs mixup or cutmix"),
+    ],
+)
+def test_impossible_strong_settings_give_one_sentence(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Augmentation(**settings)
+
+
 def test_impossible_settings_give_one_sentence(images):
     with pytest.raises(ValueError, match="padding=32.*less than 32"):
         Augmentation(padding=32)(images, CIFAR10_MEAN, CIFAR10_STD, seeded())
@@ -115,3 +334,5 @@ def test_impossible_settings_give_one_sentence(images):
         Augmentation(hole=33)(images, CIFAR10_MEAN, CIFAR10_STD, seeded())
     with pytest.raises(ValueError, match="1 channels.*3 means"):
         normalise(images[:, :1], CIFAR10_MEAN, CIFAR10_STD)
+    with pytest.raises(ValueError, match="2 channels.*1 or 3"):
+        randaugment(images[:, :2], torch.zeros(BATCH).long(), torch.zeros(BATCH))

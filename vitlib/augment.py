@@ -4,14 +4,18 @@ Every augmentation comes as a pure function of images and drawn numbers, which c
 with the same numbers; :class:`Augmentation` draws the numbers. Everything runs on the device that holds the images.
 
 The published pipeline normalises first and then moves pixels about. Here the pixels are moved while they are still
-uint8, four times smaller; the result is the same, since normalisation treats every pixel alike. Only the erased hole
+uint8, four times smaller; the result is the same, since normalisation treats every pixel alike. Only what is erased
 has to come last: it is filled with 0, which is the mean colour of normalised images.
 """
 
+import functools
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .randaugment import MAGNITUDES, draw_operations, randaugment
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)  # the published system normalises with these, whatever the data set
 CIFAR10_STD = (0.2471, 0.2435, 0.2616)
@@ -27,9 +31,14 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
             f"The images have {images.shape[1]} channels, but the normalisation has {len(mean)} means and "
             f"{len(std)} standard deviations; give one of each per channel."
         )
-    mean = torch.tensor(mean, device=images.device).view(1, -1, 1, 1)
-    std = torch.tensor([s or 1.0 for s in std], device=images.device).view(1, -1, 1, 1)
+    mean = _per_channel(tuple(float(m) for m in mean), images.device)
+    std = _per_channel(tuple(float(s) or 1.0 for s in std), images.device)
     return (images.float() / 255 - mean) / std
+
+
+@functools.lru_cache(maxsize=32)  # so that training does not send the same numbers to the GPU at every step
+def _per_channel(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, device=device).view(1, -1, 1, 1)
 
 
 def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flipped: Tensor, padding: int) -> Tensor:
@@ -58,19 +67,55 @@ def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flipped: Tensor, pa
     return images.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def erase_hole(images: Tensor, top: Tensor, left: Tensor, size: int) -> Tensor:
-    """Set a square of ``size`` x ``size`` pixels to 0 in every image (coarse dropout with one hole).
+def in_rectangle(images: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor) -> Tensor:
+    """Which pixels lie in a rectangle of each image: bool ``[B, 1, H, W]``.
 
     Args:
-        images: ``[B, C, H, W]``, normalised, so that 0 is the mean colour.
-        top, left: ``[B]`` int64, the hole's corner.
+        images: ``[B, C, H, W]``; only their shape counts.
+        top, left: ``[B]`` int64, the rectangle's corner, which may lie outside the image.
+        height, width: ``[B]`` int64, its sides; 0 for an empty rectangle.
     """
-    rows = torch.arange(images.shape[-2], device=images.device) - top[:, None]  # [B, H], 0 at the hole's first row
+    rows = torch.arange(images.shape[-2], device=images.device) - top[:, None]  # [B, H], 0 at the first row
     columns = torch.arange(images.shape[-1], device=images.device) - left[:, None]
-    in_rows = (rows >= 0) & (rows < size)
-    in_columns = (columns >= 0) & (columns < size)
-    hole = in_rows[:, None, :, None] & in_columns[:, None, None, :]  # [B, 1, H, W]
-    return images.masked_fill(hole, 0)
+    in_rows = (rows >= 0) & (rows < height[:, None])
+    in_columns = (columns >= 0) & (columns < width[:, None])
+    return in_rows[:, None, :, None] & in_columns[:, None, None, :]
+
+
+def erase(images: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor) -> Tensor:
+    """Set a rectangle in every image to 0, see :func:`in_rectangle`; in normalised images that is the mean colour."""
+    return images.masked_fill(in_rectangle(images, top, left, height, width), 0)
+
+
+def neighbours(batch: int, device: torch.device | str = "cpu") -> Tensor:
+    """With which image each of a batch is mixed: int64 ``[batch]``; 0 with 1, 2 with 3 and so on.
+
+    The order of the images is random, so neighbours are random partners. A last odd image is its own partner. Where
+    several processes share a batch, each mixes its own part of it.
+    """
+    return (torch.arange(batch, device=device) ^ 1).clamp(max=batch - 1)
+
+
+def mix_neighbours(
+    images: Tensor, share: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mix every image with its partner from :func:`neighbours`: mixup and CutMix in one.
+
+    Args:
+        images: float ``[B, C, H, W]``.
+        share: ``[B]``, what every pixel keeps of its own image, the rest being its partner's (mixup); 1 for all.
+        top, left, height, width: the rectangle that is replaced by the partner's (CutMix), see :func:`in_rectangle`.
+
+    Returns:
+        the mixed images, and ``[B]`` the share of its own content in each; 1 for a last odd image, which stays as it
+        is.
+    """
+    partner = neighbours(len(images), images.device)
+    cut = in_rectangle(images, top, left, height, width)
+    weight = torch.where(cut, 1.0, 1 - share[:, None, None, None])  # of the partner, [B, 1, H, W]
+    kept = share * (1 - cut.float().mean((1, 2, 3)))
+    kept = torch.where(partner == torch.arange(len(images), device=images.device), 1.0, kept)
+    return images.lerp(images[partner], weight), kept
 
 
 @dataclass(frozen=True)
@@ -81,18 +126,50 @@ class Augmentation:
         padding: pixels of reflected border before a random crop to the original size; 0 for no crop.
         flip: probability of mirroring left to right.
         hole: side in pixels of the one square that is erased from every image; 0 for none.
+        randaugment: random operations per image, one after the other (RandAugment, Cubuk et al. 2020,
+            arXiv:1909.13719, see :mod:`vitlib.randaugment`); 0 for none.
+        magnitude: how strong these are, from 0 to 30.
+        erase: probability of erasing a rectangle from an image (random erasing, Zhong et al. 2017, arXiv:1708.04896):
+            2 to 33 % of its area, height by width from 0.3 to 3.3. What is erased becomes 0 after normalisation,
+            which is the mean colour. A side longer than the image is cut to the image, where the paper draws again.
+        mixing: probability of mixing an image with another one, see :meth:`mix`; 0 for no mixing.
+        mixup: alpha of the Beta distribution of the own share in mixup (Zhang et al. 2018, arXiv:1710.09412), where
+            two images shine through each other; 0 for no mixup.
+        cutmix: the same in CutMix (Yun et al. 2019, arXiv:1905.04899), where a rectangle comes from the other image; 0
+            for no CutMix. With both, a mixed image is mixed by either with probability 1/2.
     """
 
     padding: int = 4
     flip: float = 0.5
     hole: int = 8
+    randaugment: int = 0
+    magnitude: int = 9
+    erase: float = 0.0
+    mixing: float = 0.0
+    mixup: float = 0.8
+    cutmix: float = 1.0
 
     def __post_init__(self):
         if self.padding < 0 or self.hole < 0 or not 0 <= self.flip <= 1:
             raise ValueError(f"{self} is not possible; padding and hole are pixels, flip is a share from 0 to 1.")
+        if not isinstance(self.randaugment, int) or self.randaugment < 0:
+            raise ValueError(f"randaugment={self.randaugment!r} is no number of operations; give 0, 1, 2 or more.")
+        if not isinstance(self.magnitude, int) or not 0 <= self.magnitude < MAGNITUDES:
+            raise ValueError(
+                f"magnitude={self.magnitude!r} is not allowed; give a whole number from 0 to {MAGNITUDES - 1}."
+            )
+        for name in ("erase", "mixing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} is no probability; give a number from 0 to 1.")
+        for name in ("mixup", "cutmix"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} is no alpha; give a positive number, or 0 for none.")
+        if self.mixing and not (self.mixup or self.cutmix):
+            raise ValueError(f"mixing={self.mixing} needs mixup or cutmix above 0; give one of them, or mixing=0.")
 
     def draw(self, count: int, height: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """The random numbers for ``count`` images of ``height`` x ``width`` pixels, by name, each ``[count]``.
+        """The random numbers for ``count`` images of ``height`` x ``width`` pixels, by name, each ``[count]``, for
+        RandAugment ``[count, randaugment]``.
 
         ``generator`` lives on the CPU, so that the same seed draws the same numbers whatever the device. Training
         draws for a whole epoch at once: what happens to an image then depends neither on the size of the batches nor
@@ -103,32 +180,91 @@ class Augmentation:
         def draw(end: int) -> Tensor:  # whole numbers from 0 to end, the latter included
             return torch.randint(end + 1, (count,), generator=generator)
 
+        # what vitlib has had for longer is drawn first, so that it stays the same whether the newer is on or off
         drawn = {}
         if self.padding or self.flip:
             drawn["flipped"] = torch.rand(count, generator=generator) < self.flip
             drawn["top"], drawn["left"] = draw(2 * self.padding), draw(2 * self.padding)
         if self.hole:
             drawn["hole_top"], drawn["hole_left"] = draw(height - self.hole), draw(width - self.hole)
+        if self.randaugment:
+            drawn["operation"], drawn["strength"] = draw_operations(
+                count, self.randaugment, self.magnitude, height, width, generator
+            )
+        if self.erase:
+            drawn |= self._draw_erased(count, height, width, generator)
+        if self.mixing:
+            drawn |= self._draw_mixing(count, height, width, generator)
         return drawn
+
+    def _draw_erased(self, count: int, height: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Rectangles to erase; empty ones in the images that stay whole."""
+        erased = torch.rand(count, generator=generator) < self.erase
+        area = torch.empty(count).uniform_(0.02, 0.33, generator=generator) * height * width
+        ratio = torch.empty(count).uniform_(math.log(0.3), math.log(3.3), generator=generator).exp()
+        numbers = {}
+        for corner, side, length, size in (
+            ("erase_top", "erase_height", (area * ratio).sqrt(), height),
+            ("erase_left", "erase_width", (area / ratio).sqrt(), width),
+        ):
+            length = length.round().long().clamp(max=size)
+            numbers[corner] = torch.randint(2**62, (count,), generator=generator) % (size - length + 1)
+            numbers[side] = torch.where(erased, length, 0)
+        return numbers
+
+    def _draw_mixing(self, count: int, height: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """What :func:`mix_neighbours` takes; share 1 and an empty rectangle for the images that stay unmixed."""
+        mixed = torch.rand(count, generator=generator) < self.mixing
+        cut_share = 0.5 if self.mixup and self.cutmix else float(self.cutmix > 0)  # of the mixed images
+        cut = torch.rand(count, generator=generator) < cut_share
+        numbers = {"mix_share": torch.where(mixed & ~cut, _draw_beta(self.mixup, count, generator), 1.0)}
+        side = (1 - torch.where(mixed & cut, _draw_beta(self.cutmix, count, generator), 1.0)).sqrt()
+        for corner, name, size in (("cut_top", "cut_height", height), ("cut_left", "cut_width", width)):
+            half = (side * size / 2).long()
+            numbers[corner] = torch.randint(size, (count,), generator=generator) - half  # around any pixel
+            numbers[name] = 2 * half
+        return numbers
 
     def apply(
         self, images: Tensor, drawn: dict[str, Tensor], mean: tuple[float, ...], std: tuple[float, ...]
     ) -> Tensor:
         """uint8 ``[B, C, H, W]`` to augmented, normalised float32 of the same shape, with numbers drawn before.
 
-        The drawn numbers, each ``[B]``, are on the device of the images.
+        The drawn numbers, ``B`` of each, are on the device of the images.
         """
         if "top" in drawn:
             images = crop_and_flip(images, drawn["top"], drawn["left"], drawn["flipped"], self.padding)
+        for step in range(self.randaugment):
+            images = randaugment(images, drawn["operation"][:, step], drawn["strength"][:, step])
         images = normalise(images, mean, std)
         if "hole_top" in drawn:
-            images = erase_hole(images, drawn["hole_top"], drawn["hole_left"], self.hole)
+            side = torch.full_like(drawn["hole_top"], self.hole)
+            images = erase(images, drawn["hole_top"], drawn["hole_left"], side, side)
+        if "erase_top" in drawn:
+            corner_and_sides = (drawn[f"erase_{name}"] for name in ("top", "left", "height", "width"))
+            images = erase(images, *corner_and_sides)
         return images
+
+    def mix(self, images: Tensor, drawn: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Mix images that :meth:`apply` has given with their :func:`neighbours`, by numbers drawn before.
+
+        Args:
+            images: float32 ``[B, C, H, W]``, normalised.
+            drawn: each ``[B]``, on the device of the images.
+
+        Returns:
+            the mixed images, and float32 ``[B]`` the share of its own content in each, with which its own label
+            counts; the rest is that of its partner's label.
+        """
+        if "mix_share" not in drawn:
+            return images, torch.ones(len(images), device=images.device)
+        rectangle = (drawn[f"cut_{name}"] for name in ("top", "left", "height", "width"))
+        return mix_neighbours(images, drawn["mix_share"], *rectangle)
 
     def __call__(
         self, images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], generator: torch.Generator
     ) -> Tensor:
-        """:meth:`draw` and :meth:`apply` in one: uint8 ``[B, C, H, W]`` to float32 of the same shape."""
+        """:meth:`draw` and :meth:`apply` in one: uint8 ``[B, C, H, W]`` to float32 of the same shape, not mixed."""
         drawn = self.draw(len(images), *images.shape[-2:], generator)
         return self.apply(images, {name: numbers.to(images.device) for name, numbers in drawn.items()}, mean, std)
 
@@ -146,3 +282,16 @@ PUBLISHED = Augmentation(padding=4, flip=0.5, hole=8)  # pad to 40, crop 32, fli
 def _reflect(index: Tensor, length: int) -> Tensor:
     """Fold indices from -(length - 1) to 2 * (length - 1) back into 0 to length - 1, as a mirror at each end does."""
     return (length - 1) - ((length - 1) - index.abs()).abs()
+
+
+def _draw_beta(alpha: float, count: int, generator: torch.Generator) -> Tensor:
+    """``[count]`` numbers of Beta(alpha, alpha), float32; all 1 for alpha 0.
+
+    The distribution knows only torch's own CPU generator, which is lent to it with a drawn seed.
+    """
+    if not alpha:
+        return torch.ones(count)
+    seed = torch.randint(2**62, (), generator=generator)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed.item())  # torch.manual_seed would seed the GPUs anew as well
+        return torch.distributions.Beta(alpha, alpha).sample((count,))

@@ -33,6 +33,7 @@ class Recipe:
         average: decay of the moving average of the weights (EMA) that is evaluated and kept; 0 keeps the weights
             themselves.
         augmentation: what is done to training images.
+        mix_until: share of the training after which images are no longer mixed with each other.
         statistics: (mean, std) to normalise with; None measures them on the training images.
     """
 
@@ -52,11 +53,13 @@ class Recipe:
     layer_decay: float = 1.0
     average: float = 0.0
     augmentation: Augmentation = Augmentation()
+    mix_until: float = 1.0
     statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
 
-# "published" is the small published system to the letter; "modern" is what the field has done since; "short" is for
-# runs of minutes: there a crop costs more than it gives, and positions have to leave their small start quickly.
+# "published" is the small published system to the letter; "modern" is what the field has done since, and "long" the
+# same with the strong augmentation that a hundred epochs need. "short" is for runs of minutes: there a crop costs more
+# than it gives, and positions have to leave their small start quickly.
 RECIPES = {
     "published": Recipe(
         optimizer="sgd",
@@ -79,6 +82,12 @@ RECIPES = {
         augmentation=Augmentation(padding=4, flip=0.5, hole=0),
     ),
 }
+RECIPES["long"] = replace(
+    RECIPES["modern"],
+    drop_path=0.1,
+    augmentation=Augmentation(padding=4, flip=0.5, hole=0, randaugment=2, magnitude=9, erase=0.25, mixing=0.5),
+    mix_until=0.9,
+)
 # Muon (Jordan et al. 2024) makes every update of a matrix orthogonal. Per image it learns much faster than AdamW in
 # short trainings on photographs; its rate is scaled so that AdamW's rates fit (Liu et al. 2025, arXiv:2502.16982).
 RECIPES["muon"] = replace(RECIPES["modern"], optimizer="muon", matrix_rate=3.0, average=0.995)
@@ -104,7 +113,7 @@ FINETUNING = {
     ),
     "short": replace(RECIPES["short"], warmup=0.1, head_rate=10.0, position_rate=1.0),
 }
-FINETUNING["muon"] = FINETUNING["modern"]  # what Muon has trained is fine-tuned as usual
+FINETUNING["long"] = FINETUNING["muon"] = FINETUNING["modern"]  # what they have trained is fine-tuned as usual
 
 
 def named_recipe(recipe: str | Recipe, known: dict[str, Recipe]) -> Recipe:

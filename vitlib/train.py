@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from .augment import normalise
+from .augment import neighbours, normalise
 from .checkpoint import Card, ResumeFile, digest, save_checkpoint, transfer_encoder, unwrap, versions
 from .data import LabelledImages, channel_statistics, train_validation_split
 from .distributed import current_processes
@@ -34,7 +34,7 @@ class History:
         steps: one dict per optimiser step: step, epoch, loss, learning_rate.
         epochs: one dict per epoch: epoch, step, train_loss, train_accuracy, validation_loss, validation_accuracy,
             seconds, images_per_second. Accuracies are shares from 0 to 1; training figures are those of the augmented
-            images, averaged while the model was changing.
+            images, averaged while the model was changing; a mixed image counts as right if the answer is its own label.
         interrupted: True if Ctrl-C ended the training early.
     """
 
@@ -252,7 +252,7 @@ class Training:
         self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         self.rates = [group["lr"] for group in self.groups]  # the highest of the schedule
         self.kept = copy.deepcopy(model) if recipe.average else model
-        self.forward = self.processes.parallel(torch.compile(model) if compile else model)
+        self.forward = self.processes.parallel(_compiled(model, self.device) if compile else model)
         self.history = History()
         self._begin_epoch()
         torch.manual_seed(seed + self.processes.rank)  # dropout and drop path
@@ -273,7 +273,10 @@ class Training:
         """
         generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
         order = torch.randperm(len(train), generator=generator)[: steps * batch_size]
-        drawn = self.recipe.augmentation.draw(len(order), *train.images.shape[-2:], generator)
+        augmentation = self.recipe.augmentation
+        if epoch * steps > self.recipe.mix_until * self.total_steps:
+            augmentation = replace(augmentation, mixing=0.0)
+        drawn = augmentation.draw(len(order), *train.images.shape[-2:], generator)
         batches = torch.arange(len(order)).split(batch_size)
         shares = [self.processes.share(batch) for batch in batches]
         mine = torch.cat(shares)
@@ -333,11 +336,11 @@ class Training:
         for group, rate in zip(self.groups, self.rates, strict=True):
             group["lr"] = rate * factor
         images = self.recipe.augmentation.apply(images, drawn, self.card.mean, self.card.std)
+        images, kept = self.recipe.augmentation.mix(images, drawn)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             logits = self.forward(images)
         logits = logits.float()
-        smoothing = self.recipe.label_smoothing
-        loss = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum") / batch_size
+        loss = self._losses(logits, labels, kept).sum() / batch_size
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         (loss * self.processes.count).backward()  # the processes' gradients are averaged, the loss is a sum
@@ -348,6 +351,15 @@ class Training:
         self._update_average(step)
         self.losses.append(loss.detach())
         self.hits += (logits.detach().argmax(1) == labels).sum()
+
+    def _losses(self, logits: Tensor, labels: Tensor, kept: Tensor) -> Tensor:
+        """The cross-entropy of each image ``[B]``; of a mixed one, the mixture of those of its two labels."""
+        own = F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing, reduction="none")
+        if not self.recipe.augmentation.mixing:
+            return own
+        partners = labels[neighbours(len(labels), labels.device)]
+        others = F.cross_entropy(logits, partners, label_smoothing=self.recipe.label_smoothing, reduction="none")
+        return kept * own + (1 - kept) * others
 
     def rate(self, step: int) -> float:
         """The learning rate of optimiser step ``step``, from 0, without the factors for some layers."""
@@ -395,6 +407,12 @@ class Training:
         self.hits = (counted * state["hits"]).to(self.device)
         self.seconds = state["seconds"]
         _set_random_states(state["random_states"][self.processes.rank], self.device)
+
+
+def _compiled(model: nn.Module, device: torch.device) -> nn.Module:
+    """Translated for batches of fixed size; on a GPU as CUDA graphs, since at this model's size starting hundreds of
+    kernels one by one takes longer than what they compute."""
+    return torch.compile(model, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else "default")
 
 
 def _random_states(device: torch.device) -> dict[str, Tensor]:

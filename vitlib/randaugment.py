@@ -1,0 +1,221 @@
+"""RandAugment (Cubuk et al. 2020, arXiv:1909.13719): random operations on uint8 images, for whole batches at once.
+
+The fourteen operations, their strengths and their arithmetic are those of ``torchvision.transforms.v2.RandAugment``,
+which applies one operation to one image at a time; here every image of a batch has an operation of its own. Five
+operations move pixels, six give every grey level another value, two mix each pixel with its colours or neighbours, and
+one does nothing. So a batch takes one pass of each kind, and an image goes unchanged through those that are not its
+own. What is computed does not depend on what was drawn: nothing has to wait for the device.
+"""
+
+import math
+from enum import IntEnum
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MAGNITUDES = 31  # from 0, the weakest, to 30
+
+
+class Operation(IntEnum):
+    """What is done to an image, in torchvision's order."""
+
+    IDENTITY = 0
+    SHEAR_X = 1
+    SHEAR_Y = 2
+    TRANSLATE_X = 3
+    TRANSLATE_Y = 4
+    ROTATE = 5
+    BRIGHTNESS = 6
+    COLOR = 7
+    CONTRAST = 8
+    SHARPNESS = 9
+    POSTERIZE = 10
+    SOLARIZE = 11
+    AUTO_CONTRAST = 12
+    EQUALIZE = 13
+
+
+def operation_strengths(magnitude: int, height: int, width: int) -> Tensor:
+    """How strong each operation is at ``magnitude``, from 0 to 30, in images of ``height`` x ``width`` pixels.
+
+    Returns:
+        float32 ``[14]``, in the order of :class:`Operation`: for the shears the shift from one row or column to the
+        next in pixels; for the translations whole pixels; for the rotation degrees; from Brightness to Sharpness the
+        distance of the factor from 1; for Posterize the bits that are kept; for Solarize the grey level from which on
+        values are inverted; 0 for the others.
+    """
+
+    def level(start: float, end: float) -> float:
+        return torch.linspace(start, end, MAGNITUDES)[magnitude].item()
+
+    shear, change = level(0.0, 0.3), level(0.0, 0.9)
+    x, y = (int(level(0.0, 150 / 331 * size)) for size in (width, height))
+    bits = round(8 - magnitude * 4 / (MAGNITUDES - 1))
+    return torch.tensor([0, shear, shear, x, y, level(0.0, 30.0), *[change] * 4, bits, 255 * level(1.0, 0.0), 0, 0])
+
+
+def draw_operations(
+    count: int, operations: int, magnitude: int, height: int, width: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """What is done to ``count`` images, one operation after the other.
+
+    Returns:
+        operation, int64 numbers of :class:`Operation`, and strength, float32, see :func:`operation_strengths`; those
+        up to Sharpness have a random sign. Both are ``[count, operations]`` on the CPU, where ``generator`` lives.
+    """
+    operation = torch.randint(len(Operation), (count, operations), generator=generator)
+    negative = torch.rand(count, operations, generator=generator) < 0.5
+    strength = operation_strengths(magnitude, height, width)[operation]
+    return operation, torch.where(negative & (operation <= Operation.SHARPNESS), -strength, strength)
+
+
+def randaugment(images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
+    """One operation on every image; the result is uint8 of the same shape.
+
+    It is torchvision's, but where a result from Brightness to Sharpness falls on a whole grey level, to which fractions
+    are cut off, the rounding of a sum decides: there, fewer than one value in a hundred is one grey level off.
+
+    Args:
+        images: uint8 ``[B, C, H, W]`` with one or three channels, at least 3 x 3 pixels.
+        operation: ``[B]`` int64, numbers of :class:`Operation`.
+        strength: ``[B]`` float32, see :func:`operation_strengths`, with a sign.
+
+    Raises:
+        ValueError: for another number of channels.
+    """
+    if images.shape[1] not in (1, 3):
+        raise ValueError(f"RandAugment is not made for images of {images.shape[1]} channels; give images of 1 or 3.")
+    images = move(images, source_matrices(operation, strength, *images.shape[-2:]))
+    mapped = map_levels(images, level_tables(images, operation, strength))
+    operation, strength = operation[:, None, None, None], strength[:, None, None, None]
+    mixed = torch.where(operation == Operation.COLOR, color(images, strength), mapped)
+    return torch.where(operation == Operation.SHARPNESS, sharpness(images, strength), mixed)
+
+
+def source_matrices(operation: Tensor, strength: Tensor, height: int, width: int) -> Tensor:
+    """Where the pixels of the result come from: ``[B, 2, 3]``, which takes (x, y, 1) there to (x, y) in the image.
+
+    Both are in pixels from the middle. The shears leave the upper left corner in its place and the rotation, which is
+    counter-clockwise, the middle. Operations that move nothing have the matrix of the identity.
+    """
+
+    def strength_of(wanted: Operation) -> Tensor:
+        return torch.where(operation == wanted, strength, 0.0)
+
+    shear_x, shear_y = strength_of(Operation.SHEAR_X), strength_of(Operation.SHEAR_Y)
+    angle = strength_of(Operation.ROTATE) * (math.pi / 180)
+    shift_x = shear_x * (height / 2) - strength_of(Operation.TRANSLATE_X)
+    shift_y = shear_y * (width / 2) - strength_of(Operation.TRANSLATE_Y)
+    row_x = torch.stack((angle.cos(), shear_x - angle.sin(), shift_x), dim=1)
+    row_y = torch.stack((shear_y + angle.sin(), angle.cos(), shift_y), dim=1)
+    return torch.stack((row_x, row_y), dim=1)
+
+
+def move(images: Tensor, matrices: Tensor) -> Tensor:
+    """ShearX to Rotate: each pixel is the nearest one to the place that its matrix gives, and 0 outside the image.
+
+    Args:
+        images: uint8 ``[B, C, H, W]``.
+        matrices: ``[B, 2, 3]``, see :func:`source_matrices`.
+    """
+    height, width = images.shape[-2:]
+    x = torch.arange(width, device=images.device) - (width - 1) / 2
+    y = torch.arange(height, device=images.device)[:, None] - (height - 1) / 2
+
+    def source(row: Tensor, size: int) -> Tensor:  # [B, H, W], from -1 to 1 between the edges of the image
+        by_x, by_y, shift = (row / (size / 2))[:, :, None, None].unbind(1)
+        return by_x * x + by_y * y + shift
+
+    grid = torch.stack((source(matrices[:, 0], width), source(matrices[:, 1], height)), dim=-1)
+    moved = F.grid_sample(images.float(), grid, mode="nearest", padding_mode="zeros", align_corners=False)
+    return moved.to(torch.uint8)
+
+
+def map_levels(images: Tensor, tables: Tensor) -> Tensor:
+    """Give each grey level the value that ``tables``, uint8 ``[B, C, 256]``, has for it in this image and channel."""
+    return tables.gather(2, images.flatten(2).long()).view(images.shape)
+
+
+def level_tables(images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
+    """Brightness, Contrast and Posterize to Equalize as tables for :func:`map_levels`; for others the identity.
+
+    A table has 256 entries, where even a small image has a thousand pixels.
+    """
+    levels = torch.arange(256.0, device=images.device)
+    operation, strength = operation[:, None, None], strength[:, None, None]
+    grey = greyscale(images).mean(dim=(2, 3))[..., None]
+    kept = 2 ** (8 - strength)  # Posterize keeps the multiples of this
+    lowest, highest = images.amin((2, 3)).float()[..., None], images.amax((2, 3)).float()[..., None]
+    stretched = (levels - lowest) / ((highest - lowest) * (1 / 255))
+    changed = {
+        Operation.BRIGHTNESS: levels * (1 + strength),
+        Operation.CONTRAST: away_from(grey, levels, strength),
+        Operation.POSTERIZE: (levels / kept).floor() * kept,
+        Operation.SOLARIZE: torch.where(levels < strength, levels, 255 - levels),
+        Operation.AUTO_CONTRAST: torch.where(lowest < highest, stretched, levels),
+        Operation.EQUALIZE: equalized(images),
+    }
+    tables = levels
+    for number, table in changed.items():
+        tables = torch.where(operation == number, table, tables)
+    return tables.clamp(0, 255).to(torch.uint8)
+
+
+def equalized(images: Tensor) -> Tensor:
+    """For each grey level the one that makes all levels about equally frequent: float32 ``[B, C, 256]``.
+
+    The rounding is Pillow's, and so is the rule that a channel stays as it is if fewer than 255 of its pixels are
+    darker than its lightest level.
+    """
+    index = images.flatten(2).long()
+    counts = torch.zeros(*images.shape[:2], 256, device=images.device)
+    counts.scatter_add_(2, index, torch.ones((), device=images.device).expand(index.shape))
+    darker = counts.cumsum(2) - counts  # the number of pixels below each level
+    step = ((index.shape[2] - counts.gather(2, index.amax(2, keepdim=True))) / 255).floor()
+    levels = torch.arange(256.0, device=images.device)
+    return torch.where(step == 0, levels, ((darker + (step / 2).floor()) / step).floor())
+
+
+def color(images: Tensor, strength: Tensor) -> Tensor:
+    """Color: away from the image in grey, or towards it. Images of one channel stay as they are.
+
+    Args:
+        images: uint8 ``[B, C, H, W]``.
+        strength: float32 ``[B, 1, 1, 1]``; -1 gives the image in grey, 0 the image.
+    """
+    if images.shape[1] == 1:
+        return images
+    return away_from(greyscale(images), images, strength).clamp(0, 255).to(torch.uint8)
+
+
+def sharpness(images: Tensor, strength: Tensor) -> Tensor:
+    """Sharpness: away from the blurred image, or towards it.
+
+    In the blurred image each pixel is the mean of the nine around it, itself taken five times, as a whole grey level.
+    The outermost pixels stay as they are.
+
+    Args:
+        images: uint8 ``[B, C, H, W]``.
+        strength: float32 ``[B, 1, 1, 1]``; -1 gives the blurred image, 0 the image.
+    """
+    result = images.float()
+    sums = result[..., :-2, :] + result[..., 1:-1, :] + result[..., 2:, :]
+    sums = sums[..., :-2] + sums[..., 1:-1] + sums[..., 2:]
+    inner = result[..., 1:-1, 1:-1]
+    blurred = ((sums + 4 * inner) / 13).round()
+    inner += (inner - blurred) * strength  # written so, even areas stay exactly as they are
+    return result.clamp(0, 255).to(torch.uint8)
+
+
+def away_from(other: Tensor, images: Tensor, strength: Tensor) -> Tensor:
+    """(1 + strength) * images - strength * other, in float32 and rounded as torchvision does it."""
+    return torch.addcmul(images * (1 + strength), other, -strength)
+
+
+def greyscale(images: Tensor) -> Tensor:
+    """The images in whole grey levels: float32 ``[B, 1, H, W]``."""
+    if images.shape[1] == 1:
+        return images.float()
+    red, green, blue = images.split(1, dim=1)
+    return (red * 0.2989 + green * 0.587 + blue * 0.114).floor()
