@@ -1,6 +1,7 @@
 """Checkpoints: what goes in comes out, nothing half-written, nothing unpickled, only the encoder is moved."""
 
 import math
+import os
 import pickle
 import runpy
 
@@ -11,7 +12,16 @@ from safetensors.torch import save_file
 from torch import distributed, nn
 
 from vitlib import checkpoint
-from vitlib.checkpoint import Card, load_checkpoint, load_pretrained, save_checkpoint, transfer_encoder, unwrap
+from vitlib.checkpoint import (
+    Card,
+    ResumeFile,
+    digest,
+    load_checkpoint,
+    load_pretrained,
+    save_checkpoint,
+    transfer_encoder,
+    unwrap,
+)
 from vitlib.files import written_whole
 from vitlib.model import ViTModel
 
@@ -179,3 +189,74 @@ def test_a_shipped_checkpoint_is_half_as_large_and_found_by_name(model, tmp_path
         loaded, card = load_pretrained(name)
         assert card == CARD
         torch.testing.assert_close(loaded.linear_classifier.weight, model.linear_classifier.weight, rtol=0, atol=1e-3)
+
+
+# Resume files; what a whole training does with them is in test_resume.py.
+
+
+def test_a_resume_file_gives_back_what_was_saved_last_and_keeps_the_one_before(tmp_path):
+    file = ResumeFile(tmp_path / "folder" / "a-resume.pt", {"seed": 1, "sizes": (1, 2)})
+    assert file.load() is None
+    for number in range(3):
+        file.save({"step": number, "weights": [torch.full((2,), number)], "notes": {"name": "x", "none": None}})
+    again = ResumeFile(tmp_path / "folder" / "a-resume.pt", {"sizes": [1, 2], "seed": 1})
+    state = again.load()
+    assert state["step"] == 2 and torch.equal(state["weights"][0], torch.tensor([2, 2]))
+    assert state["notes"] == {"name": "x", "none": None}
+    assert {path.name for path in file.path.parent.iterdir()} == {"a-resume.pt", "a-resume-previous.pt"}
+    file.path.unlink()
+    assert again.load()["step"] == 1, "killed between the two moves"
+
+
+@pytest.mark.parametrize("fails_at", ["a-resume-previous.pt", "a-resume.pt"])
+def test_a_move_that_fails_leaves_a_state_to_go_on_from(tmp_path, monkeypatch, fails_at):
+    file = ResumeFile(tmp_path / "a-resume.pt", {})
+    file.save({"step": 0})
+    file.save({"step": 1})
+    move = os.replace
+
+    def failing(source, target):
+        if os.path.basename(target) == fails_at:
+            raise OSError("the disk is full")
+        move(source, target)
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="disk is full"):
+        patched.setattr(os, "replace", failing)
+        file.save({"step": 2})
+    assert file.load()["step"] == 1
+    assert {path.name for path in tmp_path.iterdir()} <= {"a-resume.pt", "a-resume-previous.pt"}, "nothing half-written"
+    file.save({"step": 3})
+    assert file.load()["step"] == 3
+
+
+def test_a_resume_file_is_due_when_its_minutes_are_over(tmp_path, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
+    file = ResumeFile(tmp_path / "a-resume.pt", {}, minutes=5)
+    assert not file.is_due
+    now += 299
+    assert not file.is_due
+    now += 1
+    assert file.is_due
+    file.save({})
+    assert not file.is_due
+    now += 300
+    assert file.is_due
+
+
+def test_settings_that_only_one_side_has_are_refused(tmp_path):
+    ResumeFile(tmp_path / "a-resume.pt", {"seed": 1}).save({})
+    with pytest.raises(ValueError, match="a-resume.pt belongs to a training with new=None, this one has new=2;"):
+        ResumeFile(tmp_path / "a-resume.pt", {"seed": 1, "new": 2}).load()
+    with pytest.raises(ValueError, match="belongs to a training with seed=1, this one has seed=None"):
+        ResumeFile(tmp_path / "a-resume.pt", {}).load()
+
+
+def test_a_digest_names_contents():
+    zeros = torch.zeros(3, 4)
+    changed = zeros.clone()
+    changed[2, 3] = -0.0
+    assert digest(zeros) == digest(zeros.clone()) == digest(zeros.t().contiguous().t()) and len(digest(zeros)) == 16
+    assert digest(zeros) != digest(changed), "even of a sign that == does not see"
+    assert digest(zeros, changed) != digest(changed, zeros)
+    assert digest(torch.zeros(0, 3), torch.tensor(3)) and digest(nn.Parameter(zeros)) == digest(zeros)

@@ -65,7 +65,7 @@ def imported_packages(folder):
                 modules |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 modules.add(node.module.split(".")[0])
-    local = {"vitlib", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
+    local = {"vitlib", *(path.stem for place in ("tests", "benchmarks") for path in (ROOT / place).glob("*.py"))}
     return modules - set(sys.stdlib_module_names) - local
 
 

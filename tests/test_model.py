@@ -9,6 +9,7 @@ from torch import nn
 
 from vitlib.model import (
     PRESETS,
+    DropPath,
     EncoderBlock,
     SelfAttention,
     ViTEmbeddings,
@@ -314,6 +315,84 @@ def test_a_broken_model_is_noticed(break_it, has):
     assert not has(model)
 
 
+def test_drop_path_keeps_or_drops_whole_images_and_the_mean_of_their_values():
+    drop, x = DropPath(0.25), torch.rand(4000, 3, 2) + 0.5
+    out = drop(x)
+    kept, dropped = (out != 0).all((1, 2)), (out == 0).all((1, 2))
+    assert (kept | dropped).all(), "an image is kept or dropped as a whole"
+    torch.testing.assert_close(out[kept], x[kept] / 0.75)
+    assert kept.float().mean().item() == pytest.approx(0.75, abs=0.03)
+    assert out.mean().item() == pytest.approx(x.mean().item(), rel=0.05)
+
+
+def test_drop_path_does_nothing_in_eval_mode_or_with_probability_0():
+    x = torch.randn(4, 3, 2)
+    assert torch.equal(DropPath(0.9).eval()(x), x) and torch.equal(DropPath(0.0)(x), x)
+
+
+def test_drop_path_rises_evenly_from_nothing_at_the_first_block():
+    def probabilities(**changes):
+        blocks = tiny(drop_path=0.3, **changes).vit_encoder.encoder
+        return [[part.probability for part in block.modules() if isinstance(part, DropPath)] for block in blocks]
+
+    assert probabilities(num_layers=4) == [[pytest.approx(p)] for p in (0, 0.1, 0.2, 0.3)]
+    assert probabilities(num_layers=1) == [[0]]
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_a_dropped_branch_leaves_what_came_in(norm_first):
+    """Pre-norm the block is then the identity, post-norm its two norms alone; about half of all branches are dropped
+    here, attention and MLP each on their own."""
+    block, x = EncoderBlock(16, 4, 32, norm_first=norm_first, drop_path=0.5).train(), torch.randn(400, 5, 16)
+    with torch.no_grad():
+        untouched = x if norm_first else block.norm2(block.norm1(x))
+        same = (block(x)[0] - untouched).abs().amax((1, 2)) < 1e-5
+    assert same.float().mean().item() == pytest.approx(0.25, abs=0.07)
+
+
+def test_mean_pooling_shows_the_head_the_mean_of_the_patches_without_cls():
+    by_cls, by_mean = tiny(), tiny(pooling="mean")
+    assert by_cls.config["pooling"] == "cls" and count_parameters(by_mean) == count_parameters(by_cls)
+    by_mean.load_state_dict(by_cls.state_dict())
+    images = torch.randn(3, 3, 8, 8)
+    tokens = by_cls.vit_encoder(images)
+    assert torch.equal(by_cls(images), by_cls.linear_classifier(tokens[:, 0]))
+    torch.testing.assert_close(by_mean(images), by_mean.linear_classifier(sum(tokens[:, i] for i in range(1, 5)) / 4))
+    assert not torch.allclose(by_mean(images), by_cls(images), atol=1e-2)
+    torch.testing.assert_close(by_mean.intermediates(images)["logits"], by_mean(images), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{"drop_path": 0.2}, {"pooling": "mean"}], ids=str)
+def test_options_of_training_have_no_parameters(changes):
+    with torch.device("meta"):
+        assert count_parameters(create_model("small", 100, **changes)) == 3_218_020
+
+
+def test_attention_in_bfloat16_on_a_cpu_is_written_out_and_fused_elsewhere(monkeypatch):
+    attention, x = SelfAttention(16, 4).eval(), torch.randn(2, 7, 16)
+    fused, calls = F.scaled_dot_product_attention, []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(a) or fused(*a, **k))
+    with torch.no_grad():
+        exact, _ = attention(x)
+        assert len(calls) == 1
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded, weights = attention(x)
+            shown, shown_weights = attention(x, need_weights=True)
+    assert len(calls) == 1 and weights is None and rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), exact, rtol=0, atol=0.02 * exact.abs().max().item())
+    assert torch.equal(shown, rounded) and shown_weights.shape == (2, 4, 7, 7)
+
+
+def test_dropout_of_the_written_out_attention_keeps_the_mean():
+    attention, x = SelfAttention(16, 4, drop=0.5), torch.randn(1, 7, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = attention.eval()(x)[0]
+        attention.train()
+        mean = torch.stack([attention(x)[0].float() for _ in range(500)])
+    assert (mean[0] - mean[1]).abs().max() > 0.01
+    torch.testing.assert_close(mean.mean(0), expected.float(), rtol=0, atol=0.06)
+
+
 def test_interpolation_keeps_cls_and_is_the_identity_at_the_same_size():
     positions = torch.randn(1, 1 + 16, 8)
     assert torch.equal(interpolate_positions(positions, 4), positions)
@@ -341,6 +420,10 @@ def test_interpolation_of_a_linear_ramp_stays_a_ramp_along_its_axis():
         ({"drop": 1.0}, ["drop=1.0", "probability"]),
         ({"drop": "0.1"}, ["drop='0.1'", "probability"]),
         ({"norm_first": 1}, ["norm_first=1", "True or False"]),
+        ({"drop_path": 1}, ["drop_path=1", "probability"]),
+        ({"drop_path": -0.1}, ["drop_path=-0.1", "probability"]),
+        ({"pooling": "max"}, ["pooling='max'", "cls or mean"]),
+        ({"pooling": None}, ["pooling=None", "cls or mean"]),
     ],
 )
 def test_a_bad_configuration_gives_one_sentence(changes, words):

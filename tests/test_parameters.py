@@ -7,6 +7,9 @@ import papermill
 import pytest
 
 from vitlib.course.parameters import PARAMETERS, check_parameters
+from vitlib.model import PRESETS, ViTModel
+from vitlib.recipes import FINETUNING, RECIPES
+from vitlib.train import PRECISIONS
 
 GOOD = {
     "dataset": "shapes100",
@@ -16,12 +19,18 @@ GOOD = {
     "image_size": 32,
     "preset": "mini",
     "norm_first": True,
+    "pooling": "cls",
     "recipe": "modern",
+    "precision": "auto",
+    "compile": False,
+    "weights": "shapes100-mini",
+    "freeze_encoder": False,
     "batch_size": 128,
     "pretrain_epochs": 3,
     "finetune_epochs": 1,
     "train_steps_per_epoch": None,
     "eval_steps_per_epoch": 2,
+    "validation_fraction": 0.1,
     "seed": 0,
     "seeds": 3,
     "device": "auto",
@@ -62,6 +71,14 @@ def test_names_outside_the_table_are_left_alone():
         ("device", "cuda:x"),
         ("upstream", "shapes1000"),
         ("image_size", 0),
+        ("pooling", "max"),
+        ("precision", "float16"),
+        ("compile", "yes"),
+        ("weights", ""),
+        ("freeze_encoder", None),
+        ("validation_fraction", 0),
+        ("validation_fraction", 1),
+        ("validation_fraction", "0.1"),
     ],
 )
 def test_a_value_that_is_not_allowed_is_named_in_one_sentence(name, value):
@@ -75,7 +92,12 @@ def test_a_value_that_is_not_allowed_is_named_in_one_sentence(name, value):
 
 @pytest.mark.parametrize(
     ("name", "value", "meant"),
-    [("preset", "smal", "small"), ("recipe", "publish", "published"), ("device", "cud", "cuda")],
+    [
+        ("preset", "smal", "small"),
+        ("recipe", "publish", "published"),
+        ("device", "cud", "cuda"),
+        ("precision", "bf16", "bfloat16"),
+    ],
 )
 def test_a_slip_of_the_pen_is_answered_with_the_nearest_choice(name, value, meant):
     with pytest.raises(ValueError, match=f"did you mean '{meant}'"):
@@ -125,12 +147,23 @@ def test_a_float_must_be_a_finite_number(value):
         ("norm_first", "false", False),
         ("norm_first", "True", True),
         ("norm_first", "1", "1"),
+        ("validation_fraction", "0.2", 0.2),
+        ("validation_fraction", "much", "much"),
+        ("compile", "on", True),
+        ("weights", "random", "random"),
     ],
 )
 def test_texts_from_the_command_line_become_the_parameters_own_type(name, text, value):
     parsed = PARAMETERS[name].parse(text)
     assert parsed == value
     assert type(parsed) is type(value)
+
+
+def test_choices_are_those_of_the_library():
+    for name, known in (("preset", PRESETS), ("recipe", RECIPES), ("recipe", FINETUNING), ("precision", PRECISIONS)):
+        assert set(PARAMETERS[name].choices) == set(known), name
+    for name in PARAMETERS["pooling"].choices:
+        ViTModel(2, 1, 8, 4, em_dim=8, num_heads=2, ff_dim=8, pooling=name)
 
 
 def test_papermill_reads_back_every_type_and_help():

@@ -1,5 +1,7 @@
 """The figures of the course: what is drawn is what was given, and it can be read from the back of a classroom."""
 
+import json
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from vitlib import plots
+from vitlib.checkpoint import PRETRAINED
 from vitlib.train import History
 
 IMAGES = torch.randint(256, (5, 3, 12, 12), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -23,6 +26,11 @@ for step in HISTORY.steps:
 for number, epoch in enumerate(HISTORY.epochs, start=1):
     epoch["epoch"], epoch["step"] = number, 5 * number
 
+CURVES = {
+    "long": {"accuracy": [0.1, 0.3, 0.5, 0.6], "loss": [4.0, 2.0, 2.5, 3.0], "about": "a made-up training"},
+    "short": {"accuracy": [0.2, 0.7], "loss": [3.0, 1.0], "about": "another"},
+}
+
 # every public function that draws, with arguments that make it draw all it can
 FIGURES = {
     "image_grid": lambda: plots.image_grid(IMAGES, ["a", "b", "c", "d", "e"], columns=3, title="images"),
@@ -34,6 +42,7 @@ FIGURES = {
     "attention_of_query": lambda: plots.attention_of_query(IMAGES[0], torch.rand(3, 3), 0.25, 6, "head 1"),
     "lines": lambda: plots.lines([1, 2, 3], {"a": [1, 4, 9], "b": [3, 2, 1]}, "time", "place", "a walk"),
     "training_curves": lambda: plots.training_curves(HISTORY, 0.01, "a run"),
+    "recorded_curves": lambda: plots.recorded_curves(CURVES, 3),
     "confusion": lambda: plots.confusion(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]), ["cat", "dog"], "errors"),
     "comparison": lambda: plots.comparison({"ours": [0.5, 0.6], "theirs": [0.3, 0.3]}, 0.1, "arms"),
 }
@@ -91,6 +100,7 @@ def test_every_figure_has_a_title(name):
         ("attention_of_query", {"attention weight", "query: patch 5"}),
         ("lines", {"time", "place", "a", "b"}),
         ("training_curves", {"epoch", "cross-entropy (nats)", "top-1 accuracy (%)", "validation", "chance, 1%"}),
+        ("recorded_curves", {"epoch", "top-1 accuracy (%)", "cross-entropy (nats)", "long", "short", "epoch 3"}),
         ("confusion", {"predicted class", "true class", "% of the true class", "cat", "dog"}),
         ("comparison", {"top-1 accuracy (%): a dot per seed, a bar at the mean", "ours", "theirs", "chance"}),
     ],
@@ -211,6 +221,74 @@ def test_training_curves_draws_losses_as_they_are_and_accuracies_in_percent():
     assert list(train.get_ydata()) == [10, 30] and list(validation.get_ydata()) == [20, 40]
     assert list(chance.get_ydata()) == [1, 1]
     assert list(validation.get_xdata()) == [1, 2]
+
+
+def test_recorded_curves_draws_accuracies_in_percent_and_losses_as_they_are_from_epoch_1_on():
+    left, right = plots.recorded_curves(CURVES).axes
+    for ax, long, short in ((left, [10, 30, 50, 60], [20, 70]), (right, [4, 2, 2.5, 3], [3, 1])):
+        assert [list(line.get_xdata()) for line in ax.lines] == [[1, 2, 3, 4], [1, 2]]
+        assert list(ax.lines[0].get_ydata()) == pytest.approx(long)
+        assert list(ax.lines[1].get_ydata()) == pytest.approx(short)
+
+
+def test_recorded_curves_names_each_curve_at_its_end_in_its_colour():
+    for ax in plots.recorded_curves(CURVES).axes:
+        named = {text.get_text(): (text.xy, text.get_color()) for text in ax.texts}
+        assert named == {
+            name: ((len(line.get_xdata()), line.get_ydata()[-1]), line.get_color())
+            for name, line in zip(CURVES, ax.lines, strict=True)
+        }
+
+
+def test_recorded_curves_that_end_together_have_their_names_one_above_the_other():
+    figure = plots.recorded_curves({"a": {"accuracy": [0.5], "loss": [2.0]}, "b": {"accuracy": [0.5], "loss": [2.0]}})
+    figure.canvas.draw()
+    for ax in figure.axes:
+        lower, upper = sorted((text.get_window_extent() for text in ax.texts), key=lambda box: box.y0)
+        assert lower.y1 <= upper.y0 + 1  # pixel
+
+
+@pytest.mark.parametrize(
+    ("stop", "accuracies", "losses"),
+    [
+        (1, ["long 10.0 %", "short 20.0 %"], ["long 4.00", "short 3.00"]),
+        (2, ["long 30.0 %", "short 70.0 %"], ["long 2.00", "short 1.00"]),
+        (4, ["long 60.0 %", "short 70.0 % (ended at 2)"], ["long 3.00", "short 1.00 (ended at 2)"]),
+    ],
+)
+def test_recorded_curves_reads_every_curve_at_the_stop_or_at_its_last_epoch(stop, accuracies, losses):
+    for ax, expected in zip(plots.recorded_curves(CURVES, stop).axes, (accuracies, losses), strict=True):
+        assert {f"epoch {stop}", *expected} <= {text.get_text() for text in ax.texts}
+        vertical = [line for line in ax.lines if list(line.get_xdata()) == [stop, stop]]
+        assert len(vertical) == 1
+        dots = [line for line in ax.lines if len(line.get_xdata()) == 1]
+        assert [line.get_xdata()[0] for line in dots] == [stop, min(stop, 2)]
+
+
+@pytest.mark.parametrize(("stop", "epochs"), [(1, 11), (39, 11), (60, 11), (61, 11), (100, 11), (1, 100), (61, 100)])
+def test_the_readings_of_recorded_curves_hide_no_curve_and_no_name(stop, epochs):
+    published = json.loads((PRETRAINED / "published.json").read_text())
+    better = {  # the published curves, faster and a little better
+        "accuracy": [1.1 * published["accuracy"][99 * n // epochs] for n in range(epochs)],
+        "loss": [0.9 * published["loss"][38 * n // epochs] for n in range(epochs)],
+    }
+    figure = plots.recorded_curves({"published": published, "ours": better}, stop)
+    figure.canvas.draw()
+    for ax in figure.axes:
+        readings = [text for text in ax.texts if text.get_text() not in ("published", "ours")]
+        names = [text.get_window_extent() for text in ax.texts if text not in readings]
+        assert len(readings) == 3 and len(names) == 2
+        points = [point for line in ax.lines[:-1] for point in ax.transData.transform(line.get_xydata())]
+        for box in (text.get_window_extent() for text in readings):
+            assert figure.bbox.containsx(box.x0) and figure.bbox.containsx(box.x1)
+            assert not any(box.overlaps(name) for name in names)
+            assert not any(box.contains(*point) for point in points)
+
+
+@pytest.mark.parametrize("stop", [0, 5])
+def test_recorded_curves_refuses_a_stop_beyond_the_curves(stop):
+    with pytest.raises(ValueError, match=f"stop={stop} is no epoch of these curves; choose one from 1 to 4"):
+        plots.recorded_curves(CURVES, stop)
 
 
 def test_confusion_shows_percent_of_each_true_class():

@@ -1,29 +1,33 @@
 """Training: it learns, it is repeatable, it counts its steps, it survives Ctrl-C, it moves only what it should."""
 
 import math
+import os
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from vitlib import train as train_module
 from vitlib.augment import CIFAR10_MEAN, PUBLISHED, Augmentation
-from vitlib.checkpoint import load_checkpoint
-from vitlib.data import LabelledImages
+from vitlib.checkpoint import Card, load_checkpoint
+from vitlib.data import LabelledImages, train_validation_split
 from vitlib.model import create_model
+from vitlib.recipes import FINETUNING, RECIPES, build_optimizers, rate_factor
 from vitlib.train import (
-    FINETUNING,
-    RECIPES,
     History,
-    build_optimizer,
+    Training,
     evaluate,
     finetune,
     fit,
+    hardware,
     predict,
     pretrain,
-    rate_factor,
+    record_test,
     resolve_device,
+    resolve_precision,
 )
 
 SIZES = {"num_layers": 1, "image_size": 8, "patch_size": 4, "em_dim": 16, "num_heads": 2, "ff_dim": 32}
@@ -134,7 +138,7 @@ def test_published_recipe_is_the_published_system():
     recipe = RECIPES["published"]
     assert (recipe.optimizer, recipe.learning_rate, recipe.momentum, recipe.weight_decay) == ("sgd", 0.01, 0.9, 1e-4)
     assert recipe.schedule == "constant" and recipe.augmentation == PUBLISHED and recipe.drop == 0.1
-    optimizer = build_optimizer(create_model("small", 100), recipe)
+    (optimizer,) = build_optimizers(create_model("small", 100), recipe)
     assert len(optimizer.param_groups) == 1 and isinstance(optimizer, torch.optim.SGD)
     assert FINETUNING["published"] == recipe
 
@@ -142,7 +146,7 @@ def test_published_recipe_is_the_published_system():
 def test_adamw_decays_matrices_only_and_the_head_has_its_own_rate():
     model = create_model("small", 10)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    optimizer = build_optimizer(model, replace(RECIPES["modern"], head_rate=10.0))
+    (optimizer,) = build_optimizers(model, replace(RECIPES["modern"], head_rate=10.0, position_rate=1.0))
     seen = set()
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -220,6 +224,8 @@ def test_prediction_does_not_depend_on_the_batch_size_or_change_the_mode():
         ({"recipe": "secret"}, "recipe='secret' is not known; choose one of published, modern"),
         ({"preset": "huge"}, "preset='huge' is not known"),
         ({"device": "tpu"}, "device='tpu' is not to be had"),
+        ({"precision": "half"}, "precision='half' is not known; choose one of auto, float32, bfloat16"),
+        ({"pooling": "max"}, "pooling='max' is not known"),
         ({"validation_fraction": 2}, "fraction"),
     ],
 )
@@ -259,3 +265,200 @@ def test_progress_bar_shows_loss_accuracy_and_speed(capsys):
     pretrain(coloured(), **quick(progress=True))
     shown = capsys.readouterr().out
     assert "epoch 2/2" in shown and "loss" in shown and "validation accuracy" in shown and "images/s" in shown
+
+
+def test_ctrl_c_leaves_the_best_weights_as_they_are(tmp_path, monkeypatch):
+    """The best epoch is the first; what the second has done until then was never validated."""
+    step, calls, best = Training.step, [], tmp_path / "pretrained-best.safetensors"
+
+    def interrupted(self, *args):
+        calls.append(best.read_bytes() if best.exists() else None)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        step(self, *args)
+
+    monkeypatch.setattr(Training, "step", interrupted)
+    trained = pretrain(coloured(), **quick(run_dir=tmp_path))
+    assert trained.history.interrupted and len(trained.history.epochs) == 1
+    assert best.read_bytes() == calls[-1]
+
+
+# Averaged weights
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """The weights before the first and after every step of a training, averaged or not."""
+    taken, begin, step = [], Training.__init__, Training.step
+
+    def recorded(method):
+        def call(self, *args, **kwargs):
+            method(self, *args, **kwargs)
+            taken.append(weights(self.model).clone())
+
+        return call
+
+    monkeypatch.setattr(Training, "__init__", recorded(begin))
+    monkeypatch.setattr(Training, "step", recorded(step))
+    return taken
+
+
+@pytest.mark.parametrize("decay", [0.2, 0.999])
+def test_averaged_weights_follow_the_formula_and_are_those_that_are_kept(taken, tmp_path, decay):
+    recipe = replace(RECIPES["modern"], average=decay, learning_rate=1e-2)
+    trained = pretrain(coloured(), **quick(recipe=recipe, run_dir=tmp_path))
+    average = taken[0].double()
+    for step, now in enumerate(taken[1:]):
+        warm = min(decay, (1 + step) / (10 + step))
+        average = warm * average + (1 - warm) * now.double()
+    torch.testing.assert_close(weights(trained.model).double(), average, rtol=0, atol=1e-6)
+    assert (taken[-1].double() - average).abs().max() > 1e-4, "they differ from the last weights"
+    saved, card = load_checkpoint(tmp_path / "pretrained.safetensors")
+    assert torch.equal(weights(saved), weights(trained.model))
+    _, validation = train_validation_split(coloured(), 0.1, 0)
+    score = evaluate(saved, validation, card)
+    assert trained.history.epochs[-1]["validation_loss"] == score["loss"], "validation is of the averaged weights"
+
+
+def test_without_averaging_the_last_weights_are_kept(taken):
+    trained = pretrain(coloured(), **quick(recipe=replace(RECIPES["modern"], average=0.0)))
+    assert torch.equal(weights(trained.model), taken[-1])
+
+
+def test_averaging_does_not_change_the_training_itself(taken):
+    for average in (0.0, 0.9):
+        pretrain(coloured(), **quick(recipe=replace(RECIPES["modern"], average=average)))
+    half = len(taken) // 2
+    assert all(torch.equal(plain, other) for plain, other in zip(taken[:half], taken[half:], strict=True))
+
+
+# Order and augmentation of the images
+
+
+def one_epoch(batch_size=16, epoch=1, seed=0) -> dict[str, torch.Tensor]:
+    """What one epoch consists of: the images in their order, the labels, and the numbers of their augmentation."""
+    data, recipe = coloured(), replace(RECIPES["modern"], augmentation=Augmentation(2, 0.5, 3))
+    card = Card(data.classes, (0.5,) * 3, (0.25,) * 3)
+    training = Training(create_model("tiny", 3), card, recipe, 100, seed=seed)
+    sizes, batches = training.epoch_batches(data, epoch, batch_size, math.ceil(len(data) / batch_size))
+    assert [len(labels) for _, labels, _ in batches] == sizes and sum(sizes) == len(data)
+    images, labels, drawn = zip(*batches, strict=True)
+    return {"images": torch.cat(images), "labels": torch.cat(labels)} | {
+        name: torch.cat([numbers[name] for numbers in drawn]) for name in drawn[0]
+    }
+
+
+def test_order_and_augmentation_do_not_depend_on_the_batch_size():
+    whole = one_epoch(batch_size=60)
+    assert len(whole) >= 7, "images, labels, crop, flip and hole"
+    for batch_size in (1, 7, 16):
+        parts = one_epoch(batch_size=batch_size)
+        assert parts.keys() == whole.keys()
+        for name, values in parts.items():
+            assert torch.equal(values, whole[name]), name
+
+
+@pytest.mark.parametrize("change", [{"epoch": 2}, {"seed": 1}], ids=str)
+def test_order_and_augmentation_differ_between_epochs_and_seeds(change):
+    one, other = one_epoch(), one_epoch(**change)
+    for name in one:
+        assert not torch.equal(one[name], other[name]), name
+    assert torch.equal(one["labels"].sort().values, other["labels"].sort().values)
+
+
+def test_an_epoch_has_every_image_once_with_its_label():
+    data, epoch = coloured(), one_epoch()
+    found = {image.numpy().tobytes(): label.item() for image, label in zip(data.images, data.labels, strict=True)}
+    seen = [image.numpy().tobytes() for image in epoch["images"]]
+    assert sorted(seen) == sorted(found) and not torch.equal(epoch["images"], data.images)
+    assert [found[image] for image in seen] == epoch["labels"].tolist()
+
+
+def test_images_are_mixed_until_their_share_of_the_training_is_over():
+    data = coloured()
+    recipe = replace(RECIPES["modern"], augmentation=Augmentation(mixing=0.5, hole=0), mix_until=0.5)
+    training = Training(create_model("tiny", 3), Card(data.classes, (0.5,) * 3, (0.25,) * 3), recipe, total_steps=16)
+    mixed = [
+        any("mix_share" in drawn for _, _, drawn in training.epoch_batches(data, epoch, 16, steps=4)[1])
+        for epoch in (1, 2, 3, 4)
+    ]
+    assert mixed == [True, True, False, False]
+
+
+def test_the_loss_of_a_mixed_image_is_that_of_a_target_with_two_labels():
+    recipe = replace(RECIPES["modern"], augmentation=Augmentation(mixing=0.5), label_smoothing=0.1)
+    training = Training(create_model("tiny", 3), Card(("a", "b", "c"), (0.5,) * 3, (0.25,) * 3), recipe, total_steps=1)
+    logits, labels = torch.randn(5, 3), torch.tensor([0, 2, 1, 1, 2])
+    kept = torch.tensor([0.7, 0.4, 0.9, 1.0, 1.0])
+    targets = kept[:, None] * F.one_hot(labels, 3) + (1 - kept)[:, None] * F.one_hot(labels[[1, 0, 3, 2, 4]], 3)
+    expected = F.cross_entropy(logits, targets, label_smoothing=0.1, reduction="none")
+    torch.testing.assert_close(training._losses(logits, labels, kept), expected)
+
+
+# Precision and compilation
+
+
+@pytest.mark.parametrize(
+    "precision, device, resolved",
+    [
+        ("auto", "cpu", "float32"),
+        ("auto", "mps", "float32"),
+        ("auto", "cuda", "bfloat16"),
+        ("float32", "cuda", "float32"),
+        ("bfloat16", "cpu", "bfloat16"),
+    ],
+)
+def test_precision_is_resolved_by_device(precision, device, resolved):
+    assert resolve_precision(precision, torch.device(device)) == resolved
+
+
+def test_training_in_bfloat16_learns_and_keeps_float32_weights(monkeypatch):
+    widths, forward = set(), torch.nn.Linear.forward
+
+    def observed(self, x):
+        out = forward(self, x)
+        if self.training:
+            widths.add(out.dtype)
+        return out
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", observed)
+    recipe = replace(RECIPES["modern"], learning_rate=1e-2)
+    trained = pretrain(coloured(), **quick(pretrain_epochs=12, recipe=recipe, precision="bfloat16"))
+    assert widths == {torch.bfloat16} and trained.card.record["precision"] == "bfloat16"
+    assert {parameter.dtype for parameter in trained.model.parameters()} == {torch.float32}
+    assert trained.history.epochs[-1]["validation_accuracy"] == 1.0
+
+
+@pytest.mark.skipif("VITLIB_SLOW" not in os.environ, reason="takes half a minute: set VITLIB_SLOW to run it")
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="there is no C++ compiler")
+def test_a_compiled_model_trains_to_the_same_losses():
+    recipe = replace(RECIPES["modern"], average=0.9)
+    plain, compiled = (pretrain(coloured(), **quick(recipe=recipe, compile=compile)) for compile in (False, True))
+    losses = [[step["loss"] for step in trained.history.steps] for trained in (plain, compiled)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-3)
+    one, other = (trained.history.epochs[-1]["validation_loss"] for trained in (plain, compiled))
+    assert other == pytest.approx(one, abs=1e-3)
+    assert [name for name, _ in compiled.model.named_parameters()] == [
+        name for name, _ in plain.model.named_parameters()
+    ]
+
+
+# The record
+
+
+def test_the_test_score_goes_into_the_card_and_the_file(tmp_path):
+    test = coloured(30, seed=1)
+    trained = pretrain(coloured(), **quick(run_dir=tmp_path))
+    scored = record_test(trained, test, "colours", tmp_path / "pretrained.safetensors")
+    expected = {"source": "colours, test split", "images": 30, **evaluate(trained.model, test, trained.card)}
+    assert scored.card.record["test"] == expected and "test" not in trained.card.record
+    model, card = load_checkpoint(tmp_path / "pretrained.safetensors")
+    assert card.record["test"] == expected and torch.equal(weights(model), weights(trained.model))
+    assert record_test(trained, test, "colours").card.record["test"] == expected, "without a file"
+
+
+def test_the_card_names_the_processor_and_how_many_images_there_were():
+    record = pretrain(coloured(), **quick(validation_fraction=0.2)).card.record
+    assert (record["train_images"], record["validation_images"], record["processes"]) == (48, 12, 1)
+    assert record["hardware"] == hardware(torch.device("cpu")) and "threads" in record["hardware"]
+    assert record["precision"] == "float32", "what auto came to"

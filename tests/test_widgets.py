@@ -55,6 +55,20 @@ def test_the_attention_browser_reaches_every_layer_head_and_token(image):
     assert sorted(len(control.options) for control in controls.values()) == [2, 3, 17]
 
 
+def test_the_stopping_slider_reaches_every_epoch_and_changes_the_picture():
+    longer = {"accuracy": [0.1, 0.3, 0.4], "loss": [3.0, 2.0, 2.5]}
+    curves = {"longer": longer, "shorter": {"accuracy": [0.2, 0.5], "loss": [2.5, 1.5]}}
+    controls, picture = controls_and_picture(widgets.stopping_epoch(curves, stop=2))
+    slider = controls["stop after epoch"]
+    assert list(slider.options) == [1, 2, 3] and slider.value == 2
+    pictures = set()
+    for stop in slider.options:
+        slider.value = stop
+        assert picture().startswith(PNG)
+        pictures.add(picture())
+    assert len(pictures) == 3
+
+
 def test_a_redraw_leaves_no_figure_behind(image):
     controls, _ = controls_and_picture(widgets.patch_sizes(image, [4, 8, 16]))
     controls["patch size"].value = 4

@@ -26,6 +26,7 @@ STYLE = {
     "figure.constrained_layout.use": True,
     "image.cmap": "viridis",
 }
+HALO = withStroke(linewidth=3, foreground="white")  # keeps words legible that cross a curve
 
 
 def _styled(draw):
@@ -238,6 +239,70 @@ def training_curves(history, chance: float, title: str = "") -> Figure:
     if title:
         figure.suptitle(title)
     return figure
+
+
+@_styled
+def recorded_curves(curves: Mapping[str, Mapping], stop: int | None = None) -> Figure:
+    """Accuracy and loss of several trainings, epoch by epoch, side by side.
+
+    Args:
+        curves: by name, each with ``accuracy`` (shares) and ``loss`` (nats), one entry per epoch from epoch 1 on, such
+            as :func:`vitlib.records.recorded_curves` gives them.
+        stop: an epoch to mark and to read the curves at; a curve that is shorter is read at its last epoch.
+
+    Raises:
+        ValueError: for a ``stop`` beyond the longest curve.
+    """
+    longest = max(len(curve["loss"]) for curve in curves.values())
+    if stop is not None and not 1 <= stop <= longest:
+        raise ValueError(f"stop={stop} is no epoch of these curves; choose one from 1 to {longest}.")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.2))
+    accuracies = {name: [100 * share for share in curve["accuracy"]] for name, curve in curves.items()}
+    losses = {name: curve["loss"] for name, curve in curves.items()}
+    for ax, series in ((left, accuracies), (right, losses)):
+        _named_at_their_ends(ax, series)
+        ax.set(xlabel="epoch", xlim=(0, longest + 1))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    left.set(ylabel="top-1 accuracy (%)", title="accuracy", ylim=(0, None))
+    right.set(ylabel="cross-entropy (nats)", title="loss")
+    if stop is not None:
+        # where there is room: accuracies rise from the lower left corner, losses fall from the upper left one
+        _read_at(left, accuracies, stop, "{:.1f} %", place="bottom")
+        _read_at(right, losses, stop, "{:.2f}", place="top")
+    return figure
+
+
+def _named_at_their_ends(ax, series: Mapping[str, Sequence]) -> None:
+    """Curves over epochs 1, 2, ..., each with its name in its colour."""
+    lowest = min(series, key=lambda name: series[name][-1])
+    for (name, values), colour in zip(series.items(), COLOURS, strict=False):
+        epochs = range(1, len(values) + 1)
+        ax.plot(epochs, values, marker="o" if len(values) <= 20 else "", markersize=4, color=colour)
+        ax.annotate(
+            name, (epochs[-1], values[-1]), xytext=(7, 0), textcoords="offset points", color=colour,
+            va="top" if name == lowest else "bottom",  # names stay apart where curves end together
+            path_effects=[HALO],
+        )  # fmt: skip
+    ax.margins(y=0.08)
+
+
+def _read_at(ax, series: Mapping[str, Sequence], stop: int, written: str, place: str) -> None:
+    """A line at epoch ``stop``, a dot on every curve there or at its end, and their values at the line's ``place``."""
+    longest = max(len(values) for values in series.values())
+    readings = [(f"epoch {stop}", COLOURS[6])]
+    for (name, values), colour in zip(series.items(), COLOURS, strict=False):
+        epoch = min(stop, len(values))
+        ax.plot(epoch, values[epoch - 1], "o", color=colour, markersize=9, markeredgecolor="white", zorder=3)
+        ended = f" (ended at {epoch})" if epoch < stop else ""
+        readings.append((f"{name} {written.format(values[epoch - 1])}{ended}", colour))
+    ax.axvline(stop, color=COLOURS[6], linewidth=1, linestyle="--")
+    x, side = (8, "left") if stop <= 0.6 * longest else (-8, "right")  # words further right would leave the figure
+    top = 0 if place == "top" else 16 * len(readings) + 4
+    for line, (text, colour) in enumerate(readings):
+        ax.annotate(
+            text, (stop, 1 if place == "top" else 0), xycoords=ax.get_xaxis_transform(), xytext=(x, top - 16 * line),
+            textcoords="offset points", ha=side, va="top", color=colour, path_effects=[HALO],
+        )  # fmt: skip
 
 
 @_styled

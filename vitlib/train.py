@@ -589,7 +589,8 @@ def _train_stage(
             return
         save_checkpoint(Path(run_dir) / f"{name}.safetensors", model, described(history))
         history.save(Path(run_dir) / f"{name}-history.json")
-        if history.epochs and history.best is history.epochs[-1]:
+        # what Ctrl-C leaves in the middle of an epoch has not been validated
+        if not history.interrupted and history.best is history.epochs[-1]:
             save_checkpoint(Path(run_dir) / f"{name}-best.safetensors", model, described(history))
 
     history = fit(model, train, validation, card, recipe, after_epoch=save, resume=resume_file, **fit_arguments)

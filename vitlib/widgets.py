@@ -5,7 +5,7 @@ Works with ipywidgets 7 (Colab) and 8.
 """
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import ipywidgets
 from matplotlib.figure import Figure
@@ -70,3 +70,15 @@ def attention_browser(image: Tensor, attention: Tensor, query: int = 0) -> ipywi
         head=_control(ipywidgets.SelectionSlider, range(1, heads + 1), 1, "head"),
         query=_control(ipywidgets.SelectionSlider, range(tokens), query, "query (0 = CLS)"),
     )
+
+
+def stopping_epoch(curves: Mapping[str, Mapping], stop: int) -> ipywidgets.VBox:
+    """A slider over the epochs, above recorded curves that are read at the chosen one.
+
+    Args:
+        curves: from :func:`vitlib.records.recorded_curves`.
+        stop: the epoch shown first.
+    """
+    longest = max(len(curve["loss"]) for curve in curves.values())
+    slider = _control(ipywidgets.SelectionSlider, range(1, longest + 1), stop, "stop after epoch")
+    return explorer(lambda stop: plots.recorded_curves(curves, stop), stop=slider)

@@ -1,0 +1,146 @@
+"""Recipes: which parameters learn how fast, how the rate rises and falls, what is refused."""
+
+import math
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vitlib.model import ViTModel
+from vitlib.recipes import FINETUNING, RECIPES, Recipe, build_optimizers, named_recipe, rate_factor
+
+TINY = {"num_layers": 3, "image_size": 8, "patch_size": 4, "em_dim": 16, "num_heads": 2, "ff_dim": 32}
+PLAIN = Recipe(optimizer="adamw", learning_rate=1.0, weight_decay=0.5)
+
+
+def groups_of(model: ViTModel, recipe: Recipe) -> dict[str, tuple[torch.optim.Optimizer, dict]]:
+    """The optimiser and the group of every parameter by name."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        names[id(parameter)]: (optimizer, group)
+        for optimizer in build_optimizers(model, recipe)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+
+
+def rates(recipe: Recipe, **changes) -> dict[str, float]:
+    """The learning rate of every parameter by name."""
+    return {name: group["lr"] for name, (_, group) in groups_of(ViTModel(5, **{**TINY, **changes}), recipe).items()}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+def test_layer_decay_lowers_the_rate_from_the_head_to_the_embeddings(optimizer):
+    """Three blocks: the head and the final norm have the full rate, the last block a half of it, and so on down."""
+    expected = {
+        "linear_classifier.": 1.0,
+        "vit_encoder.layernorm.": 1.0,
+        "vit_encoder.encoder.2.": 1 / 2,
+        "vit_encoder.encoder.1.": 1 / 4,
+        "vit_encoder.encoder.0.": 1 / 8,
+        "vit_encoder.embedding.": 1 / 16,
+    }
+    found = rates(replace(PLAIN, optimizer=optimizer, layer_decay=0.5), patch_bias=True)
+    assert len(found) == len(list(ViTModel(5, **TINY, patch_bias=True).parameters())), "each parameter has one rate"
+    for name, rate in found.items():
+        (factor,) = (factor for start, factor in expected.items() if name.startswith(start))
+        assert rate == factor, name
+
+
+def test_layer_decay_counts_blocks_of_two_digits():
+    found = rates(replace(PLAIN, layer_decay=0.5), num_layers=12)
+    assert found["vit_encoder.encoder.11.norm1.weight"] == 1 / 2
+    assert found["vit_encoder.encoder.10.norm1.weight"] == 1 / 4
+    assert found["vit_encoder.encoder.1.norm1.weight"] == 2**-11
+
+
+def test_rates_of_head_positions_and_layers_multiply():
+    found = rates(replace(PLAIN, learning_rate=0.1, layer_decay=0.5, head_rate=10.0, position_rate=5.0))
+    assert found["linear_classifier.weight"] == pytest.approx(1.0)
+    assert found["vit_encoder.embedding.cls_token"] == pytest.approx(0.1 * 5 / 16)
+    assert found["vit_encoder.embedding.position_embedding"] == pytest.approx(0.1 * 5 / 16)
+    assert found["vit_encoder.embedding.patch_embedding.weight"] == pytest.approx(0.1 / 16)
+    assert found["vit_encoder.layernorm.bias"] == pytest.approx(0.1)
+
+
+def test_without_decay_or_factors_all_rates_are_one():
+    assert set(rates(PLAIN).values()) == {1.0}
+
+
+def test_frozen_parameters_have_no_rate():
+    model = ViTModel(5, **TINY)
+    model.vit_encoder.requires_grad_(False)
+    for optimizer in ("adamw", "sgd", "muon"):
+        found = groups_of(model, replace(PLAIN, optimizer=optimizer, layer_decay=0.5))
+        assert set(found) == {"linear_classifier.weight", "linear_classifier.bias"}
+
+
+@pytest.mark.parametrize(
+    "total, warmup, steps", [(100, 0.1, 10), (100, 0.0, 0), (7, 0.5, 4), (3, 0.1, 0), (10, 1.0, 10)]
+)
+def test_the_rate_rises_evenly_and_then_follows_half_a_cosine(total, warmup, steps):
+    recipe = replace(PLAIN, schedule="cosine", warmup=warmup)
+    for step in range(total):
+        if step < steps:
+            expected = (step + 1) / (steps + 1)
+        else:
+            expected = (1 + math.cos(math.pi * (step - steps) / (total - steps))) / 2
+        assert rate_factor(recipe, step, total) == pytest.approx(expected, abs=1e-12)
+        constant = replace(recipe, schedule="constant")
+        assert rate_factor(constant, step, total) == (expected if step < steps else 1.0)
+
+
+def test_sgd_and_adamw_are_one_fused_optimiser_with_the_recipes_numbers():
+    model = ViTModel(5, **TINY)
+    (sgd,) = build_optimizers(model, replace(PLAIN, optimizer="sgd", momentum=0.7))
+    assert isinstance(sgd, torch.optim.SGD) and sgd.defaults["fused"]
+    assert [(group["momentum"], group["weight_decay"]) for group in sgd.param_groups] == [(0.7, 0.5)]
+    (adamw,) = build_optimizers(model, PLAIN)
+    assert isinstance(adamw, torch.optim.AdamW) and adamw.defaults["fused"]
+    assert {group["weight_decay"] for group in adamw.param_groups} == {0.0, 0.5}
+
+
+def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
+    model = ViTModel(5, **TINY)
+    found = groups_of(model, replace(PLAIN, optimizer="muon", matrix_rate=3.0, head_rate=10.0, position_rate=5.0))
+    assert set(found) == set(dict(model.named_parameters()))
+    for name, (optimizer, group) in found.items():
+        is_matrix = re.search(r"(qkv|output|mlp\.\d)\.weight$", name) is not None
+        assert isinstance(optimizer, torch.optim.Muon if is_matrix else torch.optim.AdamW), name
+        expected = 3 if is_matrix else 10 if "classifier" in name else 5 if "cls" in name or "position" in name else 1
+        assert group["lr"] == expected, name
+        decays = is_matrix or name.endswith(("patch_embedding.weight", "classifier.weight"))
+        assert group["weight_decay"] == (0.5 if decays else 0.0), name
+    assert sum(isinstance(optimizer, torch.optim.Muon) for optimizer, _ in found.values()) == 4 * TINY["num_layers"]
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: build_optimizers(ViTModel(5, **TINY), replace(PLAIN, optimizer="lion")), "'lion' .*adamw or muon"),
+        (lambda: rate_factor(replace(PLAIN, schedule="linear"), 5, 10), "schedule='linear' .*constant or cosine"),
+        (lambda: named_recipe("secret", RECIPES), "recipe='secret' is not .*published, modern, .*give a Recipe"),
+    ],
+)  # fmt: skip
+def test_unknown_names_give_one_sentence(call, words):
+    with pytest.raises(ValueError, match=words) as error:
+        call()
+    assert "\n" not in str(error.value) and str(error.value).endswith(".")
+
+
+def test_recipes_are_found_by_name_and_ones_own_are_given_back():
+    assert named_recipe("modern", FINETUNING) is FINETUNING["modern"] is not RECIPES["modern"]
+    assert named_recipe(PLAIN, RECIPES) is PLAIN
+
+
+@pytest.mark.parametrize("known", [RECIPES, FINETUNING], ids=["pretraining", "fine-tuning"])
+def test_every_recipe_of_the_course_can_be_built(known):
+    for name, recipe in known.items():
+        assert build_optimizers(ViTModel(5, **TINY), recipe), name
+        assert rate_factor(recipe, 0, 100) > 0 and 0 <= recipe.average < 1, name
+
+
+def test_both_stages_know_the_same_recipes():
+    """One parameter of the notebooks names the recipe of both."""
+    assert set(RECIPES) == set(FINETUNING)
