@@ -217,10 +217,19 @@ class ResumeFile:
                 else "delete it to begin again"
             )
             raise ValueError(f"{path} is not a whole resume file of vitlib ({reason:.100}); {way_out}.") from error
-        for name in sorted(self.settings.keys() | settings.keys()):
-            if self.settings.get(name) != settings.get(name):
+        theirs, ours = _flat(settings), _flat(self.settings)
+        for name in sorted(theirs.keys() | ours.keys()):
+            if theirs.get(name) != ours.get(name):
                 raise ValueError(
-                    f"{path} belongs to a training with {name}={settings.get(name)!r}, this one has "
-                    f"{name}={self.settings.get(name)!r}; give the same settings, another run_dir, or delete the file."
+                    f"{path} belongs to a training with {name}={theirs.get(name)!r}, this one has "
+                    f"{name}={ours.get(name)!r}; give the same settings, another run_dir, or delete the file."
                 )
         return state
+
+
+def _flat(settings: dict, prefix: str = "") -> dict:
+    """Nested settings by names with dots, such as ``recipe.clip``."""
+    flat = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

@@ -392,7 +392,15 @@ class Training:
 
     def take_up(self, resume: ResumeFile) -> None:
         """Go on where ``resume`` says, if it says anything; every process must call this."""
-        state = self.processes.from_first(resume.load() if self.processes.is_first else None)
+        state = refusal = None
+        if self.processes.is_first:
+            try:
+                state = resume.load()
+            except ValueError as error:
+                refusal = error
+        state, refusal = self.processes.from_first((state, refusal))
+        if refusal is not None:  # every process says so, else the others would wait for the first
+            raise refusal
         if state is None:
             return
         unwrap(self.model).load_state_dict(state["model"])
@@ -573,7 +581,12 @@ def _train_stage(
     settings |= {"validation_fraction": validation_fraction, "processes": current_processes().count}
     resume_file = None
     if resume:
-        identity = {"config": model.config, "images": digest(train.images, train.labels), "device": device.type}
+        identity = {
+            "stage": card.record["stage"],
+            "config": model.config,
+            "images": digest(train.images, train.labels),
+            "device": device.type,
+        }
         start = digest(*model.state_dict().values())
         resume_file = ResumeFile(Path(run_dir) / f"{name}-resume.pt", settings | identity | {"start": start})
     train, validation = train_validation_split(train, validation_fraction, fit_arguments["seed"])

@@ -49,9 +49,10 @@ def course_options(**defaults: object):
             parameter = PARAMETERS[name]
             help = f"{parameter.help} [{'|'.join(parameter.choices) or parameter.type.__name__}, default {default}]"
             flag = f"--{name.replace('_', '-')}"
-            command = click.option(flag, name, metavar="", default=default, callback=convert(parameter), help=help)(
-                command
+            option = click.option(
+                flag, name, metavar="", type=str, default=default, callback=convert(parameter), help=help
             )
+            command = option(command)
         return command
 
     return decorate
@@ -85,6 +86,8 @@ def finetune_command(downstream, weights, run_dir, data_dir, image_size, recipe,
     With --weights random a new encoder of the small preset takes its place, trained from scratch as in pretraining:
     the control. RUN_DIR gets finetuned.safetensors and what belongs to it.
     """
+    if weights is None:
+        raise ValueError("weights=None names no encoder; give a shipped name, a checkpoint file, or random.")
     options["device"] = join_processes(options["device"])
     if weights == "random":
         train, test = _splits(downstream, data_dir, image_size or PRESETS["small"]["image_size"])

@@ -1,0 +1,261 @@
+"""Several processes that train one model: they do what one process does, only one writes, and they resume together."""
+
+import functools
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import children
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from test_resume import ALL_AT_ONCE, TINY, before_call, colours, contents, differences, print_steps
+from torch import distributed
+
+from vitlib import train as train_module
+from vitlib.__main__ import main
+from vitlib.augment import Augmentation
+from vitlib.checkpoint import ResumeFile, load_checkpoint
+from vitlib.distributed import Processes, current_processes, join_processes, leave_processes
+from vitlib.model import PRESETS
+from vitlib.recipes import RECIPES
+from vitlib.train import History, Training, pretrain
+
+pytestmark = pytest.mark.skipif(
+    not (distributed.is_available() and distributed.is_gloo_available()), reason="this torch has no gloo"
+)
+
+# Without dropout: its random numbers cannot be the same in two processes as in one.
+SAME = replace(RECIPES["modern"], clip=0.1, average=0.9, drop=0.0, drop_path=0.0, augmentation=Augmentation(2, 0.5, 2))
+
+
+@pytest.fixture(autouse=True)
+def _tiny_preset(monkeypatch):
+    monkeypatch.setitem(PRESETS, "tiny", TINY)
+
+
+def train(run_dir, recipe=SAME, **changes):
+    arguments = {"preset": "tiny", "pretrain_epochs": 2, "batch_size": 16, "device": "cpu", "progress": False}
+    return pretrain(colours(), recipe=recipe, run_dir=run_dir, resume=True, **arguments | changes)
+
+
+def train_together(run_dir, options, killed, step):
+    """What one of several processes does; the process ``killed`` dies in its ``step``-th step."""
+    PRESETS["tiny"] = TINY
+    train_module.ResumeFile = functools.partial(ResumeFile, minutes=0)
+    print_steps()
+    before_call(Training, "step", step if os.environ["RANK"] == str(killed) else 0)
+    assert join_processes("cpu") == "cpu"
+    # every process in a folder of its own, if it writes
+    trained = train(Path(run_dir) if current_processes().is_first else Path(run_dir) / "other", **options)
+    torch.save({"model": trained.model.state_dict(), "history": asdict(trained.history)}, _result(run_dir))
+    leave_processes()
+
+
+def _result(run_dir) -> Path:
+    return Path(f"{run_dir}-of-{os.environ['RANK']}.pt")
+
+
+def together(run_dir: Path, killed: int | None = None, step: int = 0, count: int = 2, **options) -> list[int]:
+    """Exit codes of ``count`` processes that train together, in the order of their ranks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_PORT": str(port)}
+    processes = [
+        children.start(
+            train_together,
+            run_dir,
+            options,
+            killed,
+            step,
+            log=log_of(run_dir, rank),
+            **environment,
+            MASTER_ADDR="127.0.0.1",
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+        )  # fmt: skip
+        for rank in range(count)
+    ]
+    for process in processes:
+        process.join(300)
+    return [process.exitcode for process in processes]
+
+
+def log_of(run_dir: Path, rank: int) -> Path:
+    return run_dir.parent / f"{run_dir.name}-{rank}.log"
+
+
+def curve(history: dict) -> list[float]:
+    """All losses and accuracies of a history in a row."""
+    names = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
+    return [step["loss"] for step in history["steps"]] + [epoch[name] for epoch in history["epochs"] for name in names]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("size", [0, 1, 2, 7, 16])
+def test_the_shares_in_a_row_are_the_batch_and_as_even_as_can_be(count, size):
+    shares = [Processes(rank, count).share(torch.arange(size)) for rank in range(count)]
+    assert torch.equal(torch.cat(shares), torch.arange(size))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_one_process_alone_gets_back_what_it_gives():
+    alone, model, tensor = current_processes(), torch.nn.Linear(1, 1), torch.tensor(3)
+    assert alone == Processes(0, 1) and alone.is_first
+    assert alone.total(tensor) is tensor and alone.gather("a") == ["a"] and alone.from_first("b") == "b"
+    assert alone.parallel(model) is model
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """As if torchrun had started four processes on this machine with ``gpus`` GPUs, of which this is the third."""
+    launched = SimpleNamespace(gpus=0, calls=[])
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(distributed, "init_process_group", launched.calls.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: launched.gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: launched.gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", launched.calls.append)
+    return launched
+
+
+@pytest.mark.parametrize(
+    "device, gpus, own, calls",
+    [
+        ("auto", 0, "cpu", ["gloo"]),
+        ("cpu", 8, "cpu", ["gloo"]),
+        ("auto", 8, "cuda:2", [2, "nccl"]),
+        ("cuda", 4, "cuda:2", [2, "nccl"]),
+    ],
+)
+def test_the_processes_of_a_machine_take_its_gpus_in_turn(launched, device, gpus, own, calls):
+    launched.gpus = gpus
+    assert join_processes(device) == own and launched.calls == calls
+
+
+@pytest.mark.parametrize(
+    "device, gpus, words",
+    [
+        ("auto", 3, "nproc-per-node=4 is more than the 3 GPUs of this machine; start one process per GPU"),
+        ("cuda", 0, "nproc-per-node=4 is more than the 0 GPUs"),
+        ("cuda:0", 8, "device='cuda:0' is one device for 4 processes; give auto, cuda or cpu"),
+        ("mps", 0, "device='mps' is one device for 4 processes; give auto, cuda or cpu"),
+    ],
+)
+def test_processes_without_a_device_of_their_own_are_refused(launched, device, gpus, words):
+    launched.gpus = gpus
+    with pytest.raises(ValueError, match=words) as error:
+        join_processes(device)
+    assert launched.calls == [] and "\n" not in str(error.value) and str(error.value).endswith(".")
+
+
+def test_a_process_on_its_own_joins_nobody(launched, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK")
+    for device in ("auto", "cpu", "cuda:1", "mps"):
+        assert join_processes(device) == device
+    assert launched.calls == []
+    leave_processes()
+
+
+@pytest.mark.parametrize("batch_size, why", [(17, "the last batch has three images"), (53, "the last batch has one")])
+def test_two_processes_have_the_curve_of_one(tmp_path, batch_size, why):
+    assert together(tmp_path / "two", batch_size=batch_size) == [0, 0], log_of(tmp_path / "two", 0).read_text()
+    one = train(tmp_path / "one", batch_size=batch_size)
+    first, second = (torch.load(tmp_path / f"two-of-{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert curve(first["history"]) == pytest.approx(curve(asdict(one.history)), abs=1e-4), why
+    assert differences(first, second) == [], "both processes have the same weights and the same history"
+    assert sorted(contents(tmp_path / "two")) == sorted(contents(tmp_path / "one"))
+    assert not (tmp_path / "two" / "other").exists(), "only the first process writes"
+    saved, card = load_checkpoint(tmp_path / "two" / "pretrained.safetensors")
+    assert differences(saved.state_dict(), first["model"]) == [] and card.record["processes"] == 2
+
+
+def test_two_processes_go_on_exactly_and_only_as_two(tmp_path):
+    """27 steps an epoch; a state is written after the first, the twenty-first and the last of them. Each process has
+    dropout numbers of its own."""
+    options = {"recipe": ALL_AT_ONCE, "batch_size": 2}
+    assert together(tmp_path / "alone", **options) == [0, 0], log_of(tmp_path / "alone", 1).read_text()
+    first, second = together(tmp_path / "run", killed=1, step=24, **options)
+    assert second == -signal.SIGKILL and first == 1, "the other process ends with an error, it does not wait for ever"
+    with pytest.raises(ValueError, match="resume.pt belongs to a training with processes=2, this one has processes=1;"):
+        train(tmp_path / "run", **options)
+    before = contents(tmp_path / "run")
+    assert all(together(tmp_path / "run", count=3, **options))
+    for rank in range(3):
+        assert "processes=2, this one has processes=3" in log_of(tmp_path / "run", rank).read_text()
+    assert contents(tmp_path / "run") == before
+    assert together(tmp_path / "run", **options) == [0, 0], log_of(tmp_path / "run", 1).read_text()
+    steps = [line for line in log_of(tmp_path / "run", 1).read_text().splitlines() if line.startswith("step")]
+    assert steps == [f"step {number}" for number in range(21, 54)]
+    for rank in (0, 1):
+        alone, resumed = (torch.load(tmp_path / f"{run}-of-{rank}.pt", weights_only=True) for run in ("alone", "run"))
+        assert differences(alone, resumed) == []
+
+
+# Through torchrun, as a reader starts it.
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Forty-five images for training and nine for testing, as files."""
+    for split, count in (("train", 45), ("test", 9)):
+        data = colours(count, seed=len(split))
+        for index, (image, label) in enumerate(zip(data.images, data.labels.tolist(), strict=True)):
+            place = tmp_path / "images" / split / data.classes[label]
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(place / f"{index}.png")
+    return tmp_path / "images"
+
+
+DIES_IN_THE_SECOND_EPOCH = """
+import os
+from test_resume import before_call
+from vitlib.__main__ import main
+from vitlib.train import Training
+
+if os.environ["RANK"] == "1":
+    before_call(Training, "step", 4)
+main(prog_name="python -m vitlib")
+"""
+
+
+def torchrun(*command: str) -> subprocess.CompletedProcess:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    tests = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": tests}
+    return subprocess.run([*launcher, *command], env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_torchrun_trains_goes_on_after_one_process_was_killed_and_has_the_curve_of_one(folder, tmp_path):
+    recipe = RECIPES["short"]
+    assert recipe.drop == recipe.drop_path == 0, "choose another recipe: dropout differs between one process and two"
+    command = ["pretrain", "--upstream", str(folder), "--preset", "mini", "--image-size", "8", "--recipe", "short"]
+    command += ["--pretrain-epochs", "2", "--batch-size", "15", "--device", "cpu", "--precision", "float32"]
+    script = tmp_path / "dies.py"
+    script.write_text(DIES_IN_THE_SECOND_EPOCH)
+    killed = torchrun(str(script), *command, "--run-dir", str(tmp_path / "two"))
+    assert killed.returncode != 0 and "Signal 9 (SIGKILL)" in killed.stderr, killed.stderr
+    assert len(History.load(tmp_path / "two" / "pretrained-history.json").epochs) == 1
+
+    resumed = torchrun("-m", "vitlib", *command, "--run-dir", str(tmp_path / "two"))
+    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stdout.count("top-1") == 1 and resumed.stdout.count("epoch 2/2:   0%") == 1, "one of them speaks"
+    assert "epoch 1/2" not in resumed.stdout, "the first epoch is not trained again"
+
+    alone = CliRunner().invoke(main, [*command, "--run-dir", str(tmp_path / "one")])
+    assert alone.exit_code == 0, alone.output
+    cards = [load_checkpoint(tmp_path / run / "pretrained.safetensors")[1] for run in ("one", "two")]
+    histories = [History.load(tmp_path / run / "pretrained-history.json") for run in ("one", "two")]
+    one, two = (curve(asdict(history)) for history in histories)
+    assert len(one) == 2 * 3 + 2 * 4 and two == pytest.approx(one, abs=1e-4)
+    one, two = (card.record["test"] for card in cards)
+    assert two["images"] == one["images"] == 9 and two["loss"] == pytest.approx(one["loss"], abs=1e-4)
+    assert [card.record["processes"] for card in cards] == [1, 2]
+    assert sorted(contents(tmp_path / "two")) == sorted(contents(tmp_path / "one"))
