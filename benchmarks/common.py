@@ -1,0 +1,182 @@
+"""What the benchmarks share: interleaved timing, ratios with their spread, tables, and facts about the machine."""
+
+import json
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from vitlib.checkpoint import versions
+from vitlib.data import LabelledImages
+from vitlib.files import written_whole
+from vitlib.model import PRESETS
+from vitlib.progress import progress_bar
+from vitlib.train import PRECISIONS, hardware, resolve_device
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of several measurements, the lowest and the highest of them. Prints as ``2.41 (2.33 to 2.50)``."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        return cls(statistics.median(values), min(values), max(values))
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.median:{spec}} ({self.low:{spec}} to {self.high:{spec}})"
+
+
+def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
+    """The spread of the ratios round by round: what slows down a whole round cancels out of its ratio.
+
+    Both come from the same rounds; ValueError if their numbers differ.
+    """
+    return Spread.of([above / below for above, below in zip(numerators, denominators, strict=True)])
+
+
+def interleave(
+    tasks: Mapping[Hashable, Callable[[], Any]], rounds: int, description: str = "measuring"
+) -> dict[Hashable, list[Any]]:
+    """Run every task once per round, each round in another order, and collect what the tasks return.
+
+    A machine that gets slower or busier in the course of a run then does so for all tasks alike. The orders are
+    the same in every run.
+    """
+    results = {name: [] for name in tasks}
+    with progress_bar(description=description, total=rounds * len(tasks)) as bar:
+        for number in range(rounds):
+            for name in random.Random(number).sample(list(tasks), len(tasks)):
+                results[name].append(tasks[name]())
+                bar.update()
+    return results
+
+
+def clock(device: torch.device) -> float:
+    """Seconds from an arbitrary start, read when the device has done everything it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Computes on ``count`` threads, and afterwards on as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def usable_cores() -> int:
+    """The processor cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine(device: torch.device) -> dict:
+    """What the figures depend on, for the record; neither the machine's name nor a path is part of it."""
+    return {
+        "date": date.today().isoformat(),
+        "processor": _processor(),
+        "cores": usable_cores(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "system": platform.system(),
+        "device": hardware(device),
+        "versions": versions(),
+    }
+
+
+def _processor() -> str:
+    """The name of the CPU; Python knows it on some systems only."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Plain text with aligned columns, the first to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [header, ["-" * width for width in widths], *rows]
+    aligned = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
+    return "\n".join("  ".join(cells).rstrip() for cells in aligned)
+
+
+def random_images(count: int, size: int = 32) -> LabelledImages:
+    """``count`` images of noise in 100 classes, of CIFAR-100's size unless told otherwise."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(100, (count,), generator=generator)
+    return LabelledImages(images, labels, tuple(str(label) for label in range(100)))
+
+
+def write_json(path: str | Path | None, content: dict) -> None:
+    """Write ``content`` to ``path``, whole or not at all; None writes nothing."""
+    if path is None:
+        return
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1))
+
+
+def _device(context, option, name: str) -> torch.device:
+    try:
+        return resolve_device(name)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+def whole_number(flag: str, default: int | None, help: str, least: int = 1):
+    """A click option for a whole number of at least ``least``."""
+    return click.option(flag, default=default, show_default=True, type=click.IntRange(min=least), help=help)
+
+
+def names_option(flag: str, known: Collection[str], default: str, help: str):
+    """A click option for some of the ``known`` names, separated by commas."""
+
+    def split(context, option, text: str) -> list[str]:
+        names = [name.strip() for name in text.split(",")]
+        if unknown := [name for name in names if name not in known]:
+            raise click.BadParameter(f"{', '.join(unknown)} is not known; choose from {', '.join(known)}.")
+        return list(dict.fromkeys(names))
+
+    return click.option(flag, default=default, show_default=True, callback=split, help=help)
+
+
+device_option = click.option(
+    "--device", default="auto", show_default=True, callback=_device, help="auto, cpu, cuda and so on."
+)
+precisions_option = click.option(
+    "--precision",
+    "precisions",
+    default="both",
+    show_default=True,
+    type=click.Choice(["float32", "bfloat16", "both"]),
+    callback=lambda context, option, word: ["float32", "bfloat16"] if word == "both" else [word],
+    help="Width of matrix products; bfloat16 is autocast, the weights stay float32.",
+)
+precision_option = click.option(
+    "--precision",
+    default="auto",
+    show_default=True,
+    type=click.Choice(PRECISIONS),
+    help="Width of the matrix products.",
+)
+preset_option = click.option(
+    "--preset", default="small", show_default=True, type=click.Choice(list(PRESETS)), help="Size of the model."
+)
+out_option = click.option("--out", type=click.Path(dir_okay=False), help="JSON file for all raw measurements.")

@@ -1,0 +1,213 @@
+"""How fast are training images prepared, and what does that cost of a training step?
+
+    python benchmarks/input_pipeline.py --out input_pipeline.json
+
+vitlib prepares whole batches: for every epoch it draws the order and all random numbers and gathers the images
+(``Training.epoch_batches``); for every batch it augments, normalises and, where the recipe says so, mixes images
+(``Augmentation.apply`` and ``mix``). The usual way is a DataLoader that hands one image after the other to
+torchvision.transforms.v2. Both get uint8 tensors in memory, do the steps of the same recipe and give float32 batches;
+torchvision too moves pixels about while they are uint8, and is spared the mixing, which it does by the batch as well.
+
+Each is given one core (a DataLoader without workers) and all cores (a worker per core). The training step is that of
+``vitlib.train.Training`` with the model ``small``, on all cores, with the preparation of its images.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import click
+import common
+import torch
+from common import Spread, ratio
+from torch.utils.data import DataLoader, Dataset
+
+from vitlib.augment import CIFAR10_MEAN, CIFAR10_STD
+from vitlib.checkpoint import Card
+from vitlib.compat import import_torchvision
+from vitlib.data import LabelledImages
+from vitlib.model import create_model
+from vitlib.recipes import RECIPES
+from vitlib.train import Training
+
+
+def torchvision_transform(recipe: str) -> Callable:
+    """The recipe's augmentation out of torchvision.transforms.v2: uint8 ``[3, 32, 32]`` to float32, the same shape."""
+    import_torchvision()
+    from torchvision.transforms import v2
+
+    augmentation = RECIPES[recipe].augmentation
+    steps = [v2.RandomCrop(32, padding=augmentation.padding or None, padding_mode="reflect")]
+    steps.append(v2.RandomHorizontalFlip(augmentation.flip))
+    if augmentation.randaugment:
+        steps.append(v2.RandAugment(augmentation.randaugment, augmentation.magnitude))
+    steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(CIFAR10_MEAN, CIFAR10_STD)]
+    if augmentation.hole:
+        area = (augmentation.hole / 32) ** 2
+        steps.append(v2.RandomErasing(p=1.0, scale=(area, area), ratio=(1.0, 1.0)))
+    if augmentation.erase:
+        steps.append(v2.RandomErasing(p=augmentation.erase, scale=(0.02, 0.33), ratio=(0.3, 3.3)))
+    return v2.Compose(steps)
+
+
+class OneByOne(Dataset):
+    """Images in memory, each transformed on its own."""
+
+    def __init__(self, data: LabelledImages, recipe: str):
+        self.data, self.transform = data, torchvision_transform(recipe)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int):
+        return self.transform(self.data.images[index]), self.data.labels[index]
+
+
+def new_training(recipe: str, precision: str, data: LabelledImages) -> Training:
+    """The first step of a long training of the model ``small``, on the device of ``data``."""
+    norm_first, recipe = recipe != "published", RECIPES[recipe]
+    model = create_model(
+        "small", len(data.classes), drop=recipe.drop, drop_path=recipe.drop_path, norm_first=norm_first
+    )
+    card = Card(data.classes, CIFAR10_MEAN, CIFAR10_STD)
+    return Training(model.to(data.images.device), card, recipe, total_steps=100_000, precision=precision)
+
+
+def vitlib_task(training: Training, data: LabelledImages, batch_size: int, cores: int) -> Callable[[], float]:
+    """A function that prepares all images once and returns images/s."""
+    augmentation, card, device = training.recipe.augmentation, training.card, training.device
+
+    def prepare() -> float:
+        with common.threads(cores):
+            start = common.clock(device)
+            _, batches = training.epoch_batches(data, 1, batch_size, steps=len(data))
+            for images, _, numbers in batches:
+                augmentation.mix(augmentation.apply(images, numbers, card.mean, card.std), numbers)
+            return len(data) / (common.clock(device) - start)
+
+    return prepare
+
+
+def torchvision_task(recipe: str, data: LabelledImages, batch_size: int, cores: int) -> Callable[[], float]:
+    """A function that fetches all images once and returns images/s. Workers live on between its calls."""
+    workers = 0 if cores == 1 else cores
+    loader = DataLoader(
+        OneByOne(data, recipe), batch_size, shuffle=True, num_workers=workers, persistent_workers=workers > 0
+    )
+
+    def fetch() -> float:
+        with common.threads(1):  # the workers do the work; without them an image on its own is too small to share
+            start = time.perf_counter()
+            for _ in loader:
+                pass
+            return len(data) / (time.perf_counter() - start)
+
+    return fetch
+
+
+def step_task(training: Training, data: LabelledImages, batch_size: int, steps: int, cores: int) -> Callable[[], float]:
+    """A function that trains for ``steps`` and returns seconds per step, with drawing and gathering."""
+
+    def train() -> float:
+        with common.threads(cores):
+            start = common.clock(training.device)
+            sizes, batches = training.epoch_batches(data, 1, batch_size, steps)
+            training.model.train()
+            for size, batch in zip(sizes, batches, strict=True):
+                training.step(*batch, size)
+            return (common.clock(training.device) - start) / len(sizes)
+
+    return train
+
+
+@dataclass(frozen=True)
+class Results:
+    """What was measured, round by round.
+
+    Args:
+        speeds: images/s by (library, recipe, cores).
+        steps: seconds per training step by (recipe, precision), on ``cores`` cores.
+        batch_size: the images of a training step.
+    """
+
+    speeds: dict[tuple[str, str, int], list[float]]
+    steps: dict[tuple[str, str], list[float]]
+    cores: int
+    batch_size: int
+
+    def factor(self, recipe: str, cores: int) -> Spread:
+        """How many times as fast as torchvision vitlib is, on as many cores."""
+        return ratio(self.speeds["vitlib", recipe, cores], self.speeds["torchvision", recipe, cores])
+
+    def share(self, recipe: str, precision: str) -> Spread:
+        """Percentage of a training step that preparing its images takes."""
+        preparing = [100 * self.batch_size / speed for speed in self.speeds["vitlib", recipe, self.cores]]
+        return ratio(preparing, self.steps[recipe, precision])
+
+    def tables(self) -> str:
+        """One line per recipe and number of cores, then one per recipe and precision."""
+        speeds = [
+            [recipe, str(cores)]
+            + [f"{median(self.speeds[name, recipe, cores]):,.0f}" for name in ("torchvision", "vitlib")]
+            + [f"{self.factor(recipe, cores):.1f}"]
+            for library, recipe, cores in self.speeds
+            if library == "vitlib"
+        ]
+        steps = [
+            [recipe, precision, f"{1000 * median(seconds):.1f}", f"{self.share(recipe, precision):.2f}"]
+            for (recipe, precision), seconds in self.steps.items()
+        ]
+        first = common.table(["images/s", "cores", "torchvision", "vitlib", "ratio"], speeds)
+        return first + "\n\n" + common.table(["training step", "precision", "ms", "% for its images"], steps)
+
+    def conclusion(self) -> str:
+        """One sentence, with the goals of 10 times and of 5 %."""
+        pairs = [(recipe, cores) for library, recipe, cores in self.speeds if library == "vitlib"]
+        slowest = min(pairs, key=lambda pair: self.factor(*pair).median)
+        largest = max(self.steps, key=lambda step: self.share(*step).median)
+        return (
+            f"vitlib prepares images at least {self.factor(*slowest):.1f} times as fast as torchvision does on as many "
+            f"cores ({slowest[0]}, cores: {slowest[1]}; goal: 10), in at most {self.share(*largest):.2f} % of a "
+            f"training step ({', '.join(largest)}; goal: under 5)."
+        )
+
+
+@click.command()
+@common.whole_number("--images", 5120, "Images that are prepared in every measurement.")
+@common.whole_number("--batch-size", 128, "Images per batch.")
+@common.whole_number("--rounds", 5, "How often everything is measured.")
+@common.whole_number("--steps", 2, "Training steps per recipe, precision and round.")
+@common.whole_number("--cores", common.usable_cores(), "Cores for vitlib's threads and for the DataLoader's workers.")
+@common.names_option("--recipes", RECIPES, "published,modern", "Whose augmentation is measured.")
+@common.device_option
+@common.precisions_option
+@common.out_option
+def main(images, batch_size, rounds, steps, cores, recipes, device, precisions, out) -> None:
+    """Images/s of the augmentation against torchvision's, and its share of a training step."""
+    data = common.random_images(images)
+    on_device = data.to(device)
+    keys = [(recipe, precision) for precision in precisions for recipe in recipes]
+    trainings = {key: new_training(*key, on_device) for key in keys}
+    preparing = {}
+    for recipe in recipes:
+        for count in sorted({1, cores}):
+            training = trainings[recipe, precisions[0]]
+            preparing["torchvision", recipe, count] = torchvision_task(recipe, data, batch_size, count)
+            preparing["vitlib", recipe, count] = vitlib_task(training, on_device, batch_size, count)
+    stepping = {key: step_task(one, on_device, batch_size, steps, cores) for key, one in trainings.items()}
+    tasks = preparing | stepping
+    common.interleave(tasks, 1, "warming up")
+    measured = common.interleave(tasks, rounds)
+    speeds, seconds = ({key: measured[key] for key in part} for part in (preparing, stepping))
+    results = Results(speeds, seconds, cores, batch_size)
+    click.echo(f"\n{results.tables()}\n\n{results.conclusion()}")
+    settings = {"images": images, "batch_size": batch_size, "steps": steps, "cores": cores}
+    record = {"machine": common.machine(device), "settings": settings}
+    record["images_per_second"] = {f"{name}, {recipe}, cores: {n}": v for (name, recipe, n), v in speeds.items()}
+    record["seconds_per_step"] = {", ".join(key): rounds for key, rounds in seconds.items()}
+    common.write_json(out, record)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""The models that vitlib's is compared with, all of the size of the preset ``small``: 32 px, patch 4, 6 layers of width
+256, 8 heads, MLP 512, 100 classes."""
+
+import importlib
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from torch import Tensor, nn
+
+from vitlib.compat import import_torchvision
+from vitlib.model import count_parameters, create_model
+
+SIZE = {"image_size": 32, "patch_size": 4}  # what all the libraries call the same
+OURS = "vitlib"
+
+
+class Published(nn.Module):
+    """The model of the published system, laid out as in FastEstimator's apphub/image_classification/vit/vit_torch.py:
+    PyTorch's own encoder, post-norm, with the tokens in the first dimension and the images in the second."""
+
+    def __init__(self, drop: float):
+        super().__init__()
+        self.patch_embedding = nn.Conv2d(3, 256, kernel_size=4, stride=4, bias=False)
+        self.position_embedding = nn.Parameter(torch.zeros(1, 65, 256))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, 256))
+        self.dropout = nn.Dropout(drop)
+        layer = nn.TransformerEncoderLayer(256, nhead=8, dim_feedforward=512, activation="gelu", dropout=drop)
+        self.encoder = nn.TransformerEncoder(layer, num_layers=6, enable_nested_tensor=False)
+        self.layernorm = nn.LayerNorm(256, eps=1e-6)
+        self.linear_classifier = nn.Linear(256, 100)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``[B, 3, 32, 32]`` to logits ``[B, 100]``."""
+        patches = self.patch_embedding(images).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1)
+        tokens = self.dropout(tokens + self.position_embedding).transpose(0, 1)
+        return self.linear_classifier(self.layernorm(self.encoder(tokens)[0]))
+
+
+class OnlyLogits(nn.Module):
+    """A model of Hugging Face, which returns an object, as one that returns logits."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(pixel_values=images).logits
+
+
+def _package(name: str):
+    import_torchvision()  # the others import it too, and this is the way that always works
+    return importlib.import_module(name)
+
+
+def _torchvision() -> nn.Module:
+    vit = _package("torchvision.models.vision_transformer").VisionTransformer
+    return vit(**SIZE, num_layers=6, num_heads=8, hidden_dim=256, mlp_dim=512, num_classes=100)
+
+
+def _timm(fused: bool) -> nn.Module:
+    vit = _package("timm.models.vision_transformer").VisionTransformer
+    model = vit(img_size=32, patch_size=4, num_classes=100, embed_dim=256, depth=6, num_heads=8, mlp_ratio=2)
+    for block in model.blocks:
+        block.attn.fused_attn = fused
+    return model
+
+
+def _huggingface(attention: str) -> nn.Module:
+    transformers = _package("transformers")
+    width = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 512}
+    config = transformers.ViTConfig(**SIZE, **width, num_labels=100, attn_implementation=attention)
+    return OnlyLogits(transformers.ViTForImageClassification(config))
+
+
+def _vit_pytorch() -> nn.Module:
+    vit = _package("vit_pytorch").ViT
+    return vit(**SIZE, num_classes=100, dim=256, depth=6, heads=8, dim_head=32, mlp_dim=512)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another implementation: how it is built, and why it has more or fewer parameters than vitlib's."""
+
+    build: Callable[[], nn.Module]
+    difference: str = ""
+
+
+PATCH_BIAS = "the patch embedding has a bias"
+PEERS = {
+    "published": Peer(lambda: Published(drop=0.1)),
+    "published-no-dropout": Peer(lambda: Published(drop=0.0)),
+    "torchvision": Peer(_torchvision, PATCH_BIAS),
+    "timm": Peer(lambda: _timm(fused=True), PATCH_BIAS),
+    "timm-written-out": Peer(lambda: _timm(fused=False), PATCH_BIAS),
+    "huggingface": Peer(lambda: _huggingface("sdpa"), PATCH_BIAS),
+    "huggingface-written-out": Peer(lambda: _huggingface("eager"), PATCH_BIAS),
+    "vit-pytorch": Peer(
+        _vit_pytorch, "queries, keys and values have no bias, the patch embedding has one and two layer norms"
+    ),
+}
+
+
+def build_models(names: Sequence[str]) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """vitlib's model and the peers of these names, and why those that are missing are."""
+    models, skipped = {OURS: create_model("small", 100, drop=0.0)}, {}
+    for name in names:
+        try:
+            models[name] = PEERS[name].build()
+        except ImportError as error:
+            skipped[name] = f"{error}; install it with `pip install -r benchmarks/requirements.txt`"
+    return models, skipped
+
+
+def installed_versions() -> dict[str, str]:
+    """The versions of the peers' packages, those that are installed."""
+    found = {}
+    for package in ("torchvision", "timm", "transformers", "vit-pytorch"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def compare_sizes(models: dict[str, nn.Module]) -> list[str]:
+    """One line per model with its number of parameters, and the reason where it is not vitlib's.
+
+    Raises:
+        ValueError: if a model is not of vitlib's size, to 1 %.
+    """
+    ours, lines = count_parameters(models[OURS]), []
+    for name, model in models.items():
+        count = count_parameters(model)
+        if abs(count - ours) > 0.01 * ours:
+            raise ValueError(f"{name} has {count:,} parameters and {OURS} {ours:,}; only like sizes can be compared.")
+        why = f" ({count - ours:+,}: {PEERS[name].difference})" if count != ours else ""
+        lines.append(f"{name}: {count:,} parameters{why}")
+    return lines

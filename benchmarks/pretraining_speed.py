@@ -1,0 +1,123 @@
+"""How many images does pretraining take per second, and how far is that from what the processor could do at most?
+
+    python benchmarks/pretraining_speed.py --device cuda --compile --batch-size 256 --epochs 5
+
+Trains as ``vitlib.train.fit`` does, on noise of the size of CIFAR's images, and times whole epochs: the drawing of all
+random numbers, the gathering of the images and all steps, until the device is done. The first epoch, with compilation
+and everything else that happens once, is reported apart.
+
+Arithmetic: with T tokens of width D, MLP width F, L layers, N patches of P x P pixels and C classes, the forward pass
+of one image takes
+
+    L * (4 T D^2 + 2 T D F + 2 T^2 D) + 3 N P^2 D + D C    multiply-adds,
+
+for the linear layers, attention, the patch embedding and the head: 218.3 million with ``small``. One is two
+floating-point operations, and training takes three times the forward pass (the gradients of activations and weights
+cost as much again, each): 1.31 GFLOP. 100 epochs of 50,000 images are 6.55 PFLOP, so at 790 TFLOP/s, about what one
+H200 reaches in large bfloat16 products, they take 8.3 s at least: the arithmetic floor.
+"""
+
+import statistics
+
+import click
+import common
+import torch
+
+from vitlib.checkpoint import Card
+from vitlib.data import LabelledImages, channel_statistics
+from vitlib.model import PRESETS, ViTModel, create_model
+from vitlib.progress import progress_bar
+from vitlib.recipes import RECIPES
+from vitlib.train import Training, resolve_precision
+
+FULL = 100 * 50_000  # images of a whole pretraining: 100 epochs of CIFAR-100
+
+
+def training_flops(model: ViTModel) -> int:
+    """Floating-point operations to train on one image; norms, softmax, GELU and the optimiser are left out."""
+    config = model.config
+    width, layers, patch = config["em_dim"], config["num_layers"], config["patch_size"]
+    patches = (config["image_size"] // patch) ** 2
+    tokens = patches + 1
+    layer = 4 * tokens * width**2 + 2 * tokens * width * config["ff_dim"] + 2 * tokens**2 * width
+    embedding = patches * config["num_channels"] * patch**2 * width
+    return 3 * 2 * (layers * layer + embedding + width * config["num_classes"])
+
+
+def epoch_seconds(training: Training, data: LabelledImages, batch_size: int, epochs: int) -> list[float]:
+    """Train for ``epochs`` and return the seconds of each, evaluation left out."""
+    seconds = []
+    steps = -(-len(data) // batch_size)
+    for epoch in range(1, epochs + 1):
+        start = common.clock(training.device)
+        sizes, batches = training.epoch_batches(data, epoch, batch_size, steps)
+        with progress_bar(description=f"epoch {epoch}", show=False) as bar:
+            training.history.epochs.append(training.run_epoch(sizes, batches, bar))
+        seconds.append(common.clock(training.device) - start)
+        click.echo(f"epoch {epoch}: {seconds[-1]:.2f} s, {len(data) / seconds[-1]:,.0f} images/s")
+    return seconds
+
+
+def summary(seconds: list[float], images: int, flops: int, peak_tflops: float) -> dict[str, float]:
+    """The figures that follow from the seconds of all epochs, the first of them apart."""
+    steady = statistics.median(seconds[1:])
+    floor = FULL * flops / (peak_tflops * 1e12)
+    projected = FULL * steady / images
+    return {
+        "first_epoch_seconds": seconds[0],
+        "epoch_seconds": steady,
+        "images_per_second": images / steady,
+        "projected_seconds": projected,
+        "tflops": FULL * flops / projected / 1e12,
+        "floor_seconds": floor,
+        "share_of_floor": floor / projected,
+    }
+
+
+@click.command()
+@common.whole_number("--images", 50_000, "Images per epoch.")
+@common.whole_number("--epochs", 3, "Epochs; the first is reported apart.", least=2)
+@common.whole_number("--batch-size", 128, "Images per step.")
+@click.option(
+    "--preset", default="small", show_default=True, type=click.Choice(list(PRESETS)), help="Size of the model."
+)
+@click.option(
+    "--recipe", default="modern", show_default=True, type=click.Choice(list(RECIPES)), help="How it is trained."
+)
+@common.device_option
+@common.precision_option
+@click.option("--compile", is_flag=True, help="Let torch.compile translate the model first.")
+@click.option(
+    "--peak-tflops",
+    default=790.0,
+    show_default=True,
+    type=click.FloatRange(min=0, min_open=True),
+    help="What the processor does at most; the default is for one H200 in bfloat16.",
+)
+@common.out_option
+def main(images, epochs, batch_size, preset, recipe, device, precision, compile, peak_tflops, out) -> None:
+    """Images/s of pretraining, the time of a whole one, and the share of the arithmetic floor."""
+    data = common.random_images(images, PRESETS[preset]["image_size"]).to(device)
+    torch.manual_seed(0)
+    chosen = RECIPES[recipe]
+    model = create_model(preset, len(data.classes), drop=chosen.drop, drop_path=chosen.drop_path).to(device)
+    card = Card(data.classes, *channel_statistics(data.images))
+    total = epochs * -(-images // batch_size)
+    training = Training(model, card, chosen, total, precision=precision, compile=compile)
+    precision = resolve_precision(precision, device)
+    seconds = epoch_seconds(training, data, batch_size, epochs)
+    figures = summary(seconds, images, training_flops(model), peak_tflops)
+    click.echo(
+        "first epoch: {first_epoch_seconds:.2f} s, compilation included\n"
+        "later epochs: {epoch_seconds:.2f} s, {images_per_second:,.0f} images/s, {tflops:.3g} TFLOP/s\n"
+        "100 epochs of 50,000 images would take {projected_seconds:,.1f} s of training; the arithmetic floor is "
+        "{floor_seconds:.1f} s, {share_of_floor:.2%} of that.".format(**figures)
+    )
+    settings = {"images": images, "batch_size": batch_size, "preset": preset, "recipe": recipe}
+    settings |= {"precision": precision, "compile": compile, "peak_tflops": peak_tflops}
+    record = {"machine": common.machine(device), "settings": settings}
+    common.write_json(out, {**record, "epoch_seconds": seconds, "figures": figures})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""Benchmarks: their arithmetic on made-up measurements, and every script with tiny settings."""
+
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vitlib.augment import CIFAR10_MEAN, CIFAR10_STD, crop_and_flip, normalise
+from vitlib.model import create_model
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))  # scripts find each other in their own folder
+
+import common  # noqa: E402
+import input_pipeline  # noqa: E402
+import peers  # noqa: E402
+import pretraining_speed  # noqa: E402
+import throughput  # noqa: E402
+import time_to_accuracy  # noqa: E402
+
+
+def run(script, *arguments: object) -> str:
+    """What a script prints; it has to end well."""
+    result = CliRunner().invoke(script.main, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_ratio_is_the_median_of_the_ratios_of_the_rounds():
+    spread = common.ratio([10, 20, 30], [5, 5, 10])  # the ratio of the medians would be 4
+    assert (spread.median, spread.low, spread.high) == (3, 2, 4)
+    assert f"{spread:.1f}" == "3.0 (2.0 to 4.0)"
+    with pytest.raises(ValueError):
+        common.ratio([1, 2], [1])
+
+
+def test_every_round_measures_everything_once_in_another_order():
+    seen = []
+    tasks = {name: (lambda name=name: seen.append(name) or len(seen)) for name in "abcde"}
+    results = common.interleave(tasks, rounds=4)
+    rounds = [seen[start : start + 5] for start in range(0, 20, 5)]
+    assert [sorted(names) for names in rounds] == [list("abcde")] * 4
+    assert len({tuple(names) for names in rounds}) == 4
+    assert [seen[position - 1] for position in results["c"]] == ["c"] * 4
+
+
+def test_tables_are_aligned():
+    assert common.table(["name", "x"], [["a", "10"], ["longer", "9"]]).splitlines() == [
+        "name     x",
+        "------  --",
+        "a       10",
+        "longer   9",
+    ]
+
+
+def test_facts_about_the_machine_name_neither_it_nor_a_folder():
+    facts = common.machine(torch.device("cpu"))
+    assert set(facts) == {"date", "processor", "cores", "instructions", "system", "device", "versions"}
+    assert str(Path.home()) not in json.dumps(facts)
+
+
+def test_threads_are_set_back_after_an_error():
+    before = torch.get_num_threads()
+    with pytest.raises(RuntimeError, match="inside"), common.threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+        raise RuntimeError("inside")
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("name", peers.PEERS)
+def test_peers_have_the_size_of_ours(name):
+    models, skipped = peers.build_models([name])
+    if skipped:
+        pytest.skip(skipped[name])
+    assert list(models) == ["vitlib", name]
+    lines = peers.compare_sizes(models)
+    assert lines[0] == "vitlib: 3,218,020 parameters"
+    assert ("(" in lines[1]) == (not name.startswith("published"))
+    assert not lines[1].endswith(": )")  # where the number differs, the reason is given
+    assert models[name](torch.zeros(2, 3, 32, 32)).shape == (2, 100)
+
+
+def test_models_of_another_size_are_refused():
+    with pytest.raises(ValueError, match="timm has 202 parameters and vitlib 3,218,020"):
+        peers.compare_sizes({"vitlib": create_model("small", 100), "timm": nn.Linear(1, 101)})
+
+
+def made_up_throughput() -> throughput.Results:
+    """Seconds for 2 steps of 10 images: vitlib 0.5, 1, 1; published twice that; timm as fast on average."""
+    rounds = {"vitlib": [0.5, 1.0, 1.0], "published": [1.0, 2.0, 2.0], "timm": [0.5, 0.8, 2.0]}
+    phases = {
+        name: [{"forward": s / 4, "backward": s / 2, "step": s / 4} for s in seconds]
+        for name, seconds in rounds.items()
+    }
+    return throughput.Results({(name, "float32"): seconds for name, seconds in phases.items()}, 10, 2)
+
+
+def test_throughput_arithmetic():
+    results = made_up_throughput()
+    assert results.speeds(("vitlib", "float32")) == [40, 20, 20]
+    assert results.fastest_other("float32") == ("timm", "float32")
+    assert results.against(("vitlib", "float32"), ("timm", "float32")) == "1.00 (0.80 to 2.00)"
+    assert results.against(("vitlib", "float32"), ("timm", "bfloat16")) == "-"
+    assert results.conclusion() == (
+        "vitlib is in float32 1.00 (0.80 to 2.00) times as fast as the fastest other, timm; "
+        "in float32 2.00 (2.00 to 2.00) times as fast as the published model in float32."
+    )
+    published = results.table().splitlines()[3].split()  # 10 images/s in the median; 2 s for 2 steps
+    assert published[:6] == ["published", "float32", "10.0", "250.0", "500.0", "250.0"]
+    assert " ".join(published[6:]) == "1.00 (1.00 to 1.00) 0.50 (0.40 to 1.00)"
+
+
+def test_throughput_of_small_models(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vit_pytorch", None)  # as if it were not installed
+    out = tmp_path / "out.json"
+    output = run(
+        throughput, "--models", "published,vit-pytorch", "--batch-size", 2, "--rounds", 2, "--steps", 1,
+        "--device", "cpu", "--out", out,
+    )  # fmt: skip
+    assert "vit-pytorch: skipped: " in output and "pip install -r benchmarks/requirements.txt" in output
+    assert output.splitlines()[-1].startswith("vitlib is in float32 ")
+    assert "in bfloat16" in output.splitlines()[-1]
+    record = json.loads(out.read_text())
+    assert list(record["skipped"]) == ["vit-pytorch"]
+    assert record["peers"]["torchvision"] == version("torchvision")
+    models = ["vitlib", "published"]
+    assert set(record["seconds"]) == {f"{name}, {kind}" for name in models for kind in ("float32", "bfloat16")}
+    for rounds in record["seconds"].values():
+        assert len(rounds) == 2
+        assert all(set(phases) == {"forward", "backward", "step"} for phases in rounds)
+        assert all(seconds > 0 for phases in rounds for seconds in phases.values())
+
+
+def test_throughput_of_prediction_trains_nothing(tmp_path):
+    model = peers.Published(drop=0.1)
+    before = [parameter.clone() for parameter in model.parameters()]
+    seconds = throughput.prediction_task(model, torch.zeros(1, 3, 32, 32), "float32", steps=1)()
+    assert list(seconds) == ["forward"] and seconds["forward"] > 0
+    assert not model.training
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+def test_throughput_needs_something_to_compare(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vit_pytorch", None)
+    result = CliRunner().invoke(throughput.main, ["--models", "vit-pytorch", "--device", "cpu"])
+    assert result.exit_code == 1 and "nothing to compare" in result.output
+    result = CliRunner().invoke(throughput.main, ["--models", "vit-torch"])
+    assert result.exit_code == 2 and "vit-torch is not known; choose from published," in result.output
+    result = CliRunner().invoke(throughput.main, ["--device", "nonsense"])
+    assert result.exit_code == 2 and "device='nonsense'" in result.output
+
+
+def test_torchvision_takes_the_published_steps():
+    image = torch.randint(256, (3, 32, 32), dtype=torch.uint8)
+    out = input_pipeline.torchvision_transform("published")(image)
+    hole = (out == 0).all(0)
+    corner, opposite = hole.nonzero().min(0).values, hole.nonzero().max(0).values
+    assert hole.sum() == 64 and (opposite - corner).tolist() == [7, 7]
+    shifts, flips = torch.arange(9), torch.tensor([False, True])
+    top, left, flipped = torch.cartesian_prod(shifts, shifts, flips.long()).unbind(1)
+    ours = crop_and_flip(image.expand(len(top), -1, -1, -1), top, left, flipped.bool(), padding=4)
+    ours = normalise(ours, CIFAR10_MEAN, CIFAR10_STD).masked_fill(hole, 0)
+    assert torch.isclose(ours, out, atol=1e-5).flatten(1).all(1).sum() == 1  # all of vitlib's outcomes: it is one
+
+
+def test_input_pipeline_arithmetic():
+    speeds = {("vitlib", "modern", 2): [1000, 3000, 2000], ("torchvision", "modern", 2): [100, 100, 100]}
+    results = input_pipeline.Results(speeds, {("modern", "float32"): [0.5, 0.5, 0.5]}, cores=2, batch_size=10)
+    factor, share = results.factor("modern", 2), results.share("modern", "float32")
+    assert (factor.median, factor.low, factor.high) == (20, 10, 30)
+    assert share.median == pytest.approx(1.0)  # 10 images at 2000 images/s are 5 ms of 500
+    assert results.tables().splitlines()[2].split()[:4] == ["modern", "2", "100", "2,000"]
+    assert "at least 20.0 (10.0 to 30.0) times" in results.conclusion()
+    assert "at most 1.00 (0.67 to 2.00) % of a training step (modern, float32" in results.conclusion()
+
+
+def test_input_pipeline_of_few_images(tmp_path):
+    out = tmp_path / "out.json"
+    output = run(
+        input_pipeline, "--images", 16, "--batch-size", 4, "--rounds", 1, "--steps", 1, "--cores", 2,
+        "--device", "cpu", "--precision", "float32", "--out", out,
+    )  # fmt: skip
+    assert output.splitlines()[-1].startswith("vitlib prepares images at least ")
+    record = json.loads(out.read_text())
+    assert len(record["images_per_second"]) == 8  # two libraries, two recipes, one core and two
+    assert set(record["seconds_per_step"]) == {"published, float32", "modern, float32"}
+    assert all(rounds[0] > 0 for part in ("images_per_second", "seconds_per_step") for rounds in record[part].values())
+
+
+def made_up_curve(accuracies: list[float]) -> list[dict]:
+    return [
+        {"epoch": i, "step": 10 * i, "seconds": 4.0 * i, "accuracy": accuracy, "loss": 1.0}
+        for i, accuracy in enumerate(accuracies, start=1)
+    ]
+
+
+def test_time_to_accuracy_arithmetic():
+    curves = {"published": made_up_curve([0.1, 0.35, 0.2, 0.3]), "modern": made_up_curve([0.25, 0.3, 0.4])}
+    assert time_to_accuracy.first_to_reach(curves["modern"], 0.3)["step"] == 20
+    assert "ends with 30.0% after 40 steps and 16 s" in time_to_accuracy.conclusion(curves)
+    assert "after 20 steps and 8 s, 0.50 of the steps" in time_to_accuracy.conclusion(curves)
+    assert "50% of the steps" in [text.get_text() for text in time_to_accuracy.draw(curves, "").axes[0].texts]
+    curves["modern"] = made_up_curve([0.25, 0.2])
+    assert time_to_accuracy.first_to_reach(curves["modern"], 0.3) is None
+    assert "does not reach that in 20 steps (best: 25.0%)" in time_to_accuracy.conclusion(curves)
+    assert [text.get_text() for text in time_to_accuracy.draw(curves, "").axes[0].texts] == ["published", "modern"]
+
+
+def test_time_to_accuracy_on_few_images(tmp_path):
+    for split, count in (("train", 8), ("test", 3)):
+        for name, colour in (("black", 0), ("white", 255)):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (32, 32), (colour, colour, number)).save(folder / f"{number}.png")
+    out, figure = tmp_path / "out.json", tmp_path / "curves.png"
+    output = run(
+        time_to_accuracy, "--upstream", tmp_path / "images", "--preset", "mini", "--epochs", 4, "--batch-size", 8,
+        "--device", "cpu", "--out", out, "--figure", figure,
+    )  # fmt: skip
+    assert "published ends with " in output.splitlines()[-1]
+    record = json.loads(out.read_text())
+    assert record["settings"]["source"] == "images" and record["settings"]["test_images"] == 6
+    assert [point["step"] for point in record["curves"]["published"]] == [2, 4, 6, 8]
+    assert [point["step"] for point in record["curves"]["modern"]] == [2]  # a third of 4 epochs, rounded down
+    seconds = [point["seconds"] for point in record["curves"]["published"]]
+    assert seconds == sorted(seconds)
+    with Image.open(figure) as picture:
+        assert picture.size == (1200, 750)
+
+
+def test_training_flops_are_those_of_the_matrix_products():
+    model = create_model("small", 100, drop=0.0)
+    with FlopCounterMode(display=False) as counter:
+        model.intermediates(torch.zeros(1, 3, 32, 32))  # attention written out: the counter knows no fused kernels
+    assert pretraining_speed.training_flops(model) == 3 * counter.get_total_flops()
+    assert pretraining_speed.training_flops(model) == pytest.approx(1.31e9, rel=1e-3)
+
+
+def test_pretraining_speed_arithmetic():
+    figures = pretraining_speed.summary([9.0, 1.0, 3.0, 2.0], images=10_000, flops=1e9, peak_tflops=100)
+    assert figures["first_epoch_seconds"] == 9 and figures["epoch_seconds"] == 2
+    assert figures["images_per_second"] == 5_000
+    assert figures["projected_seconds"] == 1_000  # 5 million images
+    assert figures["tflops"] == pytest.approx(5.0)
+    assert figures["floor_seconds"] == pytest.approx(50.0)
+    assert figures["share_of_floor"] == pytest.approx(0.05)
+
+
+def test_pretraining_speed_of_few_images_as_a_script(tmp_path):
+    out = tmp_path / "out.json"
+    arguments = ["--images", "20", "--epochs", "2", "--batch-size", "8", "--preset", "mini", "--device", "cpu"]
+    script = BENCHMARKS / "pretraining_speed.py"
+    done = subprocess.run(
+        [sys.executable, script, *arguments, "--out", out], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "first epoch: " in done.stdout and "of training; the arithmetic floor is " in done.stdout
+    record = json.loads(out.read_text())
+    assert len(record["epoch_seconds"]) == 2
+    assert record["settings"]["precision"] == "float32"
+    assert record["figures"]["images_per_second"] == pytest.approx(20 / record["epoch_seconds"][1])
