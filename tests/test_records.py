@@ -1,0 +1,58 @@
+"""The recorded curves: what is read is what was recorded, in its order and units, and says where it comes from."""
+
+import math
+from dataclasses import asdict
+
+import pytest
+
+from vitlib import records
+from vitlib.checkpoint import Card, load_pretrained
+from vitlib.recipes import RECIPES
+from vitlib.records import recorded_curves
+
+
+@pytest.fixture
+def shipped(monkeypatch):
+    """A made-up card in place of that of the shipped model."""
+    epochs = [
+        {"epoch": n, "validation_accuracy": n / 10, "validation_loss": 4 / n, "train_accuracy": 0.0, "train_loss": 9.0}
+        for n in range(1, 4)
+    ]
+    record = {"source": "somewhere/photographs", "recipe": asdict(RECIPES["muon"]), "epochs_run": epochs, "epochs": 3}
+    record |= {"batch_size": 96, "train_images": 49_000, "validation_images": 1_000}
+    record["test"] = {"source": "photographs, test split", "images": 10_000, "accuracy": 0.5678, "loss": 1.5}
+    cards = {"cifar100-small": (None, Card(("cat",), (0.5,), (0.2,), "small", record))}
+    monkeypatch.setattr(records, "load_pretrained", cards.__getitem__)
+
+
+def test_the_published_curves_are_the_published_record(shipped):
+    published = recorded_curves()["published"]
+    accuracy, loss = published["accuracy"], published["loss"]
+    assert len(accuracy) == len(loss) == 100
+    assert (accuracy[0], accuracy[-1], max(accuracy)) == (0.1088, 0.5154, 0.5226)
+    assert (loss[0], loss[-1], min(loss)) == (3.8289, 2.384, 1.8995)
+    assert loss.index(min(loss)) + 1 == 39 and accuracy.index(max(accuracy)) + 1 == 99
+
+
+def test_ours_are_the_validation_figures_of_the_shipped_model_in_order(shipped):
+    ours = recorded_curves()["ours"]
+    assert ours["accuracy"] == [0.1, 0.2, 0.3] and ours["loss"] == [4, 2, 4 / 3]
+
+
+def test_each_curve_says_what_was_trained_and_on_which_images_it_was_measured(shipped):
+    curves = recorded_curves()
+    assert "SGD" in curves["published"]["about"] and "ciFAIR-100, its test images" in curves["published"]["about"]
+    ours = curves["ours"]["about"]
+    assert "Muon and AdamW, cosine schedule" in ours and "49,000 training images of photographs;" in ours
+    assert "measured on 1,000 others" in ours and "56.8% of the 10,000 test images" in ours
+    assert "somewhere" not in ours
+
+
+def test_the_shipped_model_has_the_whole_record_of_a_training_that_was_finished():
+    _, card = load_pretrained("cifar100-small")
+    assert len(card.record["epochs_run"]) == card.record["epochs"], "notebook 03 says its learning rate ended at 0"
+    assert card.record["recipe"]["schedule"] == "cosine"
+    ours = recorded_curves()["ours"]
+    assert len(ours["accuracy"]) == len(ours["loss"]) > 0
+    assert all(0 < share < 1 for share in ours["accuracy"])
+    assert all(0 < loss < 1.2 * math.log(100) for loss in ours["loss"]), "an untrained model has ln 100"
