@@ -113,7 +113,10 @@ FINETUNING = {
     ),
     "short": replace(RECIPES["short"], warmup=0.1, head_rate=10.0, position_rate=1.0),
 }
-FINETUNING["long"] = FINETUNING["muon"] = FINETUNING["modern"]  # what they have trained is fine-tuned as usual
+FINETUNING["long"] = FINETUNING["modern"]  # what "long" has trained is fine-tuned as usual
+FINETUNING["muon"] = replace(
+    FINETUNING["modern"], optimizer="muon", learning_rate=1e-3, head_rate=5.0, matrix_rate=3.0, layer_decay=0.9
+)
 
 
 def named_recipe(recipe: str | Recipe, known: dict[str, Recipe]) -> Recipe:
