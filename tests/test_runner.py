@@ -172,7 +172,11 @@ def test_ctrl_c_prints_the_table_ends_the_kernel_and_exits_with_130(tmp_path):
                    "import time\ntime.sleep(60)")  # fmt: skip
     write_notebook(book, "02_next")
     line = [sys.executable, "-m", "vitlib", "run", "--notebooks", str(book), "--out", str(out)]
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        # whoever starts the tests in the background (nohup, a shell's &) has Ctrl-C ignored, and children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     deadline = time.monotonic() + 60
     while not (out / "pid").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
