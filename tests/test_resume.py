@@ -7,6 +7,7 @@ import functools
 import itertools
 import os
 import pickle
+import shutil
 import signal
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -230,8 +231,7 @@ class Steps(list):
     stop = None
 
 
-@pytest.fixture
-def steps(monkeypatch):
+def count_steps(monkeypatch) -> Steps:
     steps, original = Steps(), Training.step
 
     def step(self, *arguments):
@@ -246,15 +246,34 @@ def steps(monkeypatch):
 
 
 @pytest.fixture
-def stopped(tmp_path, steps):
+def steps(monkeypatch):
+    return count_steps(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a training that stopped in step 6, and the result of the same one left alone."""
+    stopped, alone = tmp_path_factory.mktemp("stopped"), tmp_path_factory.mktemp("alone")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setitem(PRESETS, "tiny", TINY)
+        steps = count_steps(monkeypatch)
+        result = train(alone, recipe=ALL_AT_ONCE)
+        steps.stop = 6
+        with pytest.raises(Stop):
+            train(stopped, recipe=ALL_AT_ONCE)
+    return stopped, result
+
+
+@pytest.fixture
+def stopped(tmp_path, trained):
     """The folder of a training that stopped in step 6: both its files are there, after steps 5 and 4."""
-    folder = tmp_path / "stopped"
-    steps.stop = 6
-    with pytest.raises(Stop):
-        train(folder, recipe=ALL_AT_ONCE)
-    steps.clear()
-    steps.stop = None
-    return folder
+    return Path(shutil.copytree(trained[0], tmp_path / "stopped"))
+
+
+@pytest.fixture
+def alone(trained):
+    """What the same training gives when it does not stop."""
+    return trained[1]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -322,7 +341,7 @@ def test_the_trap_works(tmp_path):
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-def test_a_damaged_file_is_refused_and_deleting_it_goes_on_from_the_one_before(stopped, steps, tmp_path, damage):
+def test_a_damaged_file_is_refused_and_deleting_it_goes_on_from_the_one_before(stopped, steps, alone, damage):
     path = stopped / "pretrained-resume.pt"
     damage(path)
     before = contents(stopped)
@@ -335,7 +354,6 @@ def test_a_damaged_file_is_refused_and_deleting_it_goes_on_from_the_one_before(s
     path.rmdir() if path.is_dir() else path.unlink()
     resumed = train(stopped, recipe=ALL_AT_ONCE)
     assert steps == list(range(5, 12)), "the state before the last is that after step 4"
-    alone = train(tmp_path / "alone", recipe=ALL_AT_ONCE)
     assert differences(resumed.model.state_dict(), alone.model.state_dict()) == []
     assert differences(asdict(resumed.history), asdict(alone.history)) == []
 
@@ -382,7 +400,7 @@ def test_the_file_of_a_training_with_other_settings_is_refused(stopped, steps, m
         train(stopped, **{"recipe": ALL_AT_ONCE} | changes)
     message = str(error.value)
     assert message.startswith(f"{stopped / 'pretrained-resume.pt'} belongs to a training with ")
-    assert message.endswith("; give the same settings, another run_dir, or delete the file.") and "\n" not in message
+    assert message.endswith("; give the same settings, another run_dir, or delete the resume files.") and "\n" not in message
     assert len(message) < len(str(stopped)) + 250, "it says what differs and nothing else"
     assert contents(stopped) == before and not steps
 
@@ -426,8 +444,7 @@ def test_finetuning_goes_on_too_but_not_from_other_weights(tmp_path, steps):
     assert differences(asdict(resumed.history), asdict(alone.history)) == []
 
 
-def test_ctrl_c_can_be_taken_back(tmp_path, steps, monkeypatch):
-    alone = train(tmp_path / "alone", recipe=ALL_AT_ONCE)
+def test_ctrl_c_can_be_taken_back(tmp_path, steps, alone, monkeypatch):
     steps.stop = 6
     with monkeypatch.context() as patched:
         patched.setattr(f"{__name__}.Stop", KeyboardInterrupt)

@@ -50,9 +50,14 @@ class Card:
 def versions() -> dict[str, str]:
     """Versions that a record of a run should name; with the commit where vitlib runs out of a git checkout."""
     named = {"python": platform.python_version(), **{name: version(name) for name in ("torch", "vitlib")}}
-    command = ["git", "-C", str(PRETRAINED), "describe", "--always", "--dirty", "--abbrev=10"]
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(PRETRAINED), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
     try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        git("ls-files", "--error-unmatch", "index.json")  # vitlib's own repository, not one that it is installed in
+        commit = git("describe", "--always", "--dirty", "--abbrev=10")
     except (OSError, subprocess.SubprocessError):
         return named
     return named | {"commit": commit}
@@ -201,6 +206,8 @@ class ResumeFile:
         Raises:
             ValueError: if the file is damaged or foreign, or belongs to a training with other settings.
         """
+        for unfinished in self.path.parent.glob(f".{self.path.name}.*.part"):  # left by a kill while it was written
+            unfinished.unlink(missing_ok=True)
         path = self.path if self.path.exists() else self.previous  # killed between the two moves of save
         if not path.exists():
             return None
@@ -222,7 +229,7 @@ class ResumeFile:
             if theirs.get(name) != ours.get(name):
                 raise ValueError(
                     f"{path} belongs to a training with {name}={theirs.get(name)!r}, this one has "
-                    f"{name}={ours.get(name)!r}; give the same settings, another run_dir, or delete the file."
+                    f"{name}={ours.get(name)!r}; give the same settings, another run_dir, or delete the resume files."
                 )
         return state
 

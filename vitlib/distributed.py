@@ -99,4 +99,5 @@ def leave_processes() -> None:
 
 def current_processes() -> Processes:
     """The processes that this one has joined, or just itself."""
-    return Processes(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Processes()
+    joined = dist.is_available() and dist.is_initialized()
+    return Processes(dist.get_rank(), dist.get_world_size()) if joined else Processes()

@@ -82,7 +82,7 @@ def resolve_device(device: str = "auto") -> torch.device:
 
 def resolve_precision(precision: str, device: torch.device) -> str:
     """How wide the matrix products of a training are: ``float32``, or ``bfloat16`` at half the width (autocast; the
-    weights stay float32); ``auto`` is bfloat16 on CUDA GPUs and float32 elsewhere.
+    weights stay float32); ``auto`` is bfloat16 on CUDA GPUs that compute in it and float32 elsewhere.
 
     Some CPUs are twice as fast in bfloat16, others many times slower: benchmarks/throughput.py tells which.
 
@@ -92,7 +92,8 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} is not known; choose one of {', '.join(PRECISIONS)}.")
     if precision == "auto":
-        return "bfloat16" if device.type == "cuda" else "float32"
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if native else "float32"
     return precision
 
 
