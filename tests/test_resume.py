@@ -400,7 +400,8 @@ def test_the_file_of_a_training_with_other_settings_is_refused(stopped, steps, m
         train(stopped, **{"recipe": ALL_AT_ONCE} | changes)
     message = str(error.value)
     assert message.startswith(f"{stopped / 'pretrained-resume.pt'} belongs to a training with ")
-    assert message.endswith("; give the same settings, another run_dir, or delete the resume files.") and "\n" not in message
+    assert message.endswith("; give the same settings, another run_dir, or delete the resume files.")
+    assert "\n" not in message
     assert len(message) < len(str(stopped)) + 250, "it says what differs and nothing else"
     assert contents(stopped) == before and not steps
 
