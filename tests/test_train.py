@@ -408,8 +408,14 @@ def test_the_loss_of_a_mixed_image_is_that_of_a_target_with_two_labels():
         ("bfloat16", "cpu", "bfloat16"),
     ],
 )
-def test_precision_is_resolved_by_device(precision, device, resolved):
+def test_precision_is_resolved_by_device(monkeypatch, precision, device, resolved):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert resolve_precision(precision, torch.device(device)) == resolved
+
+
+def test_a_gpu_that_only_emulates_bfloat16_keeps_to_float32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    assert resolve_precision("auto", torch.device("cuda")) == "float32"
 
 
 def test_training_in_bfloat16_learns_and_keeps_float32_weights(monkeypatch):
