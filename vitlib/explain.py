@@ -1,9 +1,13 @@
-"""Looking inside a ViT: what its positions and its attention say."""
+"""Looking inside a ViT: what its positions and its attention say, and whether that explains what it predicts."""
 
 import math
+from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .model import ViTModel, patchify
 
 
 def position_similarity(position_embedding: Tensor) -> Tensor:
@@ -39,3 +43,161 @@ def query_attention(weights: Tensor, query: int) -> tuple[float, Tensor]:
     row = weights[query].detach()
     grid = math.isqrt(len(row) - 1)
     return row[0].item(), row[1:].unflatten(0, (grid, grid))
+
+
+def with_temperature(weights: Tensor, temperature: float) -> Tensor:
+    """What attention weights would be with their scores divided by a temperature: 1 changes nothing, a small one leaves
+    nearly all to the largest score, a large one makes all shares alike.
+
+    The scores ``s`` themselves are not needed. From ``weights = softmax(s)`` it follows that ``log(weights) = s - c``,
+    with one ``c`` for each row. A softmax does not notice what is added to a whole row, so ``softmax(s / t)`` equals
+    ``softmax(log(weights) / t)``.
+
+    Args:
+        weights: ``[..., T]``, each row sums to 1. A share of 0 has the score minus infinity and stays 0.
+        temperature: above 0.
+
+    Returns:
+        The same shape; each row sums to 1.
+
+    Raises:
+        ValueError: for a temperature that is not above 0.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} is not allowed; choose a number above 0 (1 changes nothing).")
+    return (weights.log() / temperature).softmax(dim=-1)
+
+
+def attention_of(model: ViTModel, images: Tensor, batch: int = 64) -> Tensor:
+    """The attention weights of every layer and head.
+
+    Args:
+        model: in eval mode; with dropout on, the weights would be those of another model each time.
+        images: float ``[B, C, S, S]``, normalised as the model wants them.
+        batch: images that go through the model at a time.
+
+    Returns:
+        ``[L, B, H, T, T]``; row i of a matrix says where token i takes from, and sums to 1.
+    """
+    with torch.no_grad():
+        return torch.cat([model.intermediates(part)["attention"] for part in images.split(batch)], dim=1)
+
+
+def attention_distance(attention: Tensor, patch_size: int) -> Tensor:
+    """How far away the patches are that a head looks at: the paper's figure 7 (right) and appendix D.7.
+
+    The distance in pixels between the centres of the asking and the asked patch, weighted by the attention between the
+    two, and averaged over queries and images. CLS has no place in the image: it is left out, and the weights among the
+    patches are brought to a sum of 1 again.
+
+    Args:
+        attention: ``[L, B, H, T, T]``.
+        patch_size: side of a patch in pixels.
+
+    Returns:
+        ``[L, H]``, in pixels.
+    """
+    among_patches = attention[..., 1:, 1:]  # [L, B, H, N, N]
+    among_patches = among_patches / among_patches.sum(dim=-1, keepdim=True)
+    distances = patch_distances(math.isqrt(among_patches.shape[-1])).to(attention.device) * patch_size
+    return (among_patches * distances).sum(dim=-1).mean(dim=(1, 3))
+
+
+def patch_distances(grid: int) -> Tensor:
+    """Distances between the centres of all patches of a ``grid x grid`` image, ``[N, N]``, in patches."""
+    along = torch.arange(grid, dtype=torch.float32)
+    places = torch.cartesian_prod(along, along)  # [N, 2]: row and column of each patch
+    return torch.cdist(places, places)
+
+
+def rollout(attention: Tensor) -> Tensor:
+    """Attention followed through all layers (Abnar and Zuidema 2020, arXiv:2005.00928).
+
+    In each layer a token is taken to be half itself, by the residual connection, and half what the mean of the heads
+    mixes into it; the layers' matrices are multiplied, the later one from the left. What the values, the MLPs and
+    the norms do is left out, so this says where information *could* have come from.
+
+    Args:
+        attention: ``[L, B, H, T, T]``, from :func:`attention_of`.
+
+    Returns:
+        ``[B, T, T]``; row i says how much of token i, behind the last layer, stems from each token before the first.
+        Rows sum to 1.
+    """
+    residual = torch.eye(attention.shape[-1], device=attention.device)
+    mixed = residual.expand(attention.shape[1], -1, -1)
+    for layer in attention:  # [B, H, T, T]
+        mixed = (layer.mean(dim=1) + residual) / 2 @ mixed
+    return mixed
+
+
+def delete_patches(images: Tensor, relevance: Tensor, count: int) -> Tensor:
+    """The ``count`` most relevant patches of each image set to 0, the mean colour of normalised images.
+
+    Args:
+        images: float ``[B, C, S, S]``, normalised.
+        relevance: ``[B, N]``, a number per patch (without CLS); the larger, the earlier it goes.
+        count: from 0 to N.
+
+    Raises:
+        ValueError: for a count beyond N, or a number of patches that does not fit the image.
+    """
+    patches = relevance.shape[1]
+    grid = math.isqrt(patches)
+    if grid**2 != patches or images.shape[-1] % grid:
+        raise ValueError(f"{patches} patches are no square grid on images of {images.shape[-1]} pixels; leave CLS out.")
+    if not 0 <= count <= patches:
+        raise ValueError(f"count={count} is not possible with {patches} patches; give 0 to {patches}.")
+    order = relevance.argsort(dim=1, descending=True)
+    kept = torch.ones_like(relevance).scatter(1, order[:, :count], 0)  # [B, N]
+    side = images.shape[-1] // grid
+    mask = kept.unflatten(1, (1, grid, grid)).repeat_interleave(side, 2).repeat_interleave(side, 3)
+    return images * mask
+
+
+def deletion_curve(model: ViTModel, images: Tensor, relevance: Tensor, counts: Sequence[int]) -> Tensor:
+    """How fast a model loses its opinion when patches are deleted, most relevant first (Petsiuk et al. 2018,
+    arXiv:1806.07421). The better ``relevance`` names what the prediction rests on, the steeper the fall.
+
+    Args:
+        model: in eval mode.
+        images: float ``[B, C, S, S]``, normalised.
+        relevance: ``[B, N]``, a number per patch.
+        counts: how many patches to delete, one number per point of the curve.
+
+    Returns:
+        ``[len(counts), B]``: the probability of the class that the model predicts for the whole image.
+    """
+    with torch.no_grad():
+        predicted = model(images).argmax(dim=1, keepdim=True)  # [B, 1]
+        points = [model(delete_patches(images, relevance, count)).softmax(dim=1) for count in counts]
+    return torch.stack([point.gather(1, predicted).squeeze(1) for point in points])
+
+
+def share_on_mask(relevance: Tensor, masks: Tensor) -> Tensor:
+    """The share of the relevance that lies on the object.
+
+    Args:
+        relevance: ``[B, N]``, not negative; its sum in each image counts as 1.
+        masks: bool ``[B, S, S]``, True on the object. A patch that it covers in part counts in part.
+
+    Returns:
+        ``[B]`` in [0, 1]. Relevance spread evenly gives the share of the image that the object covers.
+    """
+    side = masks.shape[-1] // math.isqrt(relevance.shape[1])
+    covered = patchify(masks[:, None].float(), side).mean(dim=2)  # [B, N]
+    return (relevance * covered).sum(dim=1) / relevance.sum(dim=1)
+
+
+def patch_relevance(matrix: Tensor, pooling: str = "cls") -> Tensor:
+    """How much of what the classifier sees comes from each patch.
+
+    Args:
+        matrix: ``[B, T, T]``: one layer's attention, averaged over its heads, or a :func:`rollout`.
+        pooling: ``ViTModel.pooling``: "cls" reads the row of CLS, "mean" the mean of the patches' rows.
+
+    Returns:
+        ``[B, N]``, without the share that goes to CLS.
+    """
+    seen = matrix[:, 0] if pooling == "cls" else matrix[:, 1:].mean(dim=1)  # [B, T]
+    return seen[:, 1:]

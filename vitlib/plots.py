@@ -22,10 +22,11 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.prop_cycle": plt.cycler(color=COLOURS),
-    "figure.dpi": 90,
+    "figure.dpi": 100,  # a screen counts 96 pixels to the inch, so a font of 10 pt is shown with 10 pt at least
     "figure.constrained_layout.use": True,
     "image.cmap": "viridis",
 }
+WIDEST = 8.8  # inches: what a notebook's page shows without making the figure, and its words, smaller
 HALO = withStroke(linewidth=3, foreground="white")  # keeps words legible that cross a curve
 
 
@@ -54,10 +55,12 @@ def _without_ticks(ax) -> None:
 
 @_styled
 def image_grid(
-    images: Tensor, titles: Sequence[str] = (), columns: int = 8, title: str = "", side: float = 1.35
+    images: Tensor, titles: Sequence[str] = (), columns: int = 6, title: str = "", side: float = 1.4
 ) -> Figure:
-    """Images uint8 ``[N, C, H, W]`` in rows of ``columns``, ``side`` inches wide, each under its own title."""
+    """Images uint8 ``[N, C, H, W]`` in rows of ``columns``, each under its own title and ``side`` inches wide, or
+    less where the rows would leave the page."""
     columns = min(columns, len(images))
+    side = min(side, WIDEST / columns)
     rows = -(-len(images) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(side * columns, (side + 0.2) * rows + 0.3), squeeze=False)
     for ax in axes.flat:
@@ -68,6 +71,28 @@ def image_grid(
         ax.set_title(text, fontsize=10)
     if title:
         figure.suptitle(title)
+    return figure
+
+
+@_styled
+def top_classes(
+    image: Tensor, probabilities: Tensor, classes: Sequence[str], count: int = 5, title: str = ""
+) -> Figure:
+    """One image uint8 ``[C, H, W]`` beside the ``count`` classes that a model finds most probable: a bar each, the most
+    probable on top. ``probabilities`` are ``[num_classes]``, shares in [0, 1]."""
+    best = probabilities.detach().cpu().topk(min(count, len(classes)))
+    names = [classes[number] for number in best.indices]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), width_ratios=(1, 1.7))
+    left.imshow(_picture(image), cmap="gray", vmin=0, vmax=255)
+    _without_ticks(left)
+    rows = range(len(names))
+    right.barh(rows, 100 * best.values.numpy(), color=COLOURS[0])
+    for row, share in zip(rows, best.values.tolist(), strict=True):
+        right.annotate(f"{share:.0%}", (100 * share, row), xytext=(4, 0), textcoords="offset points", va="center")
+    right.set_yticks(rows, names)
+    right.invert_yaxis()
+    right.set(xlabel="probability (%)", xlim=(0, 112), title=title)
+    right.set_xticks(range(0, 101, 20))
     return figure
 
 
@@ -202,6 +227,108 @@ def attention_of_query(image: Tensor, shares: Tensor, cls_share: float, query: i
 
 
 @_styled
+def head_maps(maps: Tensor, title: str = "") -> Figure:
+    """Where one token looks in every head of every layer: ``[L, H, g, g]``, a row of maps for each layer. The colours
+    of each map run from 0 to its own largest weight."""
+    layers, heads = maps.shape[:2]
+    side = min(1.5, WIDEST / heads)
+    figure, axes = plt.subplots(layers, heads, figsize=(side * heads, side * layers + 0.6), squeeze=False)
+    for layer, row in enumerate(axes):
+        row[0].set_ylabel(f"layer {layer + 1}")
+        for head, ax in enumerate(row):
+            ax.imshow(maps[layer, head].cpu().numpy(), vmin=0)
+            _without_ticks(ax)
+            if layer == 0:
+                ax.set_title(f"head {head + 1}", fontsize=11)
+    figure.suptitle(title)
+    return figure
+
+
+@_styled
+def attention_distances(distances: Mapping[str, Tensor], even: float, title: str = "") -> Figure:
+    """How far the heads of each layer look: named ``[L, H]`` in pixels, a dot for each head; ``even`` is the distance
+    of attention that is spread evenly."""
+    figure, ax = plt.subplots(figsize=(7, 3.8))
+    for number, (name, values) in enumerate(distances.items()):
+        shift = 0.16 * (number - (len(distances) - 1) / 2)  # beside each other, or dots would hide dots
+        layers = torch.arange(1, len(values) + 1)[:, None].expand_as(values) + shift
+        ax.plot(layers.flatten(), values.flatten().cpu(), "os^D"[number % 4], markersize=8, alpha=0.7, label=name)
+    ax.axhline(even, color=COLOURS[6], linestyle=":", label="attention spread evenly")
+    ax.set(xlabel="layer", ylabel="mean distance (pixels)", title=title, ylim=(0, 1.25 * even))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.legend(frameon=False, loc="lower right")
+    return figure
+
+
+@_styled
+def image_maps(images: Tensor, maps: Mapping[str, Tensor], titles: Sequence[str] = ()) -> Figure:
+    """Images uint8 ``[N, C, S, S]``, one a column under its title, and below them named rows of maps ``[N, g, g]``.
+    The colours of each map run from 0 to its own largest value."""
+    side = min(1.6, (WIDEST - 1.2) / len(images))
+    rows = 1 + len(maps)
+    figure, axes = plt.subplots(rows, len(images), figsize=(side * len(images) + 1.2, side * rows + 0.3), squeeze=False)
+    for number, ax in enumerate(axes[0]):
+        ax.imshow(_picture(images[number]), cmap="gray", vmin=0, vmax=255)
+    for ax, text in zip(axes[0], titles, strict=False):
+        ax.set_title(text, fontsize=10)
+    for row, values in zip(axes[1:], maps.values(), strict=True):
+        for number, ax in enumerate(row):
+            ax.imshow(values[number].cpu().numpy(), vmin=0)
+    for row, name in zip(axes, ("image", *maps), strict=True):
+        row[0].set_ylabel(name, rotation=0, ha="right", va="center")
+        for ax in row:
+            _without_ticks(ax)
+    return figure
+
+
+@_styled
+def deletion_curves(shares: Sequence[float], curves: Mapping[str, Tensor], title: str = "") -> Figure:
+    """What is left of a model's opinion when patches are deleted in the orders that have a name.
+
+    Args:
+        shares: of the patches that are deleted, in [0, 1], one for each point.
+        curves: by name, ``[points, images]`` in [0, 1], such as :func:`vitlib.explain.deletion_curve` gives them; the
+            line is the mean of the images, the band its 95 % confidence interval.
+    """
+    figure, ax = plt.subplots(figsize=(8, 4.4))
+    percent = [100 * share for share in shares]
+    for (name, values), dashes in zip(curves.items(), ("-", "--", "-.", ":") * 2, strict=False):
+        mean = values.mean(dim=1).cpu()
+        margin = 1.96 * values.std(dim=1).cpu() / values.shape[1] ** 0.5
+        (line,) = ax.plot(percent, mean, dashes, label=name)
+        ax.fill_between(percent, mean - margin, mean + margin, color=line.get_color(), alpha=0.2, linewidth=0)
+    ax.set(xlabel="patches deleted (%)", ylabel="probability of the first prediction", title=title, ylim=(0, None))
+    ax.legend(frameon=False, title="order of deletion")
+    return figure
+
+
+@_styled
+def spreads(
+    values: Mapping[str, Sequence[float]], reference: float, meaning: str, label: str, title: str = ""
+) -> Figure:
+    """How named shares in [0, 1] are spread over images: a box from the lower to the upper quartile, a line at the
+    median, a diamond at the mean, whiskers from the 5th to the 95th percentile; and a line at ``reference``."""
+    figure, ax = plt.subplots(figsize=(8, 1.3 + 0.6 * len(values)))
+    percent = [[100 * float(value) for value in group] for group in values.values()]
+    ax.boxplot(
+        percent, orientation="horizontal", whis=(5, 95), showfliers=False, showmeans=True, patch_artist=True,
+        widths=0.5, boxprops={"facecolor": COLOURS[5], "alpha": 0.6},
+        medianprops={"color": COLOURS[6], "linewidth": 2},
+        meanprops={"marker": "D", "markerfacecolor": COLOURS[1], "markeredgecolor": "white"},
+    )  # fmt: skip
+    ax.axvline(100 * reference, color=COLOURS[6], linestyle=":")
+    ax.annotate(
+        meaning, (100 * reference, 1), xycoords=ax.get_xaxis_transform(), xytext=(5, 2), textcoords="offset points",
+        fontsize=10,
+    )  # fmt: skip
+    ax.set_yticks(range(1, len(values) + 1), values)
+    ax.set(xlabel=label, xlim=(0, 100))
+    ax.invert_yaxis()
+    ax.set_title(title, pad=22)
+    return figure
+
+
+@_styled
 def lines(x: Sequence, series: Mapping[str, Sequence], xlabel: str, ylabel: str, title: str = "", **axis) -> Figure:
     """Named curves over one x axis. ``axis`` goes to ``Axes.set`` (``xscale="log"``, ``ylim=(0, 1)``, ...)."""
     figure, ax = plt.subplots(figsize=(7, 3.8))
@@ -216,7 +343,7 @@ def lines(x: Sequence, series: Mapping[str, Sequence], xlabel: str, ylabel: str,
 @_styled
 def training_curves(history, chance: float, title: str = "") -> Figure:
     """Loss and top-1 accuracy over a ``vitlib.train.History``; ``chance`` is the accuracy of guessing, as a share."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDEST, 3.8))
     per_epoch = history.steps[-1]["step"] / history.steps[-1]["epoch"]
     left.plot(
         [step["step"] / per_epoch for step in history.steps], [step["loss"] for step in history.steps],
@@ -256,7 +383,7 @@ def recorded_curves(curves: Mapping[str, Mapping], stop: int | None = None) -> F
     longest = max(len(curve["loss"]) for curve in curves.values())
     if stop is not None and not 1 <= stop <= longest:
         raise ValueError(f"stop={stop} is no epoch of these curves; choose one from 1 to {longest}.")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.2))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDEST, 4.2))
     accuracies = {name: [100 * share for share in curve["accuracy"]] for name, curve in curves.items()}
     losses = {name: curve["loss"] for name, curve in curves.items()}
     for ax, series in ((left, accuracies), (right, losses)):
@@ -293,10 +420,10 @@ def _read_at(ax, series: Mapping[str, Sequence], stop: int, written: str, place:
     for (name, values), colour in zip(series.items(), COLOURS, strict=False):
         epoch = min(stop, len(values))
         ax.plot(epoch, values[epoch - 1], "o", color=colour, markersize=9, markeredgecolor="white", zorder=3)
-        ended = f" (ended at {epoch})" if epoch < stop else ""
+        ended = f" (at {epoch})" if epoch < stop else ""
         readings.append((f"{name} {written.format(values[epoch - 1])}{ended}", colour))
     ax.axvline(stop, color=COLOURS[6], linewidth=1, linestyle="--")
-    x, side = (8, "left") if stop <= 0.6 * longest else (-8, "right")  # words further right would leave the figure
+    x, side = (8, "left") if stop <= 0.55 * longest else (-8, "right")  # words further right would leave the figure
     top = 0 if place == "top" else 16 * len(readings) + 4
     for line, (text, colour) in enumerate(readings):
         ax.annotate(
@@ -349,4 +476,40 @@ def comparison(accuracies: Mapping[str, Sequence[float]], chance: float, title: 
     ax.set(xlabel="top-1 accuracy (%): a dot per seed, a bar at the mean", xlim=(0, 118), title=title)
     ax.set_xticks(range(0, 101, 20))
     ax.set_ylim(len(accuracies) - 0.5, -0.7)
+    return figure
+
+
+@_styled
+def label_budget(record: Mapping, budget: int) -> Figure:
+    """Accuracy against the number of labelled images: a dot per seed, a line through the means of each arm.
+
+    Args:
+        record: from :func:`vitlib.records.recorded_label_budgets`.
+        budget: the number of images to mark and to read the arms at.
+
+    Raises:
+        ValueError: for a ``budget`` that was not measured.
+    """
+    budgets = list(next(iter(record["arms"].values())))
+    if budget not in budgets:
+        raise ValueError(f"budget={budget} was not measured; choose one of {', '.join(map(str, budgets))}.")
+    figure, ax = plt.subplots(figsize=(8.5, 5.2))
+    for (name, cells), colour, marker in zip(record["arms"].items(), COLOURS, "os^D", strict=False):
+        percent = {images: [100 * share for share in shares] for images, shares in cells.items()}
+        means = [sum(values) / len(values) for values in percent.values()]
+        dots = [(images, value) for images, values in percent.items() for value in values]
+        read = percent[budget]
+        reading = f"{name} {sum(read) / len(read):.1f} % ({min(read):.1f} to {max(read):.1f})"
+        ax.plot(budgets, means, color=colour, linewidth=2)
+        ax.plot(*zip(*dots, strict=True), marker, color=colour, markersize=7, alpha=0.7, label=reading)
+    ax.axvline(budget, color=COLOURS[6], linewidth=1, linestyle="--")
+    ax.axhline(100 * record["chance"], color=COLOURS[6], linestyle=":")
+    end = budgets[-1], 100 * record["chance"]
+    ax.annotate("chance", end, xytext=(0, -4), textcoords="offset points", ha="right", va="top")
+    ax.set_xscale("log")
+    ax.set_xticks(budgets, [f"{images:,}" for images in budgets])
+    ax.set_xticks([], minor=True)
+    ax.set(xlabel="labelled images (logarithmic)", ylabel="top-1 accuracy (%)", ylim=(0, None), title=record["about"])
+    read_at = f"with {budget:,} labelled images: mean (lowest to highest)"
+    figure.legend(loc="outside lower center", ncols=2, title=read_at, frameon=False)  # there it hides no curve
     return figure

@@ -133,6 +133,7 @@ PARAMETERS: dict[str, Parameter] = {
         Parameter("downstream", str, "images to fine-tune on: a name such as shapes10, or a folder", rule=check_source),
         Parameter("data_dir", str, "where downloads are kept; None for the usual cache", optional=True),
         Parameter("image_size", int, "pixels per image side; None for the preset's", 4, 1024, optional=True),
+        Parameter("num_images", int, "test images to examine", 1, 100_000),
         # which model and training
         Parameter("preset", str, "size of the model", choices=tuple(PRESETS)),
         Parameter("norm_first", bool, "LayerNorm before each sublayer (the ViT paper) or after it"),

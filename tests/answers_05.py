@@ -1,0 +1,129 @@
+"""Answers to the exercises of chapter 05, right and typically wrong."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from vitlib import explain
+from vitlib.model import patchify
+
+
+def distance(
+    weights, patch_size, cls=True, normalised=True, total=torch.Tensor.mean, scale=True, p=2.0, dim=1, attend=True
+):
+    among = weights[1:, 1:] if cls else weights
+    grid = math.isqrt(len(weights) - 1)
+    if not attend:
+        among = torch.ones_like(among)
+    if normalised:
+        among = among / among.sum(dim=dim, keepdim=True)
+    places = torch.cartesian_prod(torch.arange(grid), torch.arange(grid)).float()
+    return total((among * torch.cdist(places, places, p=p)).sum(dim=dim)) * (patch_size if scale else 1)
+
+
+def rolled(attention, residual=1.0, half=True, order=1, heads=None):
+    mixed = torch.eye(attention.shape[-1])
+    for layer in attention[::1]:
+        mean = layer.mean(0) if heads is None else layer[heads]
+        matrix = (mean + residual * torch.eye(len(mixed))) / (2 if half else 1)
+        mixed = matrix @ mixed if order == 1 else mixed @ matrix
+    return mixed
+
+
+def halves(attention):
+    return (attention.mean(1) + torch.eye(attention.shape[-1])) / 2
+
+
+def delete(images, relevance, count, patch_size, descending=True, drop_cls=True, one_order=False, swapped=False):
+    scores = relevance[:, 1:] if drop_cls else relevance
+    if one_order:
+        scores = scores[:1].expand_as(scores)
+    order = scores.argsort(1, descending=descending)[:, :count]
+    grid = images.shape[-1] // patch_size
+    keep = torch.ones(len(images), grid**2).scatter(1, order.clamp(max=grid**2 - 1), 0).view(-1, 1, grid, grid)
+    if swapped:
+        keep = keep.mT
+    return images * F.interpolate(keep, scale_factor=patch_size, mode="nearest")
+
+
+def share(relevance, mask, patch_size, normalised=True, cut=None):
+    covered = patchify(mask[None, None].float(), patch_size)[0].mean(1)
+    if cut is not None:
+        covered = (covered >= cut).float()
+    return (relevance * covered).sum() / (relevance.sum() if normalised else 1)
+
+
+RIGHT = {
+    "distance": {
+        "the library's": lambda weights, size: explain.attention_distance(weights[None, None, None], size)[0, 0],
+        "a number": lambda weights, size: distance(weights, size).item(),
+    },
+    "rollout": {
+        "the library's": lambda attention: explain.rollout(attention[:, None])[0],
+        "a loop": rolled,
+    },
+    "deletion": {
+        "the library's": lambda images, relevance, count, size: explain.delete_patches(images, relevance[:, 1:], count),
+        "by interpolation": delete,
+    },
+    "share_on_object": {
+        "the library's": lambda relevance, mask, size: explain.share_on_mask(relevance[None], mask[None])[0],
+        "a number": lambda relevance, mask, size: share(relevance, mask, size).item(),
+    },
+}
+WRONG = {
+    "distance": {
+        "in patches": (lambda w, size: distance(w, size, scale=False), "that is in patches"),
+        "not normalised": (lambda w, size: distance(w, size, normalised=False), "sums to less than 1"),
+        "summed": (lambda w, size: distance(w, size, total=torch.sum), "take their mean"),
+        "city blocks": (lambda w, size: distance(w, size, p=1.0), "square root of the sum of squares"),
+        "unweighted": (lambda w, size: distance(w, size, attend=False), "weight the distances by the attention"),
+        "columns": (lambda w, size: distance(w, size, dim=0), "normalise the rows, not the columns"),
+        "CLS left in": (lambda w, size: distance(w, size, cls=False), "your code stopped with RuntimeError"),
+        "per query": (lambda w, size: w[1:, 1:].sum(1), "one number is wanted"),
+        "nothing of the kind": (lambda w, size: 7.0, "weighted by the attention"),
+    },
+    "rollout": {
+        "first layer on the left": (lambda a: rolled(a, order=0), "the first layer stands on the left"),
+        "no residual": (lambda a: rolled(a, residual=0.0, half=False), "the residual connection is left out"),
+        "not halved": (lambda a: rolled(a, half=False), "not halved"),
+        "last layer": (lambda a: halves(a)[-1], "the last layer alone"),
+        "sum": (lambda a: halves(a).sum(0), "the sum of the layers"),
+        "mean": (lambda a: halves(a).mean(0), "the mean of the layers"),
+        "place by place": (lambda a: halves(a).prod(0), "place by place"),
+        "one head": (lambda a: rolled(a, heads=0), "only one head"),
+        "transposed": (lambda a: rolled(a).T, "transposed"),
+        "a residual of its own size": (lambda a: rolled(a, residual=0.5, half=False) / 1.5**3, "rows sum to 1, but"),
+        "noise": (lambda a: torch.rand(a.shape[-2:]), "the rows do not sum to 1"),
+        "heads kept": (lambda a: a[-1], "but should be [6, 6]"),
+    },
+    "deletion": {
+        "least relevant": (lambda *given: delete(*given, descending=False), "sort in descending order"),
+        "shifted by CLS": (lambda *given: delete(*given, drop_cls=False), "token i is patch i - 1"),
+        "one too few": (lambda x, r, n, p: delete(x, r, n - 1, p), "one patch too few"),
+        "one order for all": (lambda *given: delete(*given, one_order=True), "an order of its own"),
+        "swapped": (lambda *given: delete(*given, swapped=True), "rows and columns of the grid are swapped"),
+        "the others": (lambda x, *given: x - delete(x, *given), "only the patches that should go are left"),
+        "nothing": (lambda x, *given: x, "nothing is deleted"),
+        "everything": (lambda x, *given: 0 * x, "everything is deleted"),
+        "one too many": (lambda x, r, n, p: delete(x, r, n + 1, p), "should have lost 36 pixels"),
+        "others of the same number": (
+            lambda x, r, n, p: delete(x, r.roll(1, 0), n, p), "not those of the most relevant patches"
+        ),
+        "grey level changed": (lambda *given: delete(*given) + 1, "should have lost 36 pixels"),
+    },
+    "share_on_object": {
+        "not divided": (lambda r, m, p: share(r, m, p, normalised=False), "does not sum to 1"),
+        "touched": (lambda r, m, p: share(r, m, p, cut=1e-6), "only touches counts in full"),
+        "half": (lambda r, m, p: share(r, m, p, cut=0.5), "at least half of it"),
+        "background": (lambda r, m, p: share(r, ~m, p), "share of the background"),
+        "area": (lambda r, m, p: m.float().mean(), "the relevance plays no part"),
+        "by the object": (
+            lambda r, m, p: share(r, m, p, normalised=False) / m.float().mean() / len(r),
+            "divided by the size of the object",
+        ),
+        "swapped": (lambda r, m, p: share(r, m.T, p), "rows and columns of the mask are swapped"),
+        "constant": (lambda r, m, p: 0.5, "0.500 where"),
+    },
+}  # fmt: skip

@@ -1,0 +1,154 @@
+"""The checks of all chapters. The right and the typically wrong answers are in ``answers_NN.py``."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import IPython
+import IPython.display
+import pytest
+import torch
+
+from vitlib.course import checks
+
+ANSWERS = [importlib.import_module(path.stem) for path in sorted(Path(__file__).parent.glob("answers_[0-9]*.py"))]
+RIGHT = {name: answers for module in ANSWERS for name, answers in module.RIGHT.items()}
+WRONG = {name: answers for module in ANSWERS for name, answers in module.WRONG.items()}
+
+
+class Awkward:
+    """Everything that one can ask of it goes wrong."""
+
+    def __getattribute__(self, name):
+        raise RuntimeError("no")
+
+    def __eq__(self, other):
+        raise RuntimeError("no")
+
+    __hash__ = None
+
+    def __repr__(self):
+        raise RuntimeError("no")
+
+    def __bool__(self):
+        raise RuntimeError("no")
+
+
+class Unspeakable(Exception):
+    def __str__(self):
+        raise RuntimeError("no")
+
+
+def raises(error):
+    def answer(*args, **kwargs):
+        raise error
+
+    return answer
+
+
+HOSTILE = {
+    "a number": 3,
+    "a text": "word",
+    "nothing in it": "",
+    "a tensor": torch.eye(3),
+    "a class": int,
+    "a module": torch.nn.Linear(2, 2),
+    "an awkward object": Awkward(),
+    "takes nothing": lambda: 1,
+    "gives a number": lambda *args: 1,
+    "gives a text": lambda *args: "word",
+    "gives a list": lambda *args: [],
+    "gives its first argument": lambda first, *args: first,
+    "gives all its arguments": lambda *args: args,
+    "gives nan": lambda *args: float("nan"),
+    "gives a huge number": lambda *args: 10**400,
+    "gives an empty tensor": lambda *args: torch.empty(0),
+    "gives a complex tensor": lambda first, *args: torch.zeros(getattr(first, "shape", ()), dtype=torch.complex64),
+    "gives a tensor without storage": lambda first, *args: torch.zeros(getattr(first, "shape", ()), device="meta"),
+    "gives an awkward object": lambda *args: Awkward(),
+    "leaves": sys.exit,
+    "raises": raises(ValueError("word " * 100)),
+    "raises what has no text": raises(Unspeakable()),
+    "raises as torch does": raises(NotImplementedError("could not run 'aten::empty'")),
+    "calls itself": lambda *args: HOSTILE["calls itself"](*args),
+}
+
+
+def cases(answers):
+    return [
+        pytest.param(name, answer, id=f"{name}, {label}")
+        for name, named in answers.items()
+        for label, answer in named.items()
+    ]
+
+
+def test_every_check_is_tried_on_a_right_answer_and_on_three_wrong_ones():
+    assert list(RIGHT) == list(WRONG) == list(checks.ALL)
+    for name in checks.ALL:
+        assert RIGHT[name], name
+        fragments = {fragment for _, fragment in WRONG[name].values()}
+        assert len(fragments) >= 3, f"{name}: wrong answers with a message of their own"
+        assert all(len(fragment) > 10 for fragment in fragments), name
+
+
+@pytest.mark.parametrize(("name", "answer"), cases(RIGHT))
+def test_a_right_answer_is_correct_each_time(name, answer, verdict):
+    assert {verdict(checks.ALL[name], answer) for _ in range(5)} == {"correct"}
+
+
+@pytest.mark.parametrize(("name", "answer"), cases(WRONG))
+def test_a_wrong_answer_is_told_what_is_wrong(name, answer, verdict):
+    wrong, fragment = answer
+    for _ in range(3):
+        said = verdict(checks.ALL[name], wrong)
+        assert said.startswith("not yet: ") and fragment in said
+
+
+@pytest.mark.parametrize("name", checks.ALL)
+@pytest.mark.parametrize("label", HOSTILE)
+def test_nothing_that_a_learner_hands_over_makes_a_check_crash(name, label, verdict):
+    assert verdict(checks.ALL[name], HOSTILE[label]) != "correct"
+
+
+@pytest.mark.parametrize("name", checks.ALL)
+@pytest.mark.parametrize("stub", [None, ..., raises(NotImplementedError), raises(NotImplementedError())])
+def test_a_stub_is_not_attempted_yet(name, stub, verdict):
+    assert verdict(checks.ALL[name], stub) == "not attempted yet"
+
+
+@pytest.mark.parametrize("name", checks.ALL)
+def test_a_strict_check_raises_unless_the_answer_is_right(name, capsys):
+    check = checks.ALL[name]
+    checks.be_strict(True)
+    with pytest.raises(AssertionError, match="not attempted yet"):
+        check(...)
+    with pytest.raises(AssertionError, match="not yet: "):
+        check(next(iter(WRONG[name].values()))[0])
+    check(next(iter(RIGHT[name].values())))
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 3 and said[-1].endswith(": correct"), "the verdict is shown in any case"
+
+
+@pytest.mark.parametrize("name", checks.ALL)
+def test_a_check_leaves_random_numbers_gradients_and_types_as_they_were(name):
+    before = torch.get_rng_state()
+    with torch.no_grad():
+        for answer in (*RIGHT[name].values(), *(wrong for wrong, _ in WRONG[name].values())):
+            checks.ALL[name](answer)
+            assert not torch.is_grad_enabled()
+    assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_ctrl_c_still_stops_an_answer_that_never_ends():
+    with pytest.raises(KeyboardInterrupt):
+        checks.patchify(raises(KeyboardInterrupt()))
+
+
+def test_in_a_notebook_the_verdict_is_stored_beside_its_line(monkeypatch):
+    shown = []
+    monkeypatch.setattr(IPython, "get_ipython", lambda: "a notebook's shell")
+    monkeypatch.setattr(IPython.display, "display", lambda data, raw: shown.append(data))
+    checks.patchify(...)
+    verdict = {"check": "patchify", "status": "not attempted yet", "message": ""}
+    assert shown == [{"text/plain": "patchify: not attempted yet", checks.VERDICT: verdict}]

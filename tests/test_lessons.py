@@ -1,0 +1,155 @@
+"""The form that every chapter has: what a reader meets at its top, between its cells, in its exercises and at its end.
+
+What comes out of the cells is nbval's business (``make test``): it compares every stored verdict with a fresh one.
+"""
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from vitlib.course import checks
+
+FOLDER = Path(__file__).parents[1] / "notebooks"
+CHAPTERS = sorted(FOLDER.glob("[0-9]*.ipynb"))
+SOLUTIONS = sorted((FOLDER / "solutions").glob("*.ipynb"))
+
+LONGEST_CELL = 15
+CELLS_BETWEEN_PROMPTS = 3
+EXERCISE = re.compile(r"^### (Exercise \d: .+)\n+(★☆☆|★★☆|★★★) · (\d+) minutes · (\S.*)$", re.MULTILINE)
+KINDS = {"fill in", "predict", "repair", "reorder", "extend"}
+CHECK = re.compile(r"^checks\.(?!be_strict)(\w+)\(\w+\)$", re.MULTILINE)
+HTML_IMAGE = re.compile(r"<img\b[^>]*>")
+MARKDOWN_IMAGE = re.compile(r"!\[([^\]]*)\]\(")
+
+by_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+
+
+def cells_of(path):
+    return nbformat.read(path, as_version=4).cells
+
+
+def prose_of(cells):
+    return "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+
+
+def is_setup(cell):
+    """Imports and the parameters cell are as long as they are."""
+    return "parameters" in cell.metadata.get("tags", ()) or "from vitlib.course.parameters import" in cell.source
+
+
+def exercise_cells(path):
+    """Name of the check to the code cell that calls it."""
+    found = {}
+    for cell in cells_of(path):
+        calls = CHECK.findall(cell.source) if cell.cell_type == "code" else []
+        assert len(calls) <= 1, f"one check a cell: {calls}"
+        found.update(dict.fromkeys(calls, cell))
+    return found
+
+
+def verdict_of(cell):
+    """The status that the stored output of an exercise's cell shows."""
+    (verdict,) = [output.data[checks.VERDICT] for output in cell.outputs if checks.VERDICT in output.get("data", {})]
+    return verdict["status"]
+
+
+@by_chapter
+def test_the_top_says_what_it_is_for_what_it_needs_and_what_to_expect(path):
+    top = cells_of(path)[0].source
+    assert top.startswith(f"# {path.stem[:2]} ")
+    for heading in ("**Afterwards you can**", "**You need**", "**Time**", "**Expect**"):
+        assert heading in top, heading
+    minutes, seconds = re.search(r"\*\*Time\*\* (\d+) minutes for you, about (\S+ \w+) for the computer", top).groups()
+    assert int(minutes) <= 60 and seconds
+
+
+@by_chapter
+def test_code_cells_are_short_enough_to_read(path):
+    lengths = {
+        number: len(cell.source.splitlines())
+        for number, cell in enumerate(cells_of(path))
+        if cell.cell_type == "code" and not is_setup(cell)
+    }
+    assert {number: length for number, length in lengths.items() if length > LONGEST_CELL} == {}
+
+
+@by_chapter
+def test_the_reader_is_asked_before_being_shown(path):
+    cells = cells_of(path)
+    start = next(number for number, cell in enumerate(cells) if "check_parameters(globals())" in cell.source) + 1
+    since_prompt = 0
+    for number, cell in enumerate(cells[start:], start=start):
+        if cell.cell_type == "markdown":
+            if "**Predict.**" in cell.source or "### Exercise" in cell.source:
+                since_prompt = 0
+        else:
+            since_prompt += 1
+            assert since_prompt <= CELLS_BETWEEN_PROMPTS, f"cell {number}: no prompt in the code cells before it"
+
+
+@by_chapter
+def test_every_figure_has_its_conclusion_in_words_beside_it(path):
+    cells = cells_of(path)
+    for number, cell in enumerate(cells):
+        if cell.cell_type == "code" and any("image/png" in output.get("data", {}) for output in cell.outputs):
+            assert number + 1 < len(cells) and cells[number + 1].cell_type == "markdown", f"cell {number}"
+
+
+@by_chapter
+def test_every_static_image_has_an_alternative_text(path):
+    prose = prose_of(cells_of(path))
+    assert all(len(text) > 20 for text in MARKDOWN_IMAGE.findall(prose))
+    assert all(re.search(r'alt="[^"]{20,}"', image) for image in HTML_IMAGE.findall(prose))
+
+
+@by_chapter
+def test_every_exercise_has_its_level_minutes_kind_stub_check_and_hint(path):
+    prose = prose_of(cells_of(path))
+    headed = EXERCISE.findall(prose)
+    assert len(headed) == prose.count("### Exercise"), "a heading, then: ★☆☆ · 5 minutes · fill in"
+    assert {kind for *_, kind in headed} <= KINDS
+    assert len(headed) == len(exercise_cells(path)) == prose.count("<summary>Hint</summary>")
+    assert (1 if path.stem.startswith("00") else 3) <= len(headed) <= 5
+    assert prose.count(f"(solutions/{path.name})") >= 1 and "<summary>Solution</summary>" not in prose
+
+
+@by_chapter
+def test_an_untouched_exercise_is_not_attempted_yet(path):
+    assert {name: verdict_of(cell) for name, cell in exercise_cells(path).items()} == dict.fromkeys(
+        exercise_cells(path), "not attempted yet"
+    )
+
+
+@by_chapter
+def test_the_solutions_notebook_solves_every_exercise(path):
+    solved = exercise_cells(FOLDER / "solutions" / path.name)
+    assert list(solved) == list(exercise_cells(path)), "the same checks in the same order"
+    assert {verdict_of(cell) for cell in solved.values()} == {"correct"}
+    titles = re.findall(r"^## (Exercise \d: .+)$", prose_of(cells_of(FOLDER / "solutions" / path.name)), re.MULTILINE)
+    assert titles == [title for title, *_ in EXERCISE.findall(prose_of(cells_of(path)))]
+
+
+def test_every_check_belongs_to_one_exercise_and_every_solution_to_a_chapter():
+    used = [name for path in CHAPTERS for name in exercise_cells(path)]
+    assert sorted(used) == sorted(checks.ALL)
+    assert [path.name for path in SOLUTIONS] == [path.name for path in CHAPTERS]
+
+
+@by_chapter
+def test_the_end_has_an_exit_ticket_and_says_what_comes_next(path):
+    prose = prose_of(cells_of(path))
+    ticket = prose[prose.rindex("## Exit ticket") :]
+    assert ticket.count("<summary>Answer</summary>") == 3
+    assert "**Next:**" in ticket
+
+
+@by_chapter
+def test_headings_read_like_a_lesson_plan(path):
+    levels = [
+        len(marks)
+        for marks in re.findall(r"^(#+) ", re.sub(r"```.*?```", "", prose_of(cells_of(path)), flags=re.S), re.M)
+    ]
+    assert levels.count(1) == 1 and levels[0] == 1
+    assert all(b - a <= 1 for a, b in zip(levels, levels[1:], strict=False)), "no level is left out"

@@ -1,0 +1,303 @@
+"""Checks of chapter 01: patching."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vitlib.model import unpatchify
+
+from .frame import Mistake, NotAttempted, answer, close, compare, exercise, expect
+
+
+@exercise("patch numbers")
+def patch_numbers(learners: Callable) -> None:
+    """Of ``patch_numbers(height, width, channels, patch_size) -> (N, C * P * P)``."""
+    for channels in (3, 2, 1):
+        patch_size, rows = torch.randint(4, 9, (2,)).tolist()
+        columns = rows + 2  # a picture wider than high tells the two sides apart
+        height, width = rows * patch_size, columns * patch_size
+        call = f"for {height} x {width} pixels, {channels} channel(s) and patches of {patch_size}"
+        given = answer(learners, height, width, channels, patch_size)
+        expect(isinstance(given, tuple | list) and len(given) == 2, "two numbers are wanted: return N, patch_dim")
+        if all(number is Ellipsis for number in given):
+            raise NotAttempted
+        expect(Ellipsis not in given, "one of the two numbers is still missing")
+        expect(
+            all(isinstance(number, int) for number in given),
+            "both numbers count things, so both must be of type int: divide with //, not with /",
+        )
+        patches, patch_dim = rows * columns, channels * patch_size**2
+        expect(
+            tuple(given) != (patch_dim, patches) or patches == patch_dim,
+            "right numbers, wrong order: return N first, then the dimension",
+        )
+        hint = {
+            rows: "you counted one column of patches; a grid has rows and columns, so multiply",
+            columns: "you counted one row of patches; a grid has rows and columns, so multiply",
+            rows**2: "you squared the number of rows, but the picture is not square: count columns by the width",
+            columns**2: "you squared the number of columns, but the picture is not square: count rows by the height",
+            rows * columns * patch_size: "you divided by the patch size once; both sides are cut, so divide twice",
+            patches + 1: "the CLS token is no patch: leave the 1 out",
+        }.get(given[0], "that is not the number of rows times the number of columns of patches")
+        expect(given[0] == patches, f"N is {given[0]} {call}: {hint}")
+        hint = {
+            patch_size**2: "you forgot the channels; every pixel has one number per channel",
+            channels * patch_size: "you forgot to square the patch size; a patch has P rows of P pixels",
+            patch_size: "you counted one row of pixels in one channel; a patch has P rows of P pixels, in C channels",
+        }.get(given[1], "that is not the number of pixels in a patch times the number of channels")
+        expect(given[1] == patch_dim, f"the patch dimension is {given[1]} {call}: {hint}")
+
+
+@exercise("patchify")
+def patchify(learners: Callable) -> None:
+    """Of ``patchify(images [B, C, H, W], patch_size) -> [B, N, C * P * P]``."""
+    # batch, channels, rows and columns of patches, patch size: all different, so that no mix-up goes unseen
+    for batch, channels, rows, columns, size in ((2, 3, 5, 6, 4), (3, 1, 2, 4, 5)):
+        images = torch.randn(batch, channels, rows * size, columns * size)
+        patches, patch_dim = rows * columns, channels * size**2
+        given = answer(learners, images.clone(), size)
+        expect(isinstance(given, torch.Tensor), f"a tensor is wanted, but a {type(given).__name__} came back")
+        shape = tuple(given.shape)
+        hint = {
+            (batch, patch_dim, patches): "; a row should be a patch, so swap the last two dimensions",
+            (batch * patches, patch_dim): "; keep the images of the batch apart",
+            (batch, rows, columns, patch_dim): "; merge the two grid dimensions into one",
+            (batch, patches, channels, size, size): "; flatten each patch into one row",
+            (batch, patches * channels, size**2): "; put the channels of a patch side by side in one row",
+        }.get(shape, "")
+        expect(
+            shape == (batch, patches, patch_dim),
+            f"the shape is {list(shape)}, but should be [B, N, C * P * P] = {[batch, patches, patch_dim]}{hint}",
+        )
+        # an independent way there: unfold gives [B, C * P * P, N] in the order in which a convolution reads its input
+        right = F.unfold(images, size, stride=size).transpose(1, 2)
+        parts = right.unflatten(2, (channels, size, size)).unflatten(1, (rows, columns))  # [B, row, column, C, P, P]
+        by_column = parts.transpose(1, 2)
+        slips = {
+            "reshape alone never moves a number, so your rows are runs of whole image lines; permute before the last "
+            "reshape": images.reshape(shape),
+            "your patches are numbered down the columns; number them row by row": by_column.reshape(shape),
+            "within a patch your channels come last; the order is channel, row, column": (
+                parts.permute(0, 1, 2, 4, 5, 3).reshape(shape)
+            ),
+            "each of your patches is mirrored: its rows and columns are swapped": parts.mT.reshape(shape),
+            "you cut the transposed image: rows and columns are swapped everywhere": by_column.mT.reshape(shape),
+        }
+        compare(
+            given, right, slips,
+            "every number of the images is there, but not in its place; write the meaning of each dimension behind "
+            "every line" if _same_numbers(given, right) else "some numbers of the images are lost or changed; only "
+            "move them",
+        )  # fmt: skip
+    images = torch.randn(2, 3, 12, 12)
+    expect(
+        torch.equal(unpatchify(answer(learners, images.clone(), 4), 4), images),
+        "put together again, your patches are the images only up to rounding; nothing must be computed, only moved",
+    )
+
+
+@exercise("patch embedding")
+def patch_embedding(learners: Callable) -> None:
+    """Of ``conv_to_linear(conv) -> nn.Linear``: on patches, the numbers that ``conv`` gives on images, to 1e-5.
+
+    Whether the layer shares memory with the convolution or has a copy of its weights is left to the learner.
+    """
+    for channels, width, size in ((3, 10, 4), (1, 6, 5), (2, 9, 3)):
+        for bias in (False, True):
+            conv = nn.Conv2d(channels, width, size, stride=size, bias=bias)
+            images = torch.randn(2, channels, 3 * size, 2 * size)
+            right = conv(images).flatten(2).mT.detach()  # [B, N, D]
+            linear = answer(learners, conv)
+            expect(isinstance(linear, nn.Linear), f"an nn.Linear is wanted, but a {type(linear).__name__} came back")
+            expect(
+                close(conv(images).flatten(2).mT, right),
+                "the convolution itself has changed; copy from it into the linear layer, not the other way round",
+            )
+            shape, kernels, patch_dim = tuple(linear.weight.shape), conv.weight, channels * size**2
+            expect(
+                shape != (patch_dim, width),
+                "in and out are swapped: a patch of C * P * P numbers goes in, a token of D numbers comes out",
+            )
+            expect(
+                shape == (width, patch_dim),
+                f"the weight is {list(shape)}, but should be [D, C * P * P] = {[width, patch_dim]}",
+            )
+            given = linear(F.unfold(images, size, stride=size).mT)
+            if close(given, right):
+                continue
+            slips = {
+                "your weights have the channels last; a patch is flattened channel, row, column, and so must they be": (
+                    kernels.permute(0, 2, 3, 1).flatten(1)
+                ),
+                "within each kernel rows and columns are swapped": kernels.mT.flatten(1),
+                "you merged the wrong dimensions: D comes first in the convolution's weight and must stay, the other "
+                "three become one": kernels.reshape(-1, width).T,
+            }
+            compare(
+                linear.weight, kernels.flatten(1), slips,
+                "every weight of the convolution is there, but not in its place"
+                if _same_numbers(linear.weight, kernels)
+                else "the linear layer has weights of its own; copy those of the convolution into it",
+            )  # fmt: skip
+            expect(
+                bias or linear.bias is None,
+                "this convolution has no bias, but your linear layer has one: build it with bias=False in this case",
+            )
+            expect(
+                linear.bias is not None or not bias,
+                "you forgot the bias: this convolution has one, your linear layer has none",
+            )
+            expect(
+                not bias or close(linear.bias, conv.bias),
+                "the weights are right, but the bias is not the convolution's; copy it too",
+            )
+            raise Mistake("weights and bias agree, but the numbers differ by more than 1e-5; what else is computed?")
+
+
+@exercise("tokens")
+def tokens(learners: Callable) -> None:
+    """Of ``tokens(patches [B, N, D], cls_token [1, 1, D], positions [1, N + 1, D]) -> [B, N + 1, D]``."""
+    patches, cls_token, positions = torch.randn(3, 6, 5), torch.randn(1, 1, 5), torch.randn(1, 7, 5)
+
+    def given(*inputs: torch.Tensor) -> torch.Tensor:
+        result = answer(learners, *(tensor.clone() for tensor in inputs))
+        expect(isinstance(result, torch.Tensor), f"a tensor is wanted, but a {type(result).__name__} came back")
+        return result
+
+    shape = tuple(given(patches, cls_token, positions).shape)
+    expect(shape != (3, 6, 5), "one token is missing: N patches and CLS make N + 1")
+    expect(shape == (3, 7, 5), f"the shape is {list(shape)}, but should be [B, N + 1, D] = [3, 7, 5]")
+
+    # with the other two inputs at zero, each input shows where it goes
+    nowhere = torch.zeros(1, 7, 5)
+    cls = given(torch.zeros(3, 6, 5), cls_token, nowhere)
+    in_front, at_the_end = cls_token.expand(3, 1, 5), cls[:, -1:]
+    expect(close(cls[:, :1], in_front) or not close(at_the_end, in_front), "CLS stands at the end; it belongs in front")
+    expect(close(cls[:1, :1], cls_token), "the first token is not CLS")
+    expect(close(cls[:, :1], in_front), "only the first image has a CLS token; expand it over the batch")
+    expect(not cls[:, 1:].any(), "the CLS token was added to the patches; it is a token of its own")
+    expect(
+        close(given(patches, torch.zeros(1, 1, 5), nowhere)[:, 1:], patches),
+        "behind CLS the patches should follow unchanged and in their order",
+    )
+    added = given(torch.zeros(3, 6, 5), torch.zeros(1, 1, 5), positions)
+    right = positions.expand(3, 7, 5)
+    expect(added.any(), "the positions are not added")
+    expect(
+        not close(added[:, 1:], right[:, :-1]),
+        "each patch got the position of the token before it, the first patch that of CLS; add positions after CLS",
+    )
+    expect(
+        added[:, 0].any() or not close(added[:, 1:], right[:, 1:]),
+        "CLS has no position: the positions were added before CLS was there; put CLS in front first",
+    )
+    expect(close(added, right), "a token did not get the position of its own number")
+    expect(
+        close(given(patches, cls_token, positions), torch.cat([cls_token.expand(3, 1, 5), patches], 1) + positions),
+        "each part is in its place alone, but together they are not the sum; only add",
+    )
+
+
+@exercise("position interpolation")
+def interpolation(learners: Callable) -> None:
+    """Of ``stretch_positions(positions [1, 1 + g * g, D], grid) -> [1, 1 + grid * grid, D]``, CLS first."""
+    for old, new in ((5, 8), (6, 4)):  # finer and coarser, by fractions without rounding in base 2
+        _stretches(learners, old, new)
+
+
+def _stretches(learners: Callable, old: int, new: int, width: int = 7) -> None:
+    """Positions of ``old`` x ``old`` patches to ``new`` x ``new``."""
+
+    def given(cls: torch.Tensor, patches: torch.Tensor, grid: int = new) -> torch.Tensor:
+        result = answer(learners, torch.cat([cls, patches], 1), grid)
+        expect(isinstance(result, torch.Tensor), f"a tensor is wanted, but a {type(result).__name__} came back")
+        shape, wanted = tuple(result.shape), (1, 1 + grid**2, width)
+        hint = {
+            (1, grid**2, width): "; the row of CLS is lost, put it back in front",
+            (1, 1 + old**2, width): "; that is still the old number of places",
+            (1, width, 1 + grid**2): "; swap the last two dimensions back",
+        }.get(shape, "")
+        expect(
+            shape == wanted, f"the shape is {list(shape)}, but should be [1, 1 + grid * grid, D] = {list(wanted)}{hint}"
+        )
+        return result
+
+    # with the rest at zero, each part of the positions shows where it goes, whatever the mode of the interpolation
+    cls, patches = torch.randn(1, 1, width), torch.randn(1, old**2, width)
+    only_cls = given(cls, torch.zeros_like(patches))
+    expect(
+        torch.equal(only_cls[:, :1], cls),
+        "the row of CLS is not left alone; it has no place in the image, so pass row 0 on as it is",
+    )
+    expect(
+        not only_cls[:, 1:].any(),
+        "CLS was stretched along with the patches; take its row out before the resize, put it back in front after it",
+    )
+    nowhere, one_feature = torch.zeros_like(cls), torch.arange(width) == 2
+    expect(
+        not given(nowhere, patches * one_feature)[..., ~one_feature].any(),
+        "places and features are mixed up, since reshape never moves a number; transpose to [1, D, g * g] before you "
+        "lay out the picture, and back after the resize",
+    )
+    by_row = torch.randperm(old).view(-1, 1, 1).expand(old, old, width).reshape(patches.shape)  # the same along a row
+    picture = given(nowhere, by_row)[0, 1:].unflatten(0, (new, new))
+    along_rows = close(picture, picture[:, :1].expand_as(picture), 0.1)
+    down_columns = close(picture, picture[:1].expand_as(picture), 0.1)
+    expect(along_rows or not down_columns, "rows and columns are swapped: patches are numbered row by row")
+    expect(
+        along_rows,
+        "the end of a row was mixed with the beginning of the next: the patches are a picture of g x g, not a line",
+    )
+    same_size = given(cls, patches, old)
+    expect(
+        torch.equal(same_size, torch.cat([cls, patches], 1)),
+        "at the same size the positions do not come back as they were, to the last bit; what else is computed?",
+    )
+
+    grid = patches.unflatten(1, (old, old)).permute(0, 3, 1, 2)  # [1, D, g, g]
+
+    def resized(mode: str, **options) -> torch.Tensor:
+        return F.interpolate(grid, size=(new, new), mode=mode, **options).flatten(2).mT
+
+    slips = {
+        "each new place got a copy of one old position (mode nearest); bicubic mixes the positions around it": (
+            resized("nearest")
+        ),
+        "each new place got a copy of one old position (mode nearest-exact); bicubic mixes the positions around it": (
+            resized("nearest-exact")
+        ),
+        "that is bilinear interpolation, along straight lines; this course takes the smoother mode bicubic": (
+            resized("bilinear")
+        ),
+        "align_corners=True keeps the outermost centres where they were, but smaller patches have theirs nearer to the "
+        "rim of the image; use align_corners=False": resized("bicubic", align_corners=True),
+        "antialias=True computes other weights; leave it out": resized("bicubic", antialias=True),
+    }
+    weights = _bicubic_weights(old, new)
+    right = torch.einsum("ir,jc,brcd->bijd", weights, weights, patches.unflatten(1, (old, old))).flatten(1, 2)
+    compare(
+        given(cls, patches)[:, 1:], right, slips,
+        "each part goes to its place, but the numbers are not those of a bicubic resize with align_corners=False",
+    )  # fmt: skip
+
+
+def _bicubic_weights(old: int, new: int) -> torch.Tensor:
+    """``[new, old]``: how much each of ``old`` places along one side gives to each of ``new``.
+
+    Cubic convolution (Keys 1981) with PyTorch's a = -0.75; beyond the rim the value at the rim goes on.
+    """
+    centres = (torch.arange(new) + 0.5) * old / new - 0.5  # of the new places, in units of the old ones
+    weights = torch.zeros(new, old)
+    for step in (-1, 0, 1, 2):
+        place = centres.floor() + step
+        x = (centres - place).abs()
+        share = torch.where(x <= 1, 1.25 * x**3 - 2.25 * x**2 + 1, -0.75 * (x**3 - 5 * x**2 + 8 * x - 4))
+        weights[torch.arange(new), place.clamp(0, old - 1).long()] += share
+    return weights
+
+
+def _same_numbers(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether both hold the same numbers, in whatever order."""
+    return close(first.flatten().sort().values, second.flatten().sort().values)

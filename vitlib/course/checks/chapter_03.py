@@ -1,0 +1,284 @@
+"""Checks of chapter 03: pretraining."""
+
+import copy
+import math
+import random
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .frame import Mistake, NotAttempted, answer, close, exercise, expect, tensor_answer
+
+
+@exercise("split")
+def split(learners: Callable) -> None:
+    """Of ``split(count, fraction, seed) -> (training, validation)``: int64 indices ``[n]``, together 0 to count - 1."""
+    for count, fraction in ((103, 0.2), (60, 0.15)):  # a size that has to be rounded, and one that has not
+        seed, *other_seeds = torch.randperm(1000)[:3].tolist()
+        training, validation = drawn = _two_parts(learners, count, fraction, seed)
+        together = set(training) | set(validation)
+        expect(
+            together <= set(range(count)),
+            f"for {count} images the indices run from 0 to {count - 1}, but yours from {min(together)} to "
+            f"{max(together)}; torch.randperm(count) has each of them once",
+        )
+        expect(
+            all(len(set(part)) == len(part) for part in drawn),
+            "an image stands twice in the same part: these are draws with replacement; shuffle with torch.randperm",
+        )
+        both = len(set(training) & set(validation))
+        expect(
+            not both,
+            f"{both} of {count} images are in both parts, so the model is validated on what it has learnt; cut one "
+            "order in two, at one place",
+        )
+        lost = count - len(together)
+        expect(not lost, f"{lost} of {count} images are in neither part; cut one order in two, at one place")
+        wanted = fraction * count
+        expect(
+            abs(len(training) - wanted) >= 1,
+            f"the validation part has {len(validation)} of {count} images for the fraction {fraction}; the fraction "
+            "is that of the second part, so the first has 1 - fraction of the images",
+        )
+        expect(
+            abs(len(validation) - wanted) < 1,
+            f"the validation part has {len(validation)} images, but {fraction} of {count} is {wanted:.1f}",
+        )
+        end = len(validation)
+        expect(
+            set(validation) not in (set(range(end)), set(range(count - end, count))),
+            "the validation part is one end of the images as they come; a folder comes sorted by class, so whole "
+            "classes would never be trained on; shuffle before you cut",
+        )
+        _expect_own_seed(learners, count, fraction, seed, other_seeds, drawn)
+
+
+def _two_parts(learners: Callable, count: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    given = answer(learners, count, fraction, seed)
+    expect(isinstance(given, tuple | list) and len(given) == 2, "two tensors are wanted: return training, validation")
+    if all(part is None or part is Ellipsis for part in given):
+        raise NotAttempted
+    for part in given:
+        expect(
+            isinstance(part, Tensor),
+            f"each part should be a tensor of indices, but a {type(part).__name__} came back",
+        )
+        expect(
+            part.dtype != torch.bool,
+            "a part is a mask of True and False; torch.nonzero(mask).flatten() gives the indices",
+        )
+        expect(
+            part.dtype == torch.int64 and part.ndim == 1,
+            f"each part should be int64 [n], but one is {str(part.dtype).removeprefix('torch.')} {list(part.shape)}",
+        )
+    return tuple(sorted(part.tolist()) for part in given)  # whatever the order within a part
+
+
+def _expect_own_seed(learners: Callable, count: int, fraction: float, seed: int, other_seeds: list, drawn) -> None:
+    """The seed, and nothing but the seed, decides the split ``drawn``; and drawing it moves no shared generator."""
+    before = _shared_generators()
+    again = _two_parts(learners, count, fraction, seed)
+    expect(
+        again == drawn,
+        "the same seed gave two different splits, so the validation images of one run are trained on in the next; draw "
+        "with torch.randperm(count, generator=...), a generator seeded with seed",
+    )
+    expect(
+        not all(_two_parts(learners, count, fraction, other) == drawn for other in other_seeds),
+        "another seed gives the same split; seed your generator with seed",
+    )
+    expect(
+        _shared_generators() == before,
+        "your split moves the random numbers that the rest of the program draws too; torch.Generator() is one of "
+        "your own",
+    )
+
+
+def _shared_generators() -> tuple:
+    """The states of the generators that everything in a program draws from."""
+    _, keys, position, *_ = np.random.get_state()
+    return torch.get_rng_state().tolist(), random.getstate(), keys.tolist(), position
+
+
+@exercise("first loss")
+def first_loss(learners: Callable) -> None:
+    """Of ``first_loss(num_classes)``: the cross-entropy, in nats, of a model that gives all classes the same share."""
+    for num_classes in (*torch.randint(20, 1000, (3,)).tolist(), 2):
+        given = _number(answer(learners, num_classes))
+        right = math.log(num_classes)
+        slips = {
+            -right: "the sign is wrong; a loss is minus the logarithm of a probability, so it is positive",
+            math.log2(num_classes): (
+                "that is the logarithm to base 2 (bits); PyTorch's cross-entropy is in nats, base e"
+            ),
+            math.log10(num_classes): "that is the logarithm to base 10; PyTorch's cross-entropy uses base e",
+            1 / num_classes: "that is the probability of each class; the loss is minus its logarithm",
+            1 - 1 / num_classes: "that is how often a guess is wrong; the loss is minus the logarithm of a probability",
+            right / num_classes: (
+                "that is divided by the number of classes; only the right class counts, -log(p) of its probability p"
+            ),
+        }
+        for wrong, mistake in slips.items():
+            expect(not math.isclose(given, wrong, rel_tol=1e-3), mistake)
+        expect(
+            math.isclose(given, right, rel_tol=1e-3),
+            f"{given:.3g} for {num_classes} classes; think of what -log(p) is when all classes are equally likely",
+        )
+
+
+def _number(given) -> float:
+    """A number, or a tensor that holds one."""
+    if isinstance(given, Tensor):
+        expect(
+            given.numel() == 1,
+            f"one number is wanted, but {given.numel()} came back; take the mean over the images",
+        )
+        given = given.item()
+    number = isinstance(given, int | float) and not isinstance(given, bool)
+    expect(number, f"a number is wanted, but a {type(given).__name__} came back")
+    return given
+
+
+@exercise("sound model")
+def sound_model(learners: Callable) -> None:
+    """Of ``build(num_classes) -> nn.Module``, images ``[B, 3, 32, 32]`` to logits ``[B, num_classes]``, untrained."""
+    for num_classes in (13, torch.randint(14, 20, ()).item()):
+        model = answer(learners, num_classes)
+        expect(isinstance(model, nn.Module), f"build should return a model, but a {type(model).__name__} came back")
+        images, labels = torch.randn(num_classes, 3, 32, 32), torch.arange(num_classes)
+        _expect_logits(model, images, labels, num_classes)
+    model = copy.deepcopy(model)  # what follows changes it
+    with torch.no_grad():
+        for parameter in model.parameters():  # a head may start at zero, and lets nothing through before a step
+            parameter += 0.02 * torch.randn_like(parameter)
+    _expect_gradients(model, images, labels)
+    model.eval()
+    with torch.no_grad():
+        _expect_images_apart(model, images)
+
+
+def _expect_logits(model: nn.Module, images: Tensor, labels: Tensor, num_classes: int) -> None:
+    logits = answer(model, images)
+    expect(isinstance(logits, Tensor), f"one logit for each class? A {type(logits).__name__} came back, not a tensor")
+    shape = [len(images), num_classes]
+    expect(
+        list(logits.shape) == shape,
+        f"one logit for each class? The logits are {list(logits.shape)}, but should be [B, num_classes] = {shape}",
+    )
+    expect(
+        logits.min() < 0 or not close(logits.sum(1), torch.ones(len(images)), 1e-4),
+        "one logit for each class? Yours are probabilities, they sum to 1; cross-entropy applies the softmax itself",
+    )
+    loss, right = F.cross_entropy(logits, labels).item(), math.log(num_classes)
+    expect(
+        abs(loss - right) < 0.7,
+        f"is the first loss near ln C? It is {loss:.3g}, but ln {num_classes} is {right:.2f}; the head's weights start "
+        "too large, or what it sees is not normalised",
+    )
+
+
+def _expect_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    logits = model.train()(images)
+    expect(
+        logits.requires_grad,
+        "do gradients reach every parameter? They reach none; look for detach(), no_grad() or .data behind the head",
+    )
+    model.zero_grad()
+    F.cross_entropy(logits, labels).backward()
+    without = [name for name, part in model.named_parameters() if part.grad is None or not part.grad.any()]
+    named = ", ".join(without[:2]) + (f" and {len(without) - 2} others" if len(without) > 2 else "")
+    expect(
+        not without,
+        f"do gradients reach every parameter? None reaches {named}; somewhere behind them the way to the loss is cut, "
+        "by detach(), no_grad() or an index that leaves out too much",
+    )
+
+
+def _expect_images_apart(model: nn.Module, images: Tensor) -> None:
+    """Of a model in eval mode: each image has logits of its own, the same in every pass and in every batch."""
+    first, second = model(images).clone(), model(images).clone()
+    expect(
+        not close(first, first[:1].expand_as(first)),
+        "do different images give different logits? They are the same for all; an index or a mean over the batch "
+        "leaves one image of all",
+    )
+    expect(
+        close(first, second),
+        "do two eval passes agree? No: something random is on in eval mode; nn.Dropout knows the mode, F.dropout has "
+        "to be told with training=self.training",
+    )
+    changed = images.clone()
+    changed[0] = 3 * torch.randn_like(changed[0])
+    expect(
+        close(model(changed)[1:], first[1:]),
+        "is each image on its own? No: the others' logits change with the first image; look for a mean, a norm or an "
+        "attention over axis 0, the batch",
+    )
+
+
+@exercise("top-1 accuracy")
+def top1(learners: Callable) -> None:
+    """Of ``top1(logits [B, C], labels [B])``: the share of images whose highest logit is that of the right class."""
+    for batch, num_classes in ((24, 24), (24, 7)):  # the first, so that an argmax over the wrong axis has an answer
+        hits = torch.randint(14, 20, ()).item()
+        labels = torch.randint(num_classes, (batch,))
+        winners = torch.where(torch.arange(batch) < hits, labels, (labels + 1) % num_classes)
+        logits = torch.randn(batch, num_classes)
+        for ahead, chosen in ((0.5, labels), (1.0, winners)):  # where the right class does not win, it comes second
+            logits[torch.arange(batch), chosen] = logits.amax(1) + ahead
+        given, right = _number(answer(learners, logits.clone(), labels.clone())), hits / batch
+        if math.isclose(given, right, rel_tol=1e-4):
+            continue
+        whole = isinstance(given, int) and given == 0
+        expect(not whole, "that is 0 although some are right; // rounds a share down to 0, so divide with /")
+        probabilities = logits.softmax(1)[torch.arange(batch), labels]
+        slips = (
+            (probabilities.mean().item(), "that is the mean probability of the right class; top-1 asks only whether it "
+             "is the highest"),
+            ((logits.argmax(0) == labels[:num_classes]).float().mean().item(), "your argmax runs over the images; the "
+             "classes are the last axis of the logits"),
+            (hits, "that counts the right answers; divide by the number of images"),
+            (100 * right, "that is in percent; give a share from 0 to 1"),
+            (1 - right, "that is the share of wrong answers"),
+            (hits / num_classes, "that divides by the number of classes; divide by the number of images"),
+        )  # fmt: skip
+        for wrong, mistake in slips:
+            expect(not math.isclose(given, wrong, rel_tol=1e-4), mistake)
+        raise Mistake(f"{given:.3g} where {right:.3g} is right; count the images whose highest logit is their label's")
+
+
+@exercise("evaluation")
+def evaluation(learners: Callable) -> None:
+    """Of ``evaluate_model(model, images)``: logits in eval mode, without gradients, the model's mode as it was."""
+    images = torch.randn(16, 8)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+    right = model.eval()(images).detach()
+    model.train()
+    recorded = []
+    model[0].register_forward_hook(lambda *_: recorded.append(torch.is_grad_enabled()))
+    first, second = (tensor_answer(learners, model, images.clone(), shape=(16, 3)) for _ in range(2))
+    expect(
+        close(first, second),
+        "two calls on the same images give different logits: dropout is still on; call model.eval() first",
+    )
+    expect(
+        not first.requires_grad and not any(recorded),
+        "gradients are recorded, which costs memory and time; call the model within torch.no_grad()",
+    )
+    expect(
+        torch.is_grad_enabled(),
+        "gradients stay switched off after your function, so nothing could be trained any more; use `with "
+        "torch.no_grad():`, which ends by itself",
+    )
+    expect(model.training, "the model is left in eval mode, so the next epoch would train without dropout; put it back")
+    expect(
+        close(first, right) and close(tensor_answer(learners, model.eval(), images.clone(), shape=(16, 3)), right),
+        "these are not the logits of the model in eval mode; return what the model gives, unchanged",
+    )
+    expect(
+        not model.training,
+        "a model that came in eval mode goes out in train mode; remember model.training before you change it",
+    )

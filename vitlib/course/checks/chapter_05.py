@@ -1,0 +1,176 @@
+"""Checks of chapter 05: looking inside."""
+
+from collections.abc import Callable
+
+import torch
+
+from .frame import close, compare, exercise, number_answer, tensor_answer
+
+
+@exercise("attention distance")
+def distance(learners: Callable) -> None:
+    """Of ``distance(weights [N + 1, N + 1], patch_size) -> float``, in pixels, CLS left out."""
+    for grid, patch_size in ((3, 4), (4, 5)):
+        weights = torch.randn(grid**2 + 1, grid**2 + 1).softmax(dim=1)
+        weights[:, 0] = 0.3 * torch.rand(grid**2 + 1) + 0.2  # a share for CLS that differs from row to row
+        weights[:, 1:] *= ((1 - weights[:, 0]) / weights[:, 1:].sum(1))[:, None]
+        given = torch.tensor(number_answer(learners, weights.clone(), patch_size))
+        right = _mean_distance(weights[1:, 1:], grid, patch_size)
+        left_over = (weights[1:, 1:] * _all_distances(grid) * patch_size).sum() / grid**2  # rows sum to less than 1
+        city = _mean_distance(weights[1:, 1:], grid, patch_size, power=1)
+        slips = {
+            "that is in patches; a patch is patch_size pixels wide": right / patch_size,
+            "without CLS each row sums to less than 1; divide it by its sum": left_over,
+            "that is the sum of the queries' distances; take their mean": right * grid**2,
+            "rows and columns are added up; the distance is the square root of the sum of squares": city,
+            "every patch counts the same in that mean; weight the distances by the attention": (
+                _mean_distance(torch.ones(grid**2, grid**2), grid, patch_size)
+            ),
+            "that weighs the queries by their keys: normalise the rows, not the columns": (
+                _mean_distance(weights[1:, 1:].T, grid, patch_size)
+            ),
+        }
+        compare(given, right, slips, "that is not the mean over the "
+                "queries of the distances to all patches, weighted by the attention")  # fmt: skip
+
+
+def _all_distances(grid: int, power: float = 2) -> torch.Tensor:
+    """Distances of all pairs of patches, in patches, with plain loops: independent of vitlib.explain."""
+    places = [(row, column) for row in range(grid) for column in range(grid)]
+    pairs = [[(abs(a - c) ** power + abs(b - d) ** power) ** (1 / power) for c, d in places] for a, b in places]
+    return torch.tensor(pairs)
+
+
+def _mean_distance(weights: torch.Tensor, grid: int, patch_size: int, power: float = 2) -> torch.Tensor:
+    shares = weights / weights.sum(dim=1, keepdim=True)
+    return (shares * _all_distances(grid, power)).sum(dim=1).mean() * patch_size
+
+
+@exercise("rollout")
+def rollout(learners: Callable) -> None:
+    """Of ``rollout(attention [L, H, T, T]) -> [T, T]``, for one image; rows sum to 1."""
+    layers, heads, tokens = 3, 2, 6
+    attention = (2 * torch.randn(layers, heads, tokens, tokens)).softmax(dim=-1)
+    given = tensor_answer(learners, attention.clone(), shape=(tokens, tokens))
+    means, itself = attention.mean(dim=1), torch.eye(tokens)
+
+    def product(matrices) -> torch.Tensor:
+        return torch.linalg.multi_dot(list(matrices))
+
+    halves = (means + itself) / 2
+    slips = {
+        "the first layer stands on the left; what happens later is multiplied from the left": product(halves),
+        "the residual connection is left out: half of each token is itself": product(means.flip(0)),
+        "each layer adds the identity but is not halved, so the rows sum to 2 and more": product(
+            (means + itself).flip(0)
+        ),
+        "that is the last layer alone; multiply the matrices of all layers": halves[-1],
+        "that is the sum of the layers; what passes through one after the other is a product": halves.sum(0),
+        "that is the mean of the layers; what passes through one after the other is a product": halves.mean(0),
+        "numbers are multiplied place by place (*); tokens are mixed by matrix products (@)": halves.prod(0),
+        "only one head takes part; take the mean of the heads": product(((attention[:, 0] + itself) / 2).flip(0)),
+        "the result is transposed: a row should say where a token comes from": product(halves.flip(0)).T,
+    }
+    right = product(halves.flip(0))
+    sums = given.float().sum(dim=1)
+    otherwise = (
+        "rows sum to 1, but it is not the product of (mean of the heads + identity) / 2 over the layers"
+        if close(sums, torch.ones(tokens))
+        else "the rows do not sum to 1, so they are no shares"
+    )
+    compare(given, right, slips, otherwise)
+
+
+@exercise("deletion")
+def deletion(learners: Callable) -> None:
+    """Of ``delete(images [B, C, S, S], relevance [B, N + 1], count, patch_size)``: the most relevant patches set to 0.
+
+    ``relevance`` has CLS in front, as a row of the attention has it.
+    """
+    batch, grid, patch_size, count = 3, 4, 3, 4
+    images = torch.randn(batch, 2, grid * patch_size, grid * patch_size) + 5  # no zero among the pixels
+    relevance = torch.rand(batch, grid**2 + 1)
+    relevance[:, 0] = 2.0  # CLS is the most relevant token, and no patch
+    given = tensor_answer(learners, images.clone(), relevance.clone(), count, patch_size, shape=tuple(images.shape))
+
+    def without(order: torch.Tensor) -> torch.Tensor:
+        """``order`` [B, n]: numbers of the patches that go."""
+        result = images.clone()
+        for image, patches in zip(result, order.tolist(), strict=True):
+            for patch in patches:
+                top, left = patch // grid * patch_size, patch % grid * patch_size
+                image[:, top : top + patch_size, left : left + patch_size] = 0
+        return result
+
+    best = relevance[:, 1:].argsort(dim=1, descending=True)
+    with_cls = relevance.argsort(dim=1, descending=True)
+    transposed = best % grid * grid + best // grid
+    slips = {
+        "the least relevant patches are gone; sort in descending order": without(best.flip(1)[:, :count]),
+        "the patches behind the right ones are gone: token 0 is CLS, so token i is patch i - 1": (
+            without(with_cls[:, :count].clamp(max=grid**2 - 1))
+        ),
+        "one patch too few is gone: CLS was counted among the deleted; leave it out before you sort": (
+            without(best[:, : count - 1])
+        ),
+        "in every image the patches of the first one are gone; each image has an order of its own": (
+            without(best[:1, :count].expand(batch, -1))
+        ),
+        "rows and columns of the grid are swapped": without(transposed[:, :count]),
+        "only the patches that should go are left; the others should be": images - without(best[:, :count]),
+        "nothing is deleted": images,
+        "everything is deleted": torch.zeros_like(images),
+    }
+    right = without(best[:, :count])
+    gone = (given == 0).all(dim=1).sum(dim=(1, 2)) if given.dtype == images.dtype else torch.zeros(batch)
+    otherwise = (
+        f"each image should have lost {count * patch_size**2} pixels, but they have lost {gone.int().tolist()}"
+        if gone.tolist() != [count * patch_size**2] * batch
+        else "as many pixels are 0 as should be, but not those of the most relevant patches"
+    )
+    compare(given, right, slips, otherwise)
+
+
+@exercise("share on the object")
+def share_on_object(learners: Callable) -> None:
+    """Of ``share(relevance [N], mask bool [S, S], patch_size) -> float``: the relevance on the object, of 1."""
+    for grid, patch_size in ((4, 3), (3, 4)):
+        relevance = torch.rand(grid**2) + 0.1  # does not sum to 1
+        mask = _object(grid, patch_size)
+        given = torch.tensor(number_answer(learners, relevance.clone(), mask.clone(), patch_size))
+        covered = torch.stack(
+            [part.float().mean() for row in mask.split(patch_size) for part in row.split(patch_size, 1)]
+        )
+        right = (relevance * covered).sum() / relevance.sum()
+        slips = {
+            "the relevance of the patches does not sum to 1; divide by its sum": (relevance * covered).sum(),
+            "a patch that the object only touches counts in full; count the part that is covered": (
+                (relevance * (covered > 0)).sum() / relevance.sum()
+            ),
+            "a patch counts only where the object covers at least half of it; count the part that is covered": (
+                (relevance * (covered >= 0.5)).sum() / relevance.sum()
+            ),
+            "that is the share of the background; the mask is True on the object": 1 - right,
+            "that is the share of the image that the object covers; the relevance plays no part in it": covered.mean(),
+            "that is divided by the size of the object; divide by the relevance of the whole image": (
+                (relevance * covered).sum() / covered.sum()
+            ),
+            "rows and columns of the mask are swapped": (
+                (relevance * covered.view(grid, grid).T.flatten()).sum() / relevance.sum()
+            ),
+        }
+        otherwise = (
+            f"{given:.3f} where {right:.3f} is right; weight each patch's relevance by the share of its pixels on the "
+            "object"
+        )
+        compare(given, right, slips, otherwise)
+
+
+def _object(grid: int, patch_size: int) -> torch.Tensor:
+    """A mask bool ``[S, S]``: a rectangle somewhere, and a single pixel, so that one patch is hardly covered."""
+    mask = torch.zeros(grid * patch_size, grid * patch_size, dtype=torch.bool)
+    top, left = torch.randint(patch_size, patch_size + 3, (2,)).tolist()
+    height, width = torch.randint(4, 7, (2,)).tolist()
+    mask[top : top + height, left : left + width] = True
+    mask[0, -1] = True
+    return mask
