@@ -2,6 +2,8 @@
 # make test     ruff, every notebook with tiny parameters, the tests, and every stored output against a fresh run
 # make lab      open JupyterLab in notebooks/
 # make lint     ruff check and format check           make format     let ruff repair what it can
+# make test-browser  open, run and use every lesson in JupyterLab and Chromium; screenshots in runs/browser
+# make address REPOSITORY=name/repository  say where this repository is hosted, in every link
 # make notebooks  run the notebooks and store their outputs            make clean  remove runs, caches and .venv
 #
 # Each makes .venv when it is missing, and again when requirements.txt or pyproject.toml changed.
@@ -27,7 +29,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv course test lab lint format notebooks clean
+.PHONY: help venv course test test-browser lab lint format notebooks address clean
 
 help:
 	@$(PYTHON) -c "import itertools as i; print(*(l[2:-1] for l in i.takewhile(str.strip, open('Makefile'))), sep='\n')"
@@ -48,6 +50,11 @@ test: lint
 	$(RUN) -m vitlib run --parameters notebooks/parameters/smoke.yaml --out runs/smoke --timeout 600
 	$(RUN) -m pytest tests notebooks --nbval --nbval-current-env --nbval-cell-timeout=600
 
+test-browser: export VITLIB_BROWSER := 1
+test-browser: $(READY)
+	@$(RUN) tests/browser/lab.py
+	$(RUN) -m pytest tests/browser -v -s
+
 lab: $(READY)
 	$(RUN) -m jupyterlab notebooks
 
@@ -64,6 +71,9 @@ format: $(READY)
 notebooks: $(READY)
 	$(RUN) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=1200 --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.store_widget_state=False $(NOTEBOOKS)
 	$(RUN) -m nbconvert --to notebook --inplace --coalesce-streams $(NOTEBOOKS)
+
+address: $(READY)
+	@$(RUN) -m vitlib.course.address $(REPOSITORY)
 
 clean:
 	$(PYTHON) -c "import pathlib, shutil; [shutil.rmtree(p, ignore_errors=True) for n in ('$(VENV)', 'runs', 'build', '*.egg-info', '.pytest_cache', '.ruff_cache', '**/__pycache__', '**/.ipynb_checkpoints') for p in pathlib.Path('.').glob(n)]"

@@ -23,7 +23,6 @@ FOLDER = Path(__file__).parents[1] / "notebooks"
 CHAPTERS = sorted(FOLDER.glob("[0-9]*.ipynb"))
 STORED = CHAPTERS + sorted((FOLDER / "solutions").glob("*.ipynb"))
 
-LONGEST_CELL = 25
 MACHINE_PATH = re.compile(r"/(?:home|root|tmp|work|Users)/|[A-Za-z]:\\+Users|site-packages")
 ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{6,}")
 PROGRESS = re.compile(r"\r|\d+%\||\bit/s\b|\bs/it\b")
@@ -215,12 +214,6 @@ def test_parameters_are_those_of_the_table_and_are_checked_at_once(path):
         name: (PARAMETERS[name].annotation, PARAMETERS[name].help) for name in declared
     }
     check_parameters({name: ast.literal_eval(entry["default"]) for name, entry in declared.items()})
-
-
-@by_chapter
-def test_cells_are_short_enough_to_read(path):
-    lengths = {number: len(cell.source.splitlines()) for number, cell in enumerate(code_cells(read(path)))}
-    assert {number: length for number, length in lengths.items() if length > LONGEST_CELL} == {}
 
 
 @by_chapter

@@ -17,6 +17,7 @@ GOOD = {
     "downstream": "shapes10",
     "data_dir": None,
     "image_size": 32,
+    "num_images": 300,
     "preset": "mini",
     "norm_first": True,
     "pooling": "cls",

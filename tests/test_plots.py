@@ -30,21 +30,35 @@ CURVES = {
     "long": {"accuracy": [0.1, 0.3, 0.5, 0.6], "loss": [4.0, 2.0, 2.5, 3.0], "about": "a made-up training"},
     "short": {"accuracy": [0.2, 0.7], "loss": [3.0, 1.0], "about": "another"},
 }
+BUDGETS = {
+    "arms": {"ours": {20: [0.3, 0.5], 2000: [0.6, 0.7]}, "theirs": {20: [0.1, 0.2], 2000: [0.2, 0.4]}},
+    "chance": 0.1,
+    "about": "made-up trainings",
+}
 
 # every public function that draws, with arguments that make it draw all it can
 FIGURES = {
     "image_grid": lambda: plots.image_grid(IMAGES, ["a", "b", "c", "d", "e"], columns=3, title="images"),
+    "top_classes": lambda: plots.top_classes(
+        IMAGES[0], torch.tensor([0.2, 0.7, 0.1]), ["cat", "dog", "ant"], 2, "top 2"
+    ),
     "patch_grid": lambda: plots.patch_grid(IMAGES[0], 4),
     "token_matrix": lambda: plots.token_matrix(torch.randn(3, 8), "tokens", ["CLS", "0", "1"]),
     "number_matrix": lambda: plots.number_matrix(torch.rand(2, 3), ["a", "b"], ["x", "y", "z"], "numbers"),
     "position_maps": lambda: plots.position_maps(torch.rand(3, 3, 3, 3), "positions"),
     "position_tile": lambda: plots.position_tile(torch.rand(3, 3, 3, 3), 1, 2, "one patch"),
     "attention_of_query": lambda: plots.attention_of_query(IMAGES[0], torch.rand(3, 3), 0.25, 6, "head 1"),
+    "head_maps": lambda: plots.head_maps(torch.rand(2, 3, 4, 4), "heads"),
+    "attention_distances": lambda: plots.attention_distances({"ours": torch.rand(2, 3)}, 0.5, "distances"),
+    "image_maps": lambda: plots.image_maps(IMAGES, {"rollout": torch.rand(5, 3, 3)}, ["a", "b", "c", "d", "e"]),
+    "deletion_curves": lambda: plots.deletion_curves([0, 0.5, 1], {"random": torch.rand(3, 9)}, "deletion"),
+    "spreads": lambda: plots.spreads({"a": [0.1, 0.2, 0.4]}, 0.3, "by chance", "share (%)", "shares"),
     "lines": lambda: plots.lines([1, 2, 3], {"a": [1, 4, 9], "b": [3, 2, 1]}, "time", "place", "a walk"),
     "training_curves": lambda: plots.training_curves(HISTORY, 0.01, "a run"),
     "recorded_curves": lambda: plots.recorded_curves(CURVES, 3),
     "confusion": lambda: plots.confusion(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]), ["cat", "dog"], "errors"),
     "comparison": lambda: plots.comparison({"ours": [0.5, 0.6], "theirs": [0.3, 0.3]}, 0.1, "arms"),
+    "label_budget": lambda: plots.label_budget(BUDGETS, 20),
 }
 
 
@@ -76,10 +90,12 @@ def test_a_figure_is_returned_and_leaves_nothing_behind_in_pyplot(name):
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_every_word_of_a_figure_has_at_least_10_points(name):
+def test_every_word_has_at_least_10_points_as_it_is_shown(name):
     figure = FIGURES[name]()
     figure.canvas.draw()
-    small = {text.get_text(): text.get_fontsize() for text in shown_texts(figure) if text.get_fontsize() < 10}
+    assert figure.get_figwidth() <= plots.WIDEST, "the page would make it smaller"
+    on_screen = figure.dpi / 96  # a screen counts 96 pixels to the inch
+    small = {text.get_text() for text in shown_texts(figure) if text.get_fontsize() * on_screen < 10}
     assert not small
 
 
@@ -93,16 +109,23 @@ def test_every_figure_has_a_title(name):
 @pytest.mark.parametrize(
     ("name", "labels"),
     [
+        ("top_classes", {"probability (%)", "cat", "dog", "70%", "20%"}),
         ("token_matrix", {"feature", "token", "value", "CLS", "0", "1"}),
         ("number_matrix", {"a", "b", "x", "y", "z"}),
         ("position_maps", {"cosine similarity", "column of the patch", "row of the patch", "0", "1", "2"}),
         ("position_tile", {"cosine similarity", "column of the other patch", "row of the other patch"}),
         ("attention_of_query", {"attention weight", "query: patch 5"}),
+        ("head_maps", {"layer 1", "layer 2", "head 1", "head 2", "head 3"}),
+        ("attention_distances", {"layer", "mean distance (pixels)", "ours", "attention spread evenly"}),
+        ("image_maps", {"image", "rollout", "a", "e"}),
+        ("deletion_curves", {"patches deleted (%)", "probability of the first prediction", "random"}),
+        ("spreads", {"a", "by chance", "share (%)"}),
         ("lines", {"time", "place", "a", "b"}),
         ("training_curves", {"epoch", "cross-entropy (nats)", "top-1 accuracy (%)", "validation", "chance, 1%"}),
         ("recorded_curves", {"epoch", "top-1 accuracy (%)", "cross-entropy (nats)", "long", "short", "epoch 3"}),
         ("confusion", {"predicted class", "true class", "% of the true class", "cat", "dog"}),
         ("comparison", {"top-1 accuracy (%): a dot per seed, a bar at the mean", "ours", "theirs", "chance"}),
+        ("label_budget", {"labelled images (logarithmic)", "top-1 accuracy (%)", "20", "2,000", "chance"}),
     ],
 )
 def test_axes_and_parts_are_labelled(name, labels):
@@ -123,6 +146,19 @@ def test_image_grid_draws_grey_images_in_grey_on_the_scale_from_0_to_255():
     assert np.array_equal(drawn_image(figure.axes[0]), IMAGES[0, 0])
     assert figure.axes[0].images[0].get_cmap().name == "gray"
     assert figure.axes[0].images[0].get_clim() == (0, 255)
+
+
+def test_top_classes_draws_the_image_and_the_most_probable_classes_from_top_to_bottom():
+    figure = FIGURES["top_classes"]()
+    left, right = figure.axes
+    np.testing.assert_array_equal(drawn_image(left), IMAGES[0].permute(1, 2, 0))
+    assert [bar.get_width() for bar in right.patches] == pytest.approx([70, 20])
+    assert [tick.get_text() for tick in right.get_yticklabels()] == ["dog", "cat"]
+    assert right.yaxis_inverted()
+
+
+def test_top_classes_of_fewer_classes_than_asked_for_draws_them_all():
+    assert len(plots.top_classes(IMAGES[0], torch.tensor([0.4, 0.6]), ["cat", "dog"]).axes[1].patches) == 2
 
 
 def test_patch_grid_numbers_the_patches_row_by_row_inside_their_outlines():
@@ -253,7 +289,7 @@ def test_recorded_curves_that_end_together_have_their_names_one_above_the_other(
     [
         (1, ["long 10.0 %", "short 20.0 %"], ["long 4.00", "short 3.00"]),
         (2, ["long 30.0 %", "short 70.0 %"], ["long 2.00", "short 1.00"]),
-        (4, ["long 60.0 %", "short 70.0 % (ended at 2)"], ["long 3.00", "short 1.00 (ended at 2)"]),
+        (4, ["long 60.0 %", "short 70.0 % (at 2)"], ["long 3.00", "short 1.00 (at 2)"]),
     ],
 )
 def test_recorded_curves_reads_every_curve_at_the_stop_or_at_its_last_epoch(stop, accuracies, losses):
@@ -318,3 +354,78 @@ def test_comparison_draws_a_dot_per_seed_a_bar_at_the_mean_and_chance():
     assert list(other_dots.get_ydata()) == [1, 1]
     assert chance.get_xdata()[0] == 10
     assert "60.0 % (50.0 to 70.0)" in [text.get_text() for text in ax.texts]
+
+
+def test_head_maps_has_a_row_for_each_layer():
+    maps = torch.rand(2, 3, 4, 4)
+    axes = plots.head_maps(maps).axes
+    assert len(axes) == 6
+    assert np.array_equal(drawn_image(axes[3 + 2]), maps[1, 2]) and axes[5].images[0].get_clim()[0] == 0
+
+
+def test_attention_distances_draws_a_dot_for_each_head_near_its_layer():
+    values = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    ax = plots.attention_distances({"a": values, "b": values + 1}, 5.0).axes[0]
+    first, second, even = ax.lines
+    assert list(first.get_ydata()) == [1, 2, 3, 4] and list(second.get_ydata()) == [2, 3, 4, 5]
+    assert [round(x) for x in first.get_xdata()] == [1, 1, 2, 2]
+    assert not set(first.get_xdata()) & set(second.get_xdata()) and even.get_ydata()[0] == 5
+
+
+def test_image_maps_puts_the_maps_of_an_image_below_it():
+    maps = {"one": torch.rand(5, 3, 3), "two": torch.rand(5, 3, 3)}
+    axes = plots.image_maps(IMAGES, maps).axes
+    assert np.array_equal(drawn_image(axes[4]), IMAGES[4].permute(1, 2, 0))
+    assert np.array_equal(drawn_image(axes[9]), maps["one"][4]) and np.array_equal(
+        drawn_image(axes[14]), maps["two"][4]
+    )
+
+
+def test_deletion_curves_draws_means_and_their_confidence_intervals():
+    values = torch.tensor([[1.0, 0.8, 0.6, 0.8], [0.5, 0.5, 0.5, 0.5]])
+    ax = plots.deletion_curves([0, 1], {"random": values, "other": values / 2}).axes[0]
+    assert list(ax.lines[0].get_ydata()) == pytest.approx([0.8, 0.5])
+    assert list(ax.lines[0].get_xdata()) == [0, 100]
+    low, high = (f(ax.collections[0].get_paths()[0].vertices[:, 1]) for f in (min, max))
+    margin = 1.96 * values[0].std().item() / 2
+    assert high == pytest.approx(0.8 + margin) and low == pytest.approx(0.5)
+
+
+def test_spreads_draws_quartiles_median_and_mean_in_percent():
+    ax = plots.spreads({"a": [0, 0.1, 0.2, 0.3, 0.9]}, 0.25, "by chance", "share (%)").axes[0]
+    numbers = [sorted({round(x) for x in line.get_xdata()}) for line in ax.lines]
+    assert [20] in numbers and [30] in numbers and [25] in numbers  # median, mean, reference
+    box = ax.patches[0].get_path().vertices[:, 0]
+    assert box.min() == pytest.approx(10) and box.max() == pytest.approx(30)
+
+
+def test_label_budget_draws_a_dot_per_seed_lines_through_the_means_and_chance():
+    ax = plots.label_budget(BUDGETS, 20).axes[0]
+    line, dots, other_line, other_dots, _, chance = ax.lines
+    assert ax.get_xscale() == "log" and list(line.get_xdata()) == list(other_line.get_xdata()) == [20, 2000]
+    assert list(line.get_ydata()) == pytest.approx([40, 65]) and list(other_line.get_ydata()) == pytest.approx([15, 30])
+    assert list(dots.get_xdata()) == [20, 20, 2000, 2000]
+    assert list(dots.get_ydata()) == pytest.approx([30, 50, 60, 70])
+    assert dots.get_color() == line.get_color() != other_dots.get_color() == other_line.get_color()
+    assert dots.get_marker() != other_dots.get_marker()
+    assert set(chance.get_ydata()) == {10}
+
+
+@pytest.mark.parametrize(
+    ("budget", "readings"),
+    [
+        (20, ["ours 40.0 % (30.0 to 50.0)", "theirs 15.0 % (10.0 to 20.0)"]),
+        (2000, ["ours 65.0 % (60.0 to 70.0)", "theirs 30.0 % (20.0 to 40.0)"]),
+    ],
+)
+def test_label_budget_reads_every_arm_at_the_chosen_budget(budget, readings):
+    figure = plots.label_budget(BUDGETS, budget)
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == readings
+    assert legend.get_title().get_text() == f"with {budget:,} labelled images: mean (lowest to highest)"
+    assert [list(line.get_xdata()) for line in figure.axes[0].lines].count([budget, budget]) == 1
+
+
+def test_label_budget_refuses_a_budget_that_was_not_measured():
+    with pytest.raises(ValueError, match="budget=30 was not measured; choose one of 20, 2000"):
+        plots.label_budget(BUDGETS, 30)

@@ -1,5 +1,6 @@
-"""The recorded curves: what is read is what was recorded, in its order and units, and says where it comes from."""
+"""The recorded trainings: what is read is what was recorded, in its order and units, and says where it comes from."""
 
+import json
 import math
 from dataclasses import asdict
 
@@ -8,7 +9,7 @@ import pytest
 from vitlib import records
 from vitlib.checkpoint import Card, load_pretrained
 from vitlib.recipes import RECIPES
-from vitlib.records import recorded_curves
+from vitlib.records import recorded_curves, recorded_label_budgets
 
 
 @pytest.fixture
@@ -56,3 +57,26 @@ def test_the_shipped_model_has_the_whole_record_of_a_training_that_was_finished(
     assert len(ours["accuracy"]) == len(ours["loss"]) > 0
     assert all(0 < share < 1 for share in ours["accuracy"])
     assert all(0 < loss < 1.2 * math.log(100) for loss in ours["loss"]), "an untrained model has ln 100"
+
+
+def test_label_budgets_are_read_as_they_were_measured_in_rising_order(tmp_path, monkeypatch):
+    settings = {"downstream": "letters", "encoder": "photographs", "steps": 7, "batch_size": 5, "classes": 4}
+    arms = {"ours": {"1000": [0.5, 0.6], "20": [0.1, 0.2]}, "theirs": {"20": [0.3, 0.4], "1000": [0.3, 0.3]}}
+    (tmp_path / "label_budget.json").write_text(json.dumps({"settings": settings, "arms": arms}))
+    monkeypatch.setattr(records, "PRETRAINED", tmp_path)
+    record = recorded_label_budgets()
+    assert record["arms"] == {
+        "ours": {20: [0.1, 0.2], 1000: [0.5, 0.6]},
+        "theirs": {20: [0.3, 0.4], 1000: [0.3, 0.3]},
+    }
+    assert [list(cells) for cells in record["arms"].values()] == [[20, 1000]] * 2
+    assert record["chance"] == 0.25
+    assert record["about"] == "letters, encoder photographs, 7 steps of 5 images"
+
+
+def test_the_label_budgets_that_ship_are_whole():
+    arms = recorded_label_budgets()["arms"]
+    assert list(arms) == ["fine-tuning", "linear probe", "random probe", "from scratch"]
+    for cells in arms.values():
+        assert list(cells) == [20, 50, 100, 200, 500, 1000, 2000]
+        assert all(len(accuracies) == 3 and 0 < min(accuracies) <= max(accuracies) < 1 for accuracies in cells.values())

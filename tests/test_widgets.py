@@ -39,7 +39,7 @@ def test_the_patch_size_slider_starts_in_the_middle_and_shows_that_picture(image
 
 
 def test_every_slider_of_the_attention_browser_changes_the_picture(image):
-    attention = torch.randn(2, 3, 17, 17, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    attention = torch.randn(3, 17, 17, generator=torch.Generator().manual_seed(0)).softmax(-1)
     controls, picture = controls_and_picture(widgets.attention_browser(image, attention))
     assert len(controls) == 3
     for control in controls.values():
@@ -49,10 +49,27 @@ def test_every_slider_of_the_attention_browser_changes_the_picture(image):
         assert picture() != before, control.description
 
 
-def test_the_attention_browser_reaches_every_layer_head_and_token(image):
-    attention = torch.rand(2, 3, 17, 17).softmax(-1)
+def test_the_attention_browser_reaches_every_head_token_and_temperature_and_starts_with_the_weights_as_they_are(image):
+    attention = torch.rand(3, 17, 17).softmax(-1)
+    controls, _ = controls_and_picture(widgets.attention_browser(image, attention, query=5))
+    assert {name: (list(control.options), control.value) for name, control in controls.items()} == {
+        "head": ([1, 2, 3], 1),
+        "query (0 = CLS)": ([*range(17)], 5),
+        "temperature": ([0.25, 0.5, 1, 2, 4], 1),
+    }
+
+
+def test_the_attention_browser_shows_the_row_of_the_chosen_head_at_the_chosen_temperature(image, monkeypatch):
+    attention = torch.randn(3, 17, 17).softmax(-1)
+    shown, draw = [], widgets.plots.attention_of_query
+    monkeypatch.setattr(widgets.plots, "attention_of_query", lambda *given: shown.append(given) or draw(*given))
     controls, _ = controls_and_picture(widgets.attention_browser(image, attention))
-    assert sorted(len(control.options) for control in controls.values()) == [2, 3, 17]
+    for name, value in {"head": 3, "query (0 = CLS)": 2, "temperature": 0.5}.items():
+        controls[name].value = value
+    _, shares, cls_share, query, title = shown[-1]
+    right = attention[2, 2].square() / attention[2, 2].square().sum()  # e^(s / 0.5) is the square of e^s
+    assert query == 2 and "head 3" in title and "temperature 0.5" in title
+    assert torch.allclose(torch.cat([torch.tensor([cls_share]), shares.flatten()]), right)
 
 
 def test_the_stopping_slider_reaches_every_epoch_and_changes_the_picture():
@@ -64,6 +81,19 @@ def test_the_stopping_slider_reaches_every_epoch_and_changes_the_picture():
     pictures = set()
     for stop in slider.options:
         slider.value = stop
+        assert picture().startswith(PNG)
+        pictures.add(picture())
+    assert len(pictures) == 3
+
+
+def test_the_label_budget_slider_reaches_every_budget_and_changes_the_picture():
+    arms = {"ours": {20: [0.3], 100: [0.4], 2000: [0.6]}, "theirs": {20: [0.1], 100: [0.2], 2000: [0.2]}}
+    controls, picture = controls_and_picture(widgets.label_budgets({"arms": arms, "chance": 0.1, "about": "made up"}))
+    slider = controls["labelled images"]
+    assert list(slider.options) == [20, 100, 2000] and slider.value == 100
+    pictures = set()
+    for budget in slider.options:
+        slider.value = budget
         assert picture().startswith(PNG)
         pictures.add(picture())
     assert len(pictures) == 3

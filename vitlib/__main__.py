@@ -85,5 +85,52 @@ def download(name, data_dir) -> None:
     click.echo(f"{name} is ready.")
 
 
+@main.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option(
+    "--parameters", metavar="FILE", type=click.Path(path_type=Path),
+    help="YAML file of parameters; the course's smoke.yaml without it.",
+)  # fmt: skip
+@click.option("-p", "given", metavar="NAME VALUE", nargs=2, multiple=True, help="One parameter; wins over FILE.")
+@click.option(
+    "--out", metavar="DIR", type=click.Path(path_type=Path), default=Path("runs/grades"), show_default=True,
+    help="Folder for grades.csv and the executed copies.",
+)  # fmt: skip
+@click.option(
+    "--timeout", metavar="SECONDS", type=click.FloatRange(min=0, min_open=True), default=600, show_default=True,
+    help="Longest time for one notebook.",
+)  # fmt: skip
+@click.option("--jobs", metavar="N", type=click.IntRange(min=1), default=1, show_default=True, help="How many at once.")
+@click.option(
+    "--notebooks", metavar="DIR", type=click.Path(path_type=Path),
+    help="Folder of the course's notebooks; the course's own without it.",
+)  # fmt: skip
+def grade(folder, parameters, given, out, timeout, jobs, notebooks) -> None:
+    """Run the students' notebooks in DIR with strict checks, and print a table of who passed what.
+
+    DIR holds ada/01_patching.ipynb, 01_patching_ada.ipynb or the like; no original is changed. Students' code runs with
+    your rights: use a container for people you do not know. The exit code is 0 when every notebook ran to its end,
+    whatever the marks, 1 when one did not, 2 for a wrong command, 130 after Ctrl-C (grades.csv keeps what was done).
+    """
+    from vitlib.course import grade as grading
+
+    found = grading.grade_folder(
+        folder, out, notebooks=notebooks or grading.COURSE_FOLDER, parameters=parameters, given=dict(given),
+        timeout=timeout, jobs=jobs, say=click.echo,
+    )  # fmt: skip
+    click.echo(f"\n{grading.tables(found, folder)}\ngrades.csv and the executed copies are in {out}.")
+    sys.exit(1 if any(one.note for one in found) else 0)
+
+
+@main.command()
+def doctor() -> None:
+    """Say what this machine can do and what is missing."""
+    from vitlib.course import doctor
+
+    facts = doctor.gather()
+    click.echo(doctor.report(facts))
+    sys.exit(0 if doctor.can_run(facts) else 1)
+
+
 if __name__ == "__main__":
     main(prog_name="python -m vitlib")

@@ -1,4 +1,4 @@
-"""Long trainings on record: curves that ship with vitlib, to be read without training for hours."""
+"""Trainings on record: figures that ship with vitlib, to be read without training for hours."""
 
 import json
 from pathlib import Path
@@ -50,3 +50,23 @@ def _ours() -> dict:
         "loss": [epoch["validation_loss"] for epoch in epochs],
         "about": about,
     }
+
+
+def recorded_label_budgets() -> dict:
+    """Test accuracy against the number of labelled images, as ``benchmarks/label_budget.py`` measured it.
+
+    Returns:
+        ``arms``: by name, per budget (images, in rising order) a list of top-1 accuracies, one per seed, shares from 0
+        to 1; ``chance``, the accuracy of guessing; ``about``, what all trainings have in common.
+    """
+    record = json.loads((PRETRAINED / "label_budget.json").read_text())
+    settings = record["settings"]
+    arms = {
+        name: {int(budget): cells[budget] for budget in sorted(cells, key=int)}
+        for name, cells in record["arms"].items()
+    }
+    about = (
+        f"{settings['downstream']}, encoder {settings['encoder']}, "
+        f"{settings['steps']} steps of {settings['batch_size']} images"
+    )
+    return {"arms": arms, "chance": 1 / settings["classes"], "about": about}

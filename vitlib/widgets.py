@@ -5,14 +5,16 @@ Works with ipywidgets 7 (Colab) and 8.
 """
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import ipywidgets
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from . import plots
-from .explain import query_attention
+from .explain import query_attention, with_temperature
+
+TEMPERATURES = (0.25, 0.5, 1, 2, 4)  # of a softmax; 1 changes nothing
 
 
 def explorer(draw: Callable[..., Figure], **controls: ipywidgets.Widget) -> ipywidgets.VBox:
@@ -51,24 +53,47 @@ def patch_sizes(image: Tensor, sizes: list[int]) -> ipywidgets.VBox:
 
 
 def attention_browser(image: Tensor, attention: Tensor, query: int = 0) -> ipywidgets.VBox:
-    """Sliders over layer, head and query token, above the map of where that token looks.
+    """Sliders over head, query token and temperature of one layer, above the map of where that token looks.
 
     Args:
         image: uint8 ``[C, S, S]``.
-        attention: ``[L, H, T, T]`` for this image, from ``ViTModel.intermediates(...)["attention"][:, 0]``.
+        attention: ``[H, T, T]`` for this image, from ``ViTModel.intermediates(...)["attention"][layer, 0]``.
         query: the token shown first; 0 is CLS.
     """
-    layers, heads, tokens, _ = attention.shape
+    heads, tokens, _ = attention.shape
 
-    def draw(layer: int, head: int, query: int) -> Figure:
-        cls_share, shares = query_attention(attention[layer - 1, head - 1], query)
-        return plots.attention_of_query(image, shares, cls_share, query, f"layer {layer}, head {head}")
+    def draw(head: int, query: int, temperature: float) -> Figure:
+        cls_share, shares = query_attention(with_temperature(attention[head - 1], temperature), query)
+        return plots.attention_of_query(image, shares, cls_share, query, f"head {head}, temperature {temperature:g}")
 
     return explorer(
         draw,
-        layer=_control(ipywidgets.SelectionSlider, range(1, layers + 1), layers, "layer"),
         head=_control(ipywidgets.SelectionSlider, range(1, heads + 1), 1, "head"),
         query=_control(ipywidgets.SelectionSlider, range(tokens), query, "query (0 = CLS)"),
+        temperature=_control(ipywidgets.SelectionSlider, TEMPERATURES, 1, "temperature"),
+    )
+
+
+def head_browser(images: Tensor, attention: Tensor, titles: Sequence[str]) -> ipywidgets.VBox:
+    """Sliders over image, layer and head, above the map of where CLS looks.
+
+    Args:
+        images: uint8 ``[B, C, S, S]``.
+        attention: ``[L, B, H, T, T]``, from :func:`vitlib.explain.attention_of`.
+        titles: a name for each image.
+    """
+    layers, _, heads = attention.shape[:3]
+
+    def draw(number: int, layer: int, head: int) -> Figure:
+        cls_share, shares = query_attention(attention[layer - 1, number - 1, head - 1], query=0)
+        title = f"{titles[number - 1]}: layer {layer}, head {head}"
+        return plots.attention_of_query(images[number - 1], shares, cls_share, 0, title)
+
+    return explorer(
+        draw,
+        number=_control(ipywidgets.SelectionSlider, range(1, len(images) + 1), 1, "image"),
+        layer=_control(ipywidgets.SelectionSlider, range(1, layers + 1), layers, "layer"),
+        head=_control(ipywidgets.SelectionSlider, range(1, heads + 1), 1, "head"),
     )
 
 
@@ -82,3 +107,14 @@ def stopping_epoch(curves: Mapping[str, Mapping], stop: int) -> ipywidgets.VBox:
     longest = max(len(curve["loss"]) for curve in curves.values())
     slider = _control(ipywidgets.SelectionSlider, range(1, longest + 1), stop, "stop after epoch")
     return explorer(lambda stop: plots.recorded_curves(curves, stop), stop=slider)
+
+
+def label_budgets(record: Mapping) -> ipywidgets.VBox:
+    """A slider over the measured numbers of labelled images, above the accuracies that are read at the chosen one.
+
+    Args:
+        record: from :func:`vitlib.records.recorded_label_budgets`.
+    """
+    budgets = list(next(iter(record["arms"].values())))
+    slider = _control(ipywidgets.SelectionSlider, budgets, budgets[len(budgets) // 2], "labelled images")
+    return explorer(lambda budget: plots.label_budget(record, budget), budget=slider)

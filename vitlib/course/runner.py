@@ -8,11 +8,10 @@ import ast
 import json
 import logging
 import platform
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from importlib.metadata import version
@@ -22,8 +21,8 @@ import nbformat
 import papermill
 import psutil
 import yaml
-from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
+from vitlib.course.execution import kernel_manager, reason
 from vitlib.course.figures import format_figure, recorded_figures
 from vitlib.course.parameters import PARAMETERS, Parameter, near_match
 from vitlib.files import written_whole
@@ -93,7 +92,7 @@ def run_course(
     if out == lessons[0].path.resolve().parent:
         raise ValueError(f"The run folder {out} holds the notebooks themselves; choose another with --out.")
     selected = _select(lessons, only)
-    values = _checked_values(lessons, selected, shared or {}, given or {})
+    values = checked_values(lessons, selected, shared or {}, given or {})
     _read_metrics(out)  # a broken file is better found now than after the first notebook
     out.mkdir(parents=True, exist_ok=True)
 
@@ -174,9 +173,10 @@ def _select(lessons: list[Lesson], only: Sequence[str]) -> list[Lesson]:
     return [lesson for lesson in lessons if not only or lesson.name in chosen]
 
 
-def _checked_values(
+def checked_values(
     lessons: list[Lesson], selected: list[Lesson], shared: Mapping[str, object], given: Mapping[str, object]
 ) -> dict[str, object]:
+    """Values of parameters, those of ``given`` parsed and winning; for an unknown or wrong one, ValueError."""
     known = {name: parameter for lesson in lessons for name, parameter in lesson.parameters.items()}
     for name in [*shared, *given]:
         if name == "run_dir":
@@ -245,14 +245,14 @@ def run_notebook(
                 parameters,
                 kernel_name="python3",
                 language="python",
-                kernel_manager_class=_kernel_manager(memory.watch),
+                kernel_manager_class=kernel_manager(memory.watch),
                 execution_timeout=timeout,
                 progress_bar={"desc": label or lesson.name, "mininterval": 0.5 if sys.stderr.isatty() else 30},
             )
         except KeyboardInterrupt:
             outcome.status, outcome.error = "interrupted", "Ctrl-C"
         except Exception as error:  # whatever stops one notebook must not stop the others
-            outcome.status, outcome.error = "failed", _reason(error, timeout)
+            outcome.status, outcome.error = "failed", reason(error, timeout)
     outcome.seconds = round(time.perf_counter() - start, 2)
     outcome.peak_memory_bytes = memory.bytes
     if partial.exists():
@@ -270,39 +270,6 @@ def run_notebook(
 def _verbatim(path: Path) -> str:
     """papermill fills in ``{names}`` in paths; a folder may have braces in its name."""
     return str(path).replace("{", "{{").replace("}", "}}")
-
-
-def _kernel_manager(on_start: Callable[[int], None]) -> type:
-    """A kernel manager that starts this very interpreter, whatever a user's kernelspec named python3 points to, and
-    tells ``on_start`` the kernel's process number. What cells print is in the notebook; what the kernel itself says
-    on stderr would break up the progress lines.
-    """
-    from ipykernel.kernelspec import RESOURCES, get_kernel_dict
-    from jupyter_client import AsyncKernelManager
-    from jupyter_client.kernelspec import KernelSpec
-
-    class ThisInterpreter(AsyncKernelManager):
-        kernel_spec = KernelSpec(resource_dir=RESOURCES, **get_kernel_dict())
-
-        async def _async_launch_kernel(self, *arguments, **options):
-            await super()._async_launch_kernel(*arguments, **{**options, "stderr": subprocess.DEVNULL})
-            on_start(self.provisioner.pid)
-
-    return ThisInterpreter
-
-
-def _reason(error: Exception, timeout: float | None) -> str:
-    """One line that says why a notebook stopped."""
-    if isinstance(error, papermill.PapermillExecutionError):
-        name, text = error.ename, error.evalue
-    elif isinstance(error, DeadKernelError):
-        return "the kernel died (no memory left, or the process was ended)"
-    elif isinstance(error, CellTimeoutError):
-        return f"no answer for {timeout:g} seconds; allow more with --timeout"
-    else:
-        name, text = type(error).__name__, str(error)
-    lines = text.strip().splitlines()
-    return f"{name}: {lines[0]}" if lines else name
 
 
 def _last_cell(executed: nbformat.NotebookNode) -> str:
@@ -399,15 +366,16 @@ def summary(outcomes: Mapping[str, Outcome]) -> str:
             )
         )
     failures = [f"{name}: {o.error}" for name, o in outcomes.items() if o.status in ("failed", "interrupted")]
-    return "\n".join([*_aligned(rows), *failures])
+    return "\n".join([*aligned(rows, right=(2, 3)), *failures])
 
 
-def _aligned(rows: Iterable[tuple[str, ...]]) -> list[str]:
+def aligned(rows: Iterable[tuple[str, ...]], right: Collection[int] = ()) -> list[str]:
+    """Rows of a table as lines of text, the columns numbered in ``right`` to the right."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
-            f"{text:>{width}}" if number in (2, 3) else f"{text:<{width}}"
+            f"{text:>{width}}" if number in right else f"{text:<{width}}"
             for number, (text, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows

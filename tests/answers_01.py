@@ -1,0 +1,289 @@
+"""Right and typically wrong answers to the exercises of chapter 01."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vitlib.model import interpolate_positions, patchify
+
+
+def cut(images, size):
+    """[B, C, H, W] to [B, rows, columns, C, P, P], a pixel block at a time."""
+    rows = [torch.stack(row.split(size, 3), 1) for row in images.split(size, 2)]  # each [B, columns, C, P, P]
+    return torch.stack(rows, 1)
+
+
+def in_front(patches, cls_token):
+    return torch.cat([cls_token.expand(len(patches), -1, -1), patches], 1)
+
+
+def at_the_end(patches, cls_token):
+    return torch.cat([patches, cls_token.expand(len(patches), -1, -1)], 1)
+
+
+def layer(weight, bias=None):
+    """A linear layer with copies of these numbers."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    linear.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
+    return linear
+
+
+def shared(conv):
+    linear = nn.Linear(conv.weight[0].numel(), conv.out_channels)
+    linear.weight, linear.bias = nn.Parameter(conv.weight.flatten(1)), conv.bias
+    return linear
+
+
+def zeros_for_no_bias(conv):
+    return layer(conv.weight.flatten(1), torch.zeros(conv.out_channels) if conv.bias is None else conv.bias)
+
+
+def own_numbers(conv):
+    return nn.Linear(conv.weight[0].numel(), conv.out_channels, bias=conv.bias is not None)
+
+
+def weight_only(conv):
+    """The weight copied, and a bias in any case, which keeps its random numbers."""
+    linear = nn.Linear(conv.weight[0].numel(), conv.out_channels)
+    linear.weight.data.copy_(conv.weight.flatten(1))
+    return linear
+
+
+def weight_only_right_form(conv):
+    linear = own_numbers(conv)
+    linear.weight.data.copy_(conv.weight.flatten(1))
+    return linear
+
+
+def copied_back(conv):
+    linear = own_numbers(conv)
+    conv.load_state_dict({name: tensor.view_as(getattr(conv, name)) for name, tensor in linear.state_dict().items()})
+    return linear
+
+
+def with_gradients(conv):
+    linear = own_numbers(conv)
+    linear.weight.copy_(conv.weight.flatten(1))
+    return linear
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def doubled(conv):
+    linear = layer(conv.weight.flatten(1), conv.bias)
+    linear.__class__ = Doubled
+    return linear
+
+
+def stretched(positions, grid, mode="bicubic", **options):
+    """Positions resized as a picture; ``options`` go to F.interpolate."""
+    old = math.isqrt(positions.shape[1] - 1)
+    picture = positions[:, 1:].mT.reshape(1, -1, old, old)
+    picture = F.interpolate(picture, size=(grid, grid), mode=mode, **options)
+    return torch.cat([positions[:, :1], picture.flatten(2).mT], 1)
+
+
+def by_factor(positions, grid):
+    old = math.isqrt(positions.shape[1] - 1)
+    picture = positions[0, 1:].reshape(old, old, -1).permute(2, 0, 1)[None]
+    picture = F.interpolate(picture, scale_factor=grid / old, mode="bicubic")
+    return torch.cat([positions[:, 0], picture[0].permute(1, 2, 0).flatten(0, 1)])[None]
+
+
+def feature_by_feature(positions, grid):
+    return torch.cat([stretched(positions[..., [d]], grid) for d in range(positions.shape[-1])], dim=-1)
+
+
+def broken_stretch(positions, grid):
+    """As in the notebook."""
+    old = math.isqrt(positions.shape[1])
+    picture = positions[:, : old * old].reshape(1, -1, old, old)
+    picture = F.interpolate(picture, size=(grid, grid), mode="bilinear", align_corners=False)
+    return torch.cat([positions[:, :1], picture.reshape(1, grid * grid, -1)], dim=1)
+
+
+def without_transpose(positions, grid, mode="bicubic"):
+    old = math.isqrt(positions.shape[1] - 1)
+    picture = F.interpolate(positions[:, 1:].reshape(1, -1, old, old), size=(grid, grid), mode=mode)
+    return torch.cat([positions[:, :1], picture.reshape(1, grid * grid, -1)], 1)
+
+
+def not_back(positions, grid):
+    old = math.isqrt(positions.shape[1] - 1)
+    picture = F.interpolate(positions[:, 1:].mT.reshape(1, -1, old, old), size=(grid, grid), mode="bicubic")
+    return torch.cat([positions[:, :1], picture.reshape(1, grid * grid, -1)], 1)
+
+
+def in_a_line(tokens, length):
+    return F.interpolate(tokens.mT, size=length, mode="linear").mT
+
+
+RIGHT = {
+    "patch_numbers": {
+        "sides first": lambda h, w, c, p: (h // p * (w // p), c * p * p),
+        "area first": lambda h, w, c, p: (h * w // p**2, c * p**2),
+        "a list": lambda h, w, c, p: [len(range(0, h, p)) * len(range(0, w, p)), p * p * c],
+    },
+    "patchify": {
+        "vitlib": patchify,
+        "blocks": lambda x, p: cut(x, p).flatten(3).flatten(1, 2),
+        "F.unfold": lambda x, p: F.unfold(x, p, stride=p).mT,
+    },
+    "patch_embedding": {
+        "copies": lambda conv: layer(conv.weight.flatten(1), conv.bias),
+        "shared memory": shared,
+        "a bias of zeros": zeros_for_no_bias,
+    },
+    "tokens": {
+        "cat, then add": lambda x, cls, p: in_front(x, cls) + p,
+        "add, then cat": lambda x, cls, p: in_front(x + p[:, 1:], cls + p[:, :1]),
+    },
+    "interpolation": {
+        "vitlib": interpolate_positions,
+        "never a shortcut": stretched,
+        "a scale factor": by_factor,
+        "feature by feature": feature_by_feature,
+    },
+}
+
+WRONG = {
+    "patch_numbers": {
+        "a float": (lambda h, w, c, p: (h / p * (w / p), c * p * p), "divide with //"),
+        "float dimension": (lambda h, w, c, p: (h // p * (w // p), float(c * p * p)), "divide with //"),
+        "rows only": (lambda h, w, c, p: (h // p, c * p * p), "one column of patches"),
+        "columns only": (lambda h, w, c, p: (w // p, c * p * p), "one row of patches"),
+        "height squared": (lambda h, w, c, p: ((h // p) ** 2, c * p * p), "squared the number of rows"),
+        "width squared": (lambda h, w, c, p: ((w // p) ** 2, c * p * p), "squared the number of columns"),
+        "divided once": (lambda h, w, c, p: (h * w // p, c * p * p), "divide twice"),
+        "counted CLS": (lambda h, w, c, p: (h * w // p**2 + 1, c * p * p), "CLS token is no patch"),
+        "nonsense": (lambda h, w, c, p: (h * w, c * p * p), "not the number of rows times"),
+        "no channels": (lambda h, w, c, p: (h * w // p**2, p * p), "forgot the channels"),
+        "not squared": (lambda h, w, c, p: (h * w // p**2, c * p), "forgot to square"),
+        "a row": (lambda h, w, c, p: (h * w // p**2, p), "one row of pixels"),
+        "wrong order": (lambda h, w, c, p: (c * p * p, h * w // p**2), "wrong order"),
+        "one number": (lambda h, w, c, p: h * w // p**2, "two numbers are wanted"),
+        "half done": (lambda h, w, c, p: (h * w // p**2, ...), "still missing"),
+    },
+    "patchify": {
+        "reshape alone": (
+            lambda x, p: x.reshape(len(x), -1, x.shape[1] * p * p),
+            "reshape alone never moves a number",
+        ),
+        "channels last": (
+            lambda x, p: cut(x, p).permute(0, 1, 2, 4, 5, 3).flatten(3).flatten(1, 2),
+            "channels come last",
+        ),
+        "numbered by column": (
+            lambda x, p: cut(x, p).transpose(1, 2).flatten(3).flatten(1, 2),
+            "numbered down the columns",
+        ),
+        "mirrored": (lambda x, p: cut(x, p).mT.flatten(3).flatten(1, 2), "mirrored"),
+        "transposed image": (lambda x, p: cut(x.mT, p).flatten(3).flatten(1, 2), "transposed image"),
+        "shuffled": (lambda x, p: patchify(x, p).flip(1), "not in its place"),
+        "scaled": (lambda x, p: patchify(x, p) / 255, "lost or changed"),
+        "scaled and back": (lambda x, p: patchify(x / 3, p) * 3, "only up to rounding"),
+        "unfold as it comes": (lambda x, p: F.unfold(x, p, stride=p), "swap the last two dimensions"),
+        "batch lost": (lambda x, p: patchify(x, p).flatten(0, 1), "keep the images of the batch apart"),
+        "grid left": (lambda x, p: cut(x, p).flatten(3), "merge the two grid dimensions"),
+        "patches left": (lambda x, p: cut(x, p).flatten(1, 2), "flatten each patch"),
+        "channels apart": (lambda x, p: cut(x, p).flatten(4).flatten(1, 3), "side by side"),
+        "one size only": (lambda x, p: patchify(x, 4), "stopped with ValueError"),
+        "a list": (lambda x, p: list(patchify(x, p)), "a tensor is wanted, but a list"),
+    },
+    "patch_embedding": {
+        "own numbers": (own_numbers, "has weights of its own"),
+        "no bias": (lambda conv: layer(conv.weight.flatten(1)), "you forgot the bias"),
+        "a bias too many": (weight_only, "this convolution has no bias"),
+        "bias not copied": (weight_only_right_form, "the bias is not the convolution's"),
+        "channels last": (
+            lambda conv: layer(conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias),
+            "have the channels last",
+        ),
+        "mirrored": (lambda conv: layer(conv.weight.mT.flatten(1), conv.bias), "rows and columns are swapped"),
+        "merged the wrong way": (
+            lambda conv: layer(conv.weight.reshape(-1, conv.out_channels).T, conv.bias),
+            "merged the wrong dimensions",
+        ),
+        "backwards": (lambda conv: layer(conv.weight.flatten(1).flip(1), conv.bias), "but not in its place"),
+        "in and out swapped": (lambda conv: layer(conv.weight.flatten(1).T), "in and out are swapped"),
+        "only as wide as a side": (lambda conv: nn.Linear(conv.kernel_size[0], conv.out_channels), "the weight is ["),
+        "copied the other way": (copied_back, "the convolution itself has changed"),
+        "the weight alone": (lambda conv: conv.weight.flatten(1), "an nn.Linear is wanted, but a Tensor"),
+        "gradients on": (with_gradients, "stopped with RuntimeError: a leaf Variable"),
+        "doubled": (doubled, "what else is computed"),
+    },
+    "tokens": {
+        "CLS at the end": (lambda x, cls, p: at_the_end(x, cls) + p, "CLS stands at the end"),
+        "broken as in the notebook": (lambda x, cls, p: at_the_end(x + p[:, :-1], cls), "CLS stands at the end"),
+        "CLS without position": (lambda x, cls, p: in_front(x + p[:, 1:], cls), "CLS has no position"),
+        "shifted positions": (lambda x, cls, p: in_front(x + p[:, :-1], cls), "the token before it"),
+        "no positions": (lambda x, cls, p: in_front(x, cls), "positions are not added"),
+        "mixed positions": (lambda x, cls, p: in_front(x, cls) + p.flip(1), "of its own number"),
+        "no CLS": (lambda x, cls, p: x + p[:, 1:], "one token is missing"),
+        "CLS added": (lambda x, cls, p: in_front(x + cls, cls) + p, "a token of its own"),
+        "zeros for CLS": (lambda x, cls, p: in_front(x, 0 * cls) + p, "first token is not CLS"),
+        "CLS once": (
+            lambda x, cls, p: torch.cat([torch.cat([cls, 0 * cls.expand(len(x) - 1, -1, -1)]), x], 1) + p,
+            "only the first image",
+        ),
+        "patches reversed": (lambda x, cls, p: in_front(x.flip(1), cls) + p, "unchanged and in their order"),
+        "multiplied": (lambda x, cls, p: in_front(x, cls) * (1 + p) + p, "only add"),
+        "wrong shape": (lambda x, cls, p: in_front(x, cls).mT, "the shape is"),
+    },
+    "interpolation": {
+        "broken as in the notebook": (broken_stretch, "CLS was stretched along with the patches"),
+        "all tokens in a line": (
+            lambda positions, grid: in_a_line(positions, 1 + grid**2),
+            "CLS was stretched along with the patches",
+        ),
+        "CLS looked for at the end": (lambda positions, grid: stretched(positions.roll(1, 1), grid), "not left alone"),
+        "patches in a line": (
+            lambda positions, grid: torch.cat([positions[:, :1], in_a_line(positions[:, 1:], grid**2)], 1),
+            "a picture of g x g, not a line",
+        ),
+        "no transpose": (without_transpose, "places and features are mixed up"),
+        "no transpose, bilinear": (
+            lambda positions, grid: without_transpose(positions, grid, "bilinear"),
+            "places and features are mixed up",
+        ),
+        "not transposed back": (not_back, "places and features are mixed up"),
+        "rows and columns swapped": (
+            lambda positions, grid: torch.cat(
+                [
+                    positions[:, :1],
+                    stretched(positions, grid)[:, 1:].unflatten(1, (grid, grid)).transpose(1, 2).flatten(1, 2),
+                ],
+                1,
+            ),
+            "rows and columns are swapped",
+        ),
+        "nearest": (lambda positions, grid: stretched(positions, grid, "nearest"), "(mode nearest)"),
+        "nearest-exact": (lambda positions, grid: stretched(positions, grid, "nearest-exact"), "(mode nearest-exact)"),
+        "bilinear": (lambda positions, grid: stretched(positions, grid, "bilinear"), "that is bilinear interpolation"),
+        "aligned corners": (
+            lambda positions, grid: stretched(positions, grid, align_corners=True),
+            "keeps the outermost centres",
+        ),
+        "antialiased": (lambda positions, grid: stretched(positions, grid, antialias=True), "computes other weights"),
+        "area": (lambda positions, grid: stretched(positions, grid, "area"), "not those of a bicubic resize"),
+        "half precision": (
+            lambda positions, grid: stretched(positions.bfloat16(), grid).float(),
+            "row of CLS is not left alone",
+        ),
+        "patches in half precision": (
+            lambda positions, grid: torch.cat(
+                [positions[:, :1], stretched(positions.bfloat16(), grid).float()[:, 1:]], 1
+            ),
+            "at the same size the positions do not come back",
+        ),
+        "no CLS": (lambda positions, grid: stretched(positions, grid)[:, 1:], "the row of CLS is lost"),
+        "nothing done": (lambda positions, grid: positions, "still the old number of places"),
+        "not swapped back": (lambda positions, grid: stretched(positions, grid).mT, "swap the last two dimensions"),
+        "one place too many": (lambda positions, grid: stretched(positions, grid + 1), "the shape is ["),
+    },
+}

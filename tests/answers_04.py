@@ -1,0 +1,205 @@
+"""Right and typically wrong answers to the exercises of chapter 04."""
+
+import statistics
+
+import torch
+from torch import nn
+
+from vitlib.augment import normalise
+from vitlib.checkpoint import transfer_encoder
+from vitlib.data import channel_statistics
+from vitlib.model import ViTModel
+
+
+def repaired(pretrained, num_classes):
+    model = ViTModel(**{**pretrained.config, "num_classes": num_classes})
+    model.vit_encoder.load_state_dict(pretrained.vit_encoder.state_dict())
+    return model
+
+
+def keep_old_head(pretrained, num_classes):
+    model = ViTModel(**pretrained.config)
+    model.vit_encoder.load_state_dict(pretrained.vit_encoder.state_dict())
+    return model
+
+
+def fresh_encoder(pretrained, num_classes):
+    return ViTModel(**{**pretrained.config, "num_classes": num_classes})
+
+
+def shared_encoder(pretrained, num_classes):
+    model = fresh_encoder(pretrained, num_classes)
+    model.vit_encoder = pretrained.vit_encoder
+    return model
+
+
+def new_head_in_place(pretrained, num_classes):
+    pretrained.linear_classifier = nn.Linear(16, num_classes)
+    return pretrained
+
+
+def embedding_only(pretrained, num_classes):
+    model = fresh_encoder(pretrained, num_classes)
+    model.vit_encoder.embedding.load_state_dict(pretrained.vit_encoder.embedding.state_dict())
+    return model
+
+
+def always_ten(pretrained, num_classes):
+    return repaired(pretrained, 10)
+
+
+def one_by_one(model):
+    for parameter in model.vit_encoder.parameters():
+        parameter.requires_grad = False
+
+
+def all_but_the_head(model):
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "classifier" in name
+    return model
+
+
+def weight_of_the_head(model):
+    model.requires_grad_(False)
+    model.linear_classifier.weight.requires_grad_(True)
+
+
+def blocks_only(model):
+    model.vit_encoder.encoder.requires_grad_(False)
+
+
+def mean_gain(ours, control):
+    return sum(ours) / len(ours) - sum(control) / len(control)
+
+
+def in_loops(ours, control):
+    gain = statistics.mean(ours) - statistics.mean(control)
+    return gain, all(a > b for a in ours for b in control)
+
+
+def as_tensors(ours, control):
+    ours, control = torch.tensor(ours), torch.tensor(control)
+    return ours.mean() - control.mean(), (ours[:, None] > control).all()
+
+
+def rule(judge):
+    """A right gain with another second value."""
+    return lambda ours, control: (mean_gain(ours, control), judge(ours, control))
+
+
+def gain(measure):
+    """A right second value with another gain."""
+    return lambda ours, control: (measure(ours, control), min(ours) > max(control))
+
+
+def by_hand(images, card):
+    mean, std = (torch.tensor(numbers).view(-1, 1, 1) for numbers in (card.mean, card.std))
+    return (images / 255 - mean) / std
+
+
+def by_hand_of(divisor, order=lambda x, mean, std: (x - mean) / std):
+    def answer(images, card):
+        mean, std = (torch.tensor(numbers).view(-1, 1, 1) for numbers in (card.mean, card.std))
+        return order(images / divisor, mean, std)
+
+    return answer
+
+
+def image_by_image(images, card):
+    return torch.cat([normalise(image, *channel_statistics(image)) for image in images.split(1)])
+
+
+RIGHT = {
+    "transfer": {"repaired": repaired, "vitlib's": transfer_encoder},
+    "probe_size": {
+        "weights and biases": lambda width, classes: width * classes + classes,
+        "a row for each class": lambda width, classes: (width + 1) * classes,
+        "counted": lambda width, classes: sum(p.numel() for p in nn.Linear(width, classes).parameters()),
+    },
+    "linear_probe": {
+        "the module's method": lambda model: model.vit_encoder.requires_grad_(False),
+        "one by one": one_by_one,
+        "by name": all_but_the_head,
+    },
+    "fair_comparison": {
+        "lowest and highest": gain(mean_gain),
+        "every pair of runs": in_loops,
+        "tensors": as_tensors,
+        "a list": lambda ours, control: [mean_gain(ours, control), min(ours) > max(control)],
+    },
+    "normalisation": {
+        "by hand": by_hand,
+        "vitlib's": lambda images, card: normalise(images, card.mean, card.std),
+        "channel by channel": lambda images, card: torch.stack(
+            [(images[:, c] / 255 - card.mean[c]) / card.std[c] for c in range(3)], 1
+        ),
+    },
+}
+
+WRONG = {
+    "transfer": {
+        "old head": (keep_old_head, "100 rows for 10 classes"),
+        "nothing loaded": (fresh_encoder, "the encoder is a fresh one"),
+        "half loaded": (embedding_only, "only some of the encoder's tensors"),
+        "encoder shared": (shared_encoder, "shares tensors"),
+        "in place": (new_head_in_place, "the pretrained model itself"),
+        "fixed size": (always_ten, "must come from num_classes"),
+    },
+    "probe_size": {
+        "no bias": (lambda width, classes: width * classes, "biases are missing"),
+        "biases alone": (lambda width, classes: classes, "these are the biases alone"),
+        "added": (lambda width, classes: width + classes, "width and classes are multiplied"),
+        "bias of the width": (lambda width, classes: width * classes + width, "a bias for each class, not for each"),
+        "one bias": (lambda width, classes: width * classes + 1, "a bias of its own"),
+        "old head": (lambda width, classes: 100 * width + 100, "the 100 upstream classes"),
+        "all tokens": (lambda width, classes: 65 * width * classes + classes, "not all 65 tokens"),
+        "fixed": (lambda width, classes: 970, "count one weight for each number"),
+        "a fraction": (lambda width, classes: float(width * classes + classes), "a float came back"),
+    },
+    "linear_probe": {
+        "all frozen": (lambda model: model.requires_grad_(False), "the head is frozen as well"),
+        "embedding": (lambda model: model.vit_encoder.embedding.requires_grad_(False), "are still trained"),
+        "blocks": (blocks_only, "are still trained"),
+        "wrong part": (lambda model: model.linear_classifier.requires_grad_(False), "the other way round"),
+        "no bias": (weight_of_the_head, "its weight and its bias"),
+        "eval": (lambda model: model.vit_encoder.eval(), "eval() switches dropout off"),
+    },
+    "fair_comparison": {
+        "pairs": (rule(lambda a, b: all(x > y for x, y in zip(a, b, strict=True))), "of the same place in the list"),
+        "best": (rule(lambda a, b: max(a) > max(b)), "only the best runs are compared; the worst of ours"),
+        "worst": (rule(lambda a, b: min(a) > min(b)), "only the worst runs are compared"),
+        "means": (rule(lambda a, b: sum(a) > sum(b)), "the means are compared"),
+        "any": (rule(lambda a, b: max(a) > min(b)), "one winning run is enough for you"),
+        "ties": (rule(lambda a, b: min(a) >= max(b)), "use > and not >="),
+        "control first": (rule(lambda a, b: min(b) > max(a)), "whether the control beats ours"),
+        "always": (rule(lambda a, b: True), "not whether each run of ours is higher"),
+        "in words": (rule(lambda a, b: "yes"), "True or False"),
+        "order swapped": (gain(lambda a, b: mean_gain(b, a)), "a gain is ours minus the control"),
+        "percent": (gain(lambda a, b: 100 * mean_gain(a, b)), "that is in percent"),
+        "sizes": (
+            gain(lambda a, b: sum(abs(x - y) for x, y in zip(a, b, strict=True)) / len(a)),
+            "mean of the differences' sizes",
+        ),
+        "without sign": (gain(lambda a, b: abs(mean_gain(a, b))), "keep its sign"),
+        "gain of the best": (gain(lambda a, b: max(a) - max(b)), "take the mean of each arm"),
+        "smallest gain": (gain(lambda a, b: min(a) - max(b)), "that is the smallest gain"),
+        "sum": (gain(lambda a, b: sum(a) - sum(b)), "sum over the seeds"),
+        "ratio": (gain(lambda a, b: sum(a) / sum(b)), "ratio of the two means"),
+        "ours alone": (gain(lambda a, b: sum(a) / len(a)), "the control's has to be taken off"),
+        "no number": (gain(lambda a, b: [x - y for x, y in zip(a, b, strict=True)]), "a list came back"),
+        "the gain alone": (mean_gain, "two values are wanted"),
+        "another mean": (gain(lambda a, b: statistics.median(a) - statistics.median(b)), "is not what came back"),
+    },
+    "normalisation": {
+        "batch": (lambda x, card: normalise(x, *channel_statistics(x)), "statistics of the images themselves"),
+        "each image": (image_by_image, "each image is normalised with its own"),
+        "bytes": (by_hand_of(1), "divide by 255 first"),
+        "scaled alone": (by_hand_of(255, lambda x, mean, std: x), "only divides by 255"),
+        "centred alone": (by_hand_of(255, lambda x, mean, std: x - mean), "nothing is divided by the std"),
+        "not centred": (by_hand_of(255, lambda x, mean, std: x / std), "the mean is not subtracted"),
+        "changed places": (by_hand_of(255, lambda x, mean, std: (x - std) / mean), "changed places"),
+        "wrong order": (by_hand_of(255, lambda x, mean, std: x / std - mean), "divided first"),
+        "256": (by_hand_of(256), "not by 256"),
+        "one channel's": (lambda x, card: (x / 255 - card.mean[0]) / card.std[0], "channel by channel"),
+    },
+}
