@@ -29,7 +29,7 @@ WRONG = {
         "double": (lambda image: image.permute(2, 0, 1)[None].double() / 255, "the numbers are float64"),
         "0 to 255": (lambda image: image.permute(2, 0, 1)[None].float(), "still run from 0 to 255"),
         "divided twice": (lambda image: image.permute(2, 0, 1)[None] / 255 / 255, "divided by 255 twice"),
-        "256": (lambda image: image.permute(2, 0, 1)[None] / 256, "not by 256"),
+        "256": (lambda image: image.permute(2, 0, 1)[None] / 256, "by 255, not by 256"),
         "own maximum": (lambda image: image.permute(2, 0, 1)[None] / image.max(), "a dark image must stay dark"),
         "reshape": (
             lambda image: image.reshape(1, image.shape[2], *image.shape[:2]).float() / 255,

@@ -199,7 +199,7 @@ WRONG = {
         "not centred": (by_hand_of(255, lambda x, mean, std: x / std), "the mean is not subtracted"),
         "changed places": (by_hand_of(255, lambda x, mean, std: (x - std) / mean), "changed places"),
         "wrong order": (by_hand_of(255, lambda x, mean, std: x / std - mean), "divided first"),
-        "256": (by_hand_of(256), "not by 256"),
+        "256": (by_hand_of(256), "by 255 and not by 256"),
         "one channel's": (lambda x, card: (x / 255 - card.mean[0]) / card.std[0], "channel by channel"),
     },
 }

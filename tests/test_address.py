@@ -9,6 +9,7 @@ import pytest
 
 from vitlib.course.address import ROOT, project_files, repository, set_repository
 
+LINK = "https://github.com/{}"
 # the kinds of links that only the course's own repository has here
 OWN_LINK = re.compile(
     r"""(?:mybinder\.org/v2/gh/|colab\.research\.google\.com/github/|git\+https://github\.com/
@@ -68,7 +69,7 @@ def test_setting_it_changes_every_link_and_nothing_else(copy):
 
 def small_project(folder, text):
     """A project whose README has the given text."""
-    (folder / "pyproject.toml").write_text('[project.urls]\nRepository = "https://github.com/me/vit"\n')
+    (folder / "pyproject.toml").write_text(f'[project.urls]\nRepository = "{LINK.format("me/vit")}"\n')
     (folder / "README.md").write_bytes(text.encode())
     return folder / "README.md"
 
@@ -103,15 +104,15 @@ def test_what_only_looks_like_it_stays(text, tmp_path):
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 def test_with_git_only_tracked_files_are_changed(tmp_path):
-    readme = small_project(tmp_path, "https://github.com/me/vit")
+    readme = small_project(tmp_path, LINK.format("me/vit"))
     shutil.copy(readme, tmp_path / "mine.md")
-    (tmp_path / "run.sh").write_text("pip install git+https://github.com/me/vit")
+    (tmp_path / "run.sh").write_text(f"pip install git+{LINK.format('me/vit')}")
     (tmp_path / "run.sh").chmod(0o755)
     mode = (tmp_path / "run.sh").stat().st_mode
     for command in (["init", "-q"], ["add", "README.md", "pyproject.toml", "run.sh"]):
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
     assert {path.name for path in set_repository("ada/course", tmp_path)} == {"README.md", "run.sh", "pyproject.toml"}
-    assert (tmp_path / "mine.md").read_text() == "https://github.com/me/vit"
+    assert (tmp_path / "mine.md").read_text() == LINK.format("me/vit")
     assert (tmp_path / "run.sh").stat().st_mode == mode
 
 
@@ -120,10 +121,10 @@ def test_with_git_only_tracked_files_are_changed(tmp_path):
     ["", "vit", "ada/", "/vit", "ada/vit/more", "https://github.com/ada/vit", "-a/vit", "a/..", "a/v.git", "a b/c"],
 )
 def test_a_name_that_is_none_is_refused_in_a_sentence_and_changes_nothing(name, tmp_path):
-    readme = small_project(tmp_path, "https://github.com/me/vit")
+    readme = small_project(tmp_path, LINK.format("me/vit"))
     with pytest.raises(ValueError, match="give name/repository, for example ada/vit-course"):
         set_repository(name, tmp_path)
-    assert (readme.read_text(), repository(tmp_path)) == ("https://github.com/me/vit", "me/vit")
+    assert (readme.read_text(), repository(tmp_path)) == (LINK.format("me/vit"), "me/vit")
 
 
 def test_the_command_says_what_is_wrong_in_one_line():

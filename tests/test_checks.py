@@ -88,7 +88,6 @@ def test_every_check_is_tried_on_a_right_answer_and_on_three_wrong_ones():
         assert RIGHT[name], name
         fragments = {fragment for _, fragment in WRONG[name].values()}
         assert len(fragments) >= 3, f"{name}: wrong answers with a message of their own"
-        assert all(len(fragment) > 10 for fragment in fragments), name
 
 
 @pytest.mark.parametrize(("name", "answer"), cases(RIGHT))

@@ -111,6 +111,14 @@ def printed_by(path):
     return "".join(output.get("text", "") for cell in cells for output in cell.get("outputs", []))
 
 
+def has_ended(pid):
+    """Whether a process is gone, or dead and not yet taken note of by its parent, which may be a slow init."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 @pytest.fixture(scope="module")
 def graded(tmp_path_factory):
     """A class of students, good and bad, graded once: (folder, out, rows of grades.csv, what was printed, result)."""
@@ -189,7 +197,7 @@ def test_output_is_kept_to_a_limit(graded):
 
 def test_what_a_notebook_leaves_running_is_killed(graded):
     pid = int(re.search(r"left behind (\d+)", printed_by(graded[1] / "messy" / "01_first.ipynb")).group(1))
-    assert not psutil.pid_exists(pid)
+    assert has_ended(pid)
 
 
 def test_a_dead_kernel_leaves_the_rest_unreached(graded):
@@ -242,7 +250,7 @@ def test_the_table_has_a_row_for_each_student_and_names_what_was_not_graded(grad
     assert re.search(r"^01_first +one +two +three +passed$", table, re.MULTILINE)
     assert re.search(r"^ada +correct +correct +correct +3/3$", table, re.MULTILINE)
     assert re.search(r"^Zoë \{0\} Ünal +open +not yet +correct +1/3$", table, re.MULTILINE)
-    assert re.search(r"^exits +correct +not reached +missing +1/3  the kernel died", table, re.MULTILINE)
+    assert re.search(r"^exits +correct +not reached +missing +1/3 +the kernel died", table, re.MULTILINE)
     students = re.findall(r"^(\S.*?)  .*\d/3", table, re.MULTILINE)
     assert students == sorted(students, key=str.casefold) and len(students) >= 15
     assert "notes.ipynb: no chapter of the course" in table
@@ -412,7 +420,7 @@ def test_ctrl_c_kills_what_runs_and_keeps_what_is_done(tmp_path):
     assert process.returncode == 130
     assert printed.splitlines()[-1] == "Interrupted." and "Traceback" not in printed
     assert {row["student"] for row in rows_of(out)} == {"ada"}
-    assert not psutil.pid_exists(int(pid.read_text()))
+    assert has_ended(int(pid.read_text()))
 
 
 def test_when_the_grader_is_gone_the_process_of_a_notebook_ends(tmp_path):

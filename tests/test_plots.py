@@ -114,7 +114,7 @@ def test_every_figure_has_a_title(name):
         ("number_matrix", {"a", "b", "x", "y", "z"}),
         ("position_maps", {"cosine similarity", "column of the patch", "row of the patch", "0", "1", "2"}),
         ("position_tile", {"cosine similarity", "column of the other patch", "row of the other patch"}),
-        ("attention_of_query", {"attention weight", "query: patch 5"}),
+        ("attention_of_query", {"attention weight", "query: token 6, patch 5"}),
         ("head_maps", {"layer 1", "layer 2", "head 1", "head 2", "head 3"}),
         ("attention_distances", {"layer", "mean distance (pixels)", "ours", "attention spread evenly"}),
         ("image_maps", {"image", "rollout", "a", "e"}),

@@ -220,7 +220,7 @@ def attention_of_query(image: Tensor, shares: Tensor, cls_share: float, query: i
         right.add_patch(plt.Rectangle((column - 0.5, row - 0.5), 1, 1, **frame))
     for ax in (left, right):
         _without_ticks(ax)
-    left.set_title(f"query: patch {query - 1}" if query else "query: CLS")
+    left.set_title(f"query: token {query}, patch {query - 1}" if query else "query: CLS")
     right.set_title(f"{title}\n{cls_share:.0%} to CLS, the rest:")
     figure.colorbar(drawn, ax=right, label="attention weight", shrink=0.85)
     return figure
@@ -383,7 +383,9 @@ def recorded_curves(curves: Mapping[str, Mapping], stop: int | None = None) -> F
     longest = max(len(curve["loss"]) for curve in curves.values())
     if stop is not None and not 1 <= stop <= longest:
         raise ValueError(f"stop={stop} is no epoch of these curves; choose one from 1 to {longest}.")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDEST, 4.2))
+    # margins by hand: to find them takes as long as to draw, and a slider redraws this figure
+    room = {"left": 0.08, "right": 0.9, "bottom": 0.13, "top": 0.92, "wspace": 0.45}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDEST, 4.2), layout="none", gridspec_kw=room)
     accuracies = {name: [100 * share for share in curve["accuracy"]] for name, curve in curves.items()}
     losses = {name: curve["loss"] for name, curve in curves.items()}
     for ax, series in ((left, accuracies), (right, losses)):

@@ -4,6 +4,8 @@ import sys
 
 from tqdm import tqdm
 
+SHORT = "{l_bar}{bar:10}| {elapsed}<{remaining}, {rate_fmt}{postfix}"  # fits into one line of a notebook's page
+
 
 def progress_bar(iterable=None, *, description: str, total: int | None = None, unit: str = "it", show: bool = True):
     """A tqdm bar written as text to stdout.
@@ -17,6 +19,7 @@ def progress_bar(iterable=None, *, description: str, total: int | None = None, u
         total=total,
         unit=unit,
         unit_scale=unit == "B",
+        bar_format=SHORT if "images" in unit else None,
         file=sys.stdout,
         mininterval=0.5,
         disable=not show,

@@ -8,6 +8,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 
 import ipywidgets
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -25,8 +26,10 @@ def explorer(draw: Callable[..., Figure], **controls: ipywidgets.Widget) -> ipyw
     picture = ipywidgets.Image(format="png")
 
     def redraw(change=None) -> None:
+        figure = draw(**{name: control.value for name, control in controls.items()})
         png = io.BytesIO()
-        draw(**{name: control.value for name, control in controls.items()}).savefig(png, format="png")
+        # what savefig does, without its detours: a hand on a slider should not have to wait
+        FigureCanvasAgg(figure).print_png(png, pil_kwargs={"compress_level": 1})
         picture.value = png.getvalue()
 
     for control in controls.values():
@@ -41,7 +44,7 @@ def _control(kind, options, value, description: str) -> ipywidgets.Widget:
         options=options,
         value=value,
         description=description,
-        style={"description_width": "8em"},
+        style={"description_width": "10em"},
         continuous_update=False,
     )
 

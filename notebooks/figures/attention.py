@@ -1,4 +1,4 @@
-"""Draws attention.png, the README's figure: where patches of an image look, in the encoder that ships with vitlib.
+"""Draws attention.png, the figure of README: where patches look, in the encoder that ships with vitlib.
 
 python notebooks/figures/attention.py
 """
@@ -24,7 +24,9 @@ maps = inside["attention"][-1].mean(1)  # last layer, mean of the heads: [4, T, 
 
 with plt.rc_context(plots.STYLE):
     figure, axes = plt.subplots(2, 4, figsize=(9, 4.7))
-    for image, attention, (top, bottom), index in zip(test.images[chosen], maps, axes.T, chosen, strict=True):
+    for image, attention, (top, bottom), index in zip(
+        test.images[chosen], maps, axes.T, chosen, strict=True
+    ):
         top.imshow(image.permute(1, 2, 0))
         top.set_title(test.classes[test.labels[index]])
         bottom.imshow(query_attention(attention, 0)[1], vmin=0)
