@@ -163,7 +163,7 @@ needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is no
 
 
 @needs_make
-@pytest.mark.parametrize("target", ["course", "test", "lab", "lint", "notebooks", "format"])
+@pytest.mark.parametrize("target", ["course", "test", "lab", "lint", "notebooks", "format", "test-browser", "address"])
 def test_every_target_sets_the_environment_up_first(target):
     lines = make_says(target)
     (install,) = [number for number, line in enumerate(lines) if "-m pip install -r requirements.txt -e ." in line]

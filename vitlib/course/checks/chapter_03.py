@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .frame import Mistake, NotAttempted, answer, close, exercise, expect, tensor_answer
+from .frame import Mistake, NotAttempted, answer, close, exercise, expect, number_answer, tensor_answer
 
 
 @exercise("split")
@@ -107,7 +107,7 @@ def _shared_generators() -> tuple:
 def first_loss(learners: Callable) -> None:
     """Of ``first_loss(num_classes)``: the cross-entropy, in nats, of a model that gives all classes the same share."""
     for num_classes in (*torch.randint(20, 1000, (3,)).tolist(), 2):
-        given = _number(answer(learners, num_classes))
+        given = number_answer(learners, num_classes)
         right = math.log(num_classes)
         slips = {
             -right: "the sign is wrong; a loss is minus the logarithm of a probability, so it is positive",
@@ -127,19 +127,6 @@ def first_loss(learners: Callable) -> None:
             math.isclose(given, right, rel_tol=1e-3),
             f"{given:.3g} for {num_classes} classes; think of what -log(p) is when all classes are equally likely",
         )
-
-
-def _number(given) -> float:
-    """A number, or a tensor that holds one."""
-    if isinstance(given, Tensor):
-        expect(
-            given.numel() == 1,
-            f"one number is wanted, but {given.numel()} came back; take the mean over the images",
-        )
-        given = given.item()
-    number = isinstance(given, int | float) and not isinstance(given, bool)
-    expect(number, f"a number is wanted, but a {type(given).__name__} came back")
-    return given
 
 
 @exercise("sound model")
@@ -229,7 +216,7 @@ def top1(learners: Callable) -> None:
         logits = torch.randn(batch, num_classes)
         for ahead, chosen in ((0.5, labels), (1.0, winners)):  # where the right class does not win, it comes second
             logits[torch.arange(batch), chosen] = logits.amax(1) + ahead
-        given, right = _number(answer(learners, logits.clone(), labels.clone())), hits / batch
+        given, right = number_answer(learners, logits.clone(), labels.clone()), hits / batch
         if math.isclose(given, right, rel_tol=1e-4):
             continue
         whole = isinstance(given, int) and given == 0

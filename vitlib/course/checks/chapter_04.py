@@ -1,7 +1,6 @@
 """Checks of chapter 04: fine-tuning."""
 
 from collections.abc import Callable, Sequence
-from numbers import Real
 
 import torch
 
@@ -10,7 +9,7 @@ from vitlib.checkpoint import Card
 from vitlib.data import channel_statistics
 from vitlib.model import ViTModel
 
-from .frame import Mistake, NotAttempted, answer, call, compare, exercise, expect, tensor_answer
+from .frame import Mistake, NotAttempted, answer, as_number, call, compare, exercise, expect, tensor_answer
 
 
 @exercise("transfer")
@@ -132,20 +131,13 @@ def fair_comparison(learners: Callable) -> None:
         if all(value is Ellipsis for value in result):
             raise NotAttempted
         expect(result[1] in (True, False), "the second value says whether every run is beaten: True or False")
-    _judge_gains([_number(gain) for gain, _ in results], runs)
+    _judge_gains([as_number(gain) for gain, _ in results], runs)
     verdicts = [bool(beaten) for _, beaten in results]
     if verdicts == [min(ours) > max(control) for ours, control in runs]:
         return
     for mistake, rule in _RULES.items():
         expect(verdicts != [rule(ours, control) for ours, control in runs], mistake)
     raise Mistake("the second value is not whether each run of ours is higher than each run of the control")
-
-
-def _number(value) -> float:
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        value = value.item()
-    expect(isinstance(value, Real), f"the gain is a number, but a {type(value).__name__} came back")
-    return float(value)
 
 
 def _judge_gains(gains: Sequence[float], runs: Sequence) -> None:

@@ -1,5 +1,6 @@
 """What every check has in common: how an answer is called, judged, and told what is wrong with it."""
 
+import math
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -71,15 +72,20 @@ def tensor_answer(function: Callable, *args, shape: tuple[int, ...], **kwargs) -
     return result
 
 
-def number_answer(function: Callable, *args, **kwargs) -> float:
-    """As :func:`answer`, for functions that must return one number, as Python's or as a tensor's."""
-    result = answer(function, *args, **kwargs)
-    if isinstance(result, torch.Tensor):
-        expect(result.numel() == 1, f"one number is wanted, but a tensor of shape {list(result.shape)} came back")
-        result = result.item()
-    is_number = isinstance(result, int | float) and not isinstance(result, bool)
-    expect(is_number, f"a number is wanted, but a {type(result).__name__} came back")
-    return float(result)
+def as_number(value) -> int | float:
+    """One number, given as Python's, NumPy's or a tensor's."""
+    if hasattr(value, "dtype"):
+        count = math.prod(value.shape)
+        expect(count == 1, f"one number is wanted, but {count} came back")
+        value = value.item()
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    expect(is_number, f"a number is wanted, but a {type(value).__name__} came back")
+    return value
+
+
+def number_answer(function: Callable, *args, **kwargs) -> int | float:
+    """As :func:`answer`, for functions that must return one number."""
+    return as_number(answer(function, *args, **kwargs))
 
 
 def close(first: torch.Tensor, second: torch.Tensor, tolerance: float = 1e-5) -> bool:
