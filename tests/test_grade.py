@@ -32,7 +32,7 @@ from IPython.display import display
 def check(name):
     def judge(answer):
         status = {{None: "not attempted yet", 1: "correct"}}.get(answer, "not yet")
-        verdict = {{"check": name, "status": status, "message": "=1 is right" if status == "not yet" else ""}}
+        verdict = {{"check": name, "status": status, "message": "=1 is\\nright" if status == "not yet" else ""}}
         display({{"text/plain": name, {checks.VERDICT!r}: verdict}}, raw=True)
         assert status == "correct" or not strict_checks, status
     return staticmethod(judge)
@@ -176,7 +176,7 @@ def test_a_lost_parameters_cell_is_made_up_for(graded):
     assert marks(graded[2], "'-dash") == ["correct"] * 3
 
 
-def test_formulas_in_foreign_texts_are_defused(graded):
+def test_foreign_texts_are_one_line_and_no_formulas(graded):
     assert {row["message"] for row in graded[2] if row["status"] == "not yet"} >= {"'=1 is right"}
     assert not any(text.startswith(("=", "+", "-", "@")) for row in graded[2] for text in row.values())
 
