@@ -256,7 +256,7 @@ def test_options_are_parameters_of_the_course_with_defaults_that_are_allowed(nam
 
 def test_together_the_commands_have_every_parameter_that_is_not_about_notebooks():
     names = {option.name for command in COMMANDS.values() for option in command.params}
-    assert names == set(PARAMETERS) - {"dataset", "seeds", "strict_checks"}
+    assert names == set(PARAMETERS) - {"dataset", "num_images", "seeds", "strict_checks"}
 
 
 def test_help_names_the_commands():

@@ -53,7 +53,8 @@ def course(tmp_path_factory):
     book, out, elsewhere = top / "notebooks", top / "run", top / "elsewhere"
     show = SHOW % '[["top1", 0.51234567], ["chance", 1]]'
     where = (
-        "import os, sys\nprint(sys.executable, os.getcwd(), batch_size, run_dir, sep='|')\nx = bytearray(200 * 2**20)"
+        "import os, sys, time\nprint(sys.executable, os.getcwd(), batch_size, run_dir, sep='|')\n"
+        "x = bytearray(200 * 2**20)\ntime.sleep(1)  # long enough to be seen"
     )
     write_notebook(book, "01_good", show, where)
     write_notebook(book, "02_bad", "", "a = 1", "# a division\nprint('before')\n1 / 0")

@@ -4,7 +4,7 @@ import sys
 
 from tqdm import tqdm
 
-SHORT = "{l_bar}{bar:10}| {elapsed}<{remaining}, {rate_fmt}{postfix}"  # fits into one line of a notebook's page
+SHORT = "{l_bar}{bar:6}| {elapsed}<{remaining}, {rate_fmt}{postfix}"  # fits into one line of a notebook's page
 
 
 def progress_bar(iterable=None, *, description: str, total: int | None = None, unit: str = "it", show: bool = True):
