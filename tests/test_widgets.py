@@ -23,14 +23,19 @@ def controls_and_picture(box):
     return {control.description: control for control in controls}, lambda: bytes(picture.value)
 
 
+def pictures_of(slider, picture):
+    """The pictures that a slider has to show, one for each of its options."""
+    shown = set()
+    for option in slider.options:
+        slider.value = option
+        assert picture().startswith(PNG)
+        shown.add(picture())
+    return shown
+
+
 def test_the_patch_size_slider_changes_the_picture(image):
     controls, picture = controls_and_picture(widgets.patch_sizes(image, [4, 8, 16]))
-    pictures = set()
-    for size in (4, 8, 16):
-        controls["patch size"].value = size
-        assert picture().startswith(PNG)
-        pictures.add(picture())
-    assert len(pictures) == 3
+    assert len(pictures_of(controls["patch size"], picture)) == 3
 
 
 def test_the_patch_size_slider_starts_in_the_middle_and_shows_that_picture(image):
@@ -81,12 +86,7 @@ def test_the_stopping_slider_reaches_every_epoch_and_changes_the_picture():
     controls, picture = controls_and_picture(widgets.stopping_epoch(curves, stop=2))
     slider = controls["stop after epoch"]
     assert list(slider.options) == [1, 2, 3] and slider.value == 2
-    pictures = set()
-    for stop in slider.options:
-        slider.value = stop
-        assert picture().startswith(PNG)
-        pictures.add(picture())
-    assert len(pictures) == 3
+    assert len(pictures_of(slider, picture)) == 3
 
 
 def test_the_label_budget_slider_reaches_every_budget_and_changes_the_picture():
@@ -94,12 +94,7 @@ def test_the_label_budget_slider_reaches_every_budget_and_changes_the_picture():
     controls, picture = controls_and_picture(widgets.label_budgets({"arms": arms, "chance": 0.1, "about": "made up"}))
     slider = controls["labelled images"]
     assert list(slider.options) == [20, 100, 2000] and slider.value == 100
-    pictures = set()
-    for budget in slider.options:
-        slider.value = budget
-        assert picture().startswith(PNG)
-        pictures.add(picture())
-    assert len(pictures) == 3
+    assert len(pictures_of(slider, picture)) == 3
 
 
 def test_a_redraw_leaves_no_figure_behind(image):
