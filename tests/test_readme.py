@@ -1,11 +1,11 @@
 """README's promises: its Python runs, and the commands it names exist."""
 
 import re
-import shlex
 from pathlib import Path
 
 import click
 import pytest
+from prose import words_after
 
 from vitlib.__main__ import main
 from vitlib.course.parameters import PARAMETERS
@@ -24,19 +24,10 @@ LINES = [
 ]
 
 
-def words_after(command):
-    """The words that follow a command in every place where README names it."""
-    for line in LINES:
-        for match in re.finditer(rf"(?:^|[\s;&/\\]){re.escape(command)}(\s[^;&|>]*|$)", line):
-            words = shlex.split(match.group(1))
-            if words:
-                yield words
-
-
 def test_readme_has_python_snippets_and_commands():
     assert SNIPPETS
-    assert list(words_after("make"))
-    assert list(words_after("python -m vitlib"))
+    assert list(words_after("make", LINES))
+    assert list(words_after("python -m vitlib", LINES))
     assert any("torchrun" in line for line in LINES)
 
 
@@ -48,14 +39,14 @@ def test_every_python_snippet_runs(tmp_path, monkeypatch):
         exec(compile(snippet, f"README.md, Python snippet {number}", "exec"), namespace)
 
 
-@pytest.mark.parametrize("words", list(words_after("make")), ids=" ".join)
+@pytest.mark.parametrize("words", list(words_after("make", LINES)), ids=" ".join)
 def test_every_make_target_exists(words):
     makefile = (ROOT / "Makefile").read_text()
     for word in words:
         assert "=" in word or re.search(rf"^{re.escape(word)}:", makefile, re.MULTILINE), word
 
 
-@pytest.mark.parametrize("words", list(words_after("-m vitlib")), ids=" ".join)
+@pytest.mark.parametrize("words", list(words_after("-m vitlib", LINES)), ids=" ".join)
 def test_every_vitlib_command_is_understood(words):
     if words[0].startswith("-"):
         main.make_context("vitlib", list(words), resilient_parsing=True)

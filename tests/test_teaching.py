@@ -1,12 +1,12 @@
 """docs/teaching.md and the course agree: chapters, exercises, minutes, sections, commands, files and figures."""
 
 import re
-import shlex
 import textwrap
 from pathlib import Path
 
 import click
 import pytest
+from prose import words_after
 from test_lessons import CHAPTERS, EXERCISE, cells_of, exercise_cells, prose_of
 
 from vitlib.__main__ import main
@@ -197,15 +197,7 @@ def test_files_that_are_linked_to_or_named_exist():
     assert missing <= {OPTIONAL}
 
 
-def commands(program):
-    """The words behind a program in every line of the guide that runs it."""
-    for line in LINES:
-        for match in re.finditer(rf"(?:^|[\s/\\]){re.escape(program)}(\s.*|$)", line):
-            if match.group(1).strip():
-                yield shlex.split(match.group(1))
-
-
-@pytest.mark.parametrize("words", list(commands("-m vitlib")), ids=" ".join)
+@pytest.mark.parametrize("words", list(words_after("-m vitlib", LINES)), ids=" ".join)
 def test_every_vitlib_command_is_understood(words):
     command = main.get_command(click.Context(main), words[0])
     assert command is not None, f"python -m vitlib has no command {words[0]}"
@@ -222,8 +214,8 @@ def test_every_vitlib_command_is_understood(words):
 
 
 def test_the_guide_has_commands_and_their_make_targets_exist():
-    assert {words[0] for words in commands("-m vitlib")} >= {"doctor", "grade", "run", "download"}
-    targets = [words[0] for words in commands("make")]
+    assert {words[0] for words in words_after("-m vitlib", LINES)} >= {"doctor", "grade", "run", "download"}
+    targets = [words[0] for words in words_after("make", LINES)]
     assert targets
     for target in targets:
         assert re.search(rf"^{re.escape(target)}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target

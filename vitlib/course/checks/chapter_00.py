@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from .frame import answer, compare, exercise, expect
+from .frame import compare, exercise, expect, tensor_answer
 
 
 @exercise("model input")
@@ -13,8 +13,7 @@ def model_input(learners: Callable) -> None:
     # a square first, so that fixed sizes get as far as a verdict on the numbers; then a picture wider than high
     for height, width, channels in ((32, 32, 3), (5, 7, 3)):
         image = torch.randint(0, 240, (height, width, channels), dtype=torch.uint8)
-        given = answer(learners, image.clone())
-        expect(isinstance(given, torch.Tensor), f"a tensor is wanted, but a {type(given).__name__} came back")
+        given = tensor_answer(learners, image.clone())
         right_shape = (1, channels, height, width)
         hint = {
             (height, width, channels): "that is still the shape of the file; move the channels to the front, then add "

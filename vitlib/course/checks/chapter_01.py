@@ -8,7 +8,7 @@ from torch import nn
 
 from vitlib.model import unpatchify
 
-from .frame import Mistake, NotAttempted, answer, close, compare, exercise, expect
+from .frame import Mistake, NotAttempted, answer, close, compare, exercise, expect, tensor_answer
 
 
 @exercise("patch numbers")
@@ -57,8 +57,7 @@ def patchify(learners: Callable) -> None:
     for batch, channels, rows, columns, size in ((2, 3, 5, 6, 4), (3, 1, 2, 4, 5)):
         images = torch.randn(batch, channels, rows * size, columns * size)
         patches, patch_dim = rows * columns, channels * size**2
-        given = answer(learners, images.clone(), size)
-        expect(isinstance(given, torch.Tensor), f"a tensor is wanted, but a {type(given).__name__} came back")
+        given = tensor_answer(learners, images.clone(), size)
         shape = tuple(given.shape)
         hint = {
             (batch, patch_dim, patches): "; a row should be a patch, so swap the last two dimensions",
@@ -162,9 +161,7 @@ def tokens(learners: Callable) -> None:
     patches, cls_token, positions = torch.randn(3, 6, 5), torch.randn(1, 1, 5), torch.randn(1, 7, 5)
 
     def given(*inputs: torch.Tensor) -> torch.Tensor:
-        result = answer(learners, *(tensor.clone() for tensor in inputs))
-        expect(isinstance(result, torch.Tensor), f"a tensor is wanted, but a {type(result).__name__} came back")
-        return result
+        return tensor_answer(learners, *(tensor.clone() for tensor in inputs))
 
     shape = tuple(given(patches, cls_token, positions).shape)
     expect(shape != (3, 6, 5), "one token is missing: N patches and CLS make N + 1")
@@ -211,8 +208,7 @@ def _stretches(learners: Callable, old: int, new: int, width: int = 7) -> None:
     """Positions of ``old`` x ``old`` patches to ``new`` x ``new``."""
 
     def given(cls: torch.Tensor, patches: torch.Tensor, grid: int = new) -> torch.Tensor:
-        result = answer(learners, torch.cat([cls, patches], 1), grid)
-        expect(isinstance(result, torch.Tensor), f"a tensor is wanted, but a {type(result).__name__} came back")
+        result = tensor_answer(learners, torch.cat([cls, patches], 1), grid)
         shape, wanted = tuple(result.shape), (1, 1 + grid**2, width)
         hint = {
             (1, grid**2, width): "; the row of CLS is lost, put it back in front",
