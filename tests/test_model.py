@@ -171,7 +171,12 @@ def test_patches_are_numbered_row_by_row():
         ("mini", 10, 311_242),
         ("small", 100, 3_218_020),
         ("small", 10, 3_194_890),
+        ("Ti/16", 1000, 5_717_416),
+        ("S/16", 1000, 22_050_664),
+        ("B/32", 1000, 88_224_232),
         ("B/16", 1000, 86_567_656),
+        ("L/16", 1000, 304_326_632),
+        ("H/14", 1000, 632_045_800),
     ],
 )
 def test_presets_have_exactly_the_documented_parameters(preset, num_classes, parameters):
@@ -408,13 +413,52 @@ def test_interpolation_of_a_linear_ramp_stays_a_ramp_along_its_axis():
     assert (grid[0].diff() > 0).all()
 
 
+def test_interpolation_from_and_to_oblong_grids_is_that_of_each_axis():
+    """Bicubic resizing is separable: a picture that varies along one axis is resized along that axis alone."""
+    rows = torch.randn(3)
+    oblong = torch.cat([torch.zeros(1), rows.repeat_interleave(5)])[None, :, None]  # a 3x5 grid, equal along columns
+    square = torch.cat([torch.zeros(1), rows.repeat_interleave(3)])[None, :, None]  # 3x3 likewise
+    result = interpolate_positions(oblong, (6, 4), old_grid=(3, 5))[0, 1:, 0].view(6, 4)
+    expected = interpolate_positions(square, 6)[0, 1:, 0].view(6, 6)
+    torch.testing.assert_close(result, expected[:, :4])
+
+
+def test_without_classes_the_model_gives_what_its_classifier_would_see():
+    model = tiny(pooling="mean", pre_logits=24)
+    headless = ViTModel(**{**model.config, "num_classes": 0}).eval()
+    headless.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("linear_classifier")})
+    x = torch.randn(2, 3, 8, 8)
+    features = headless(x)
+    assert features.shape == (2, 24)
+    torch.testing.assert_close(model.linear_classifier(features), model(x))
+    pooled = model.vit_encoder(x)[:, 1:].mean(1)
+    torch.testing.assert_close(features, torch.tanh(F.linear(pooled, *model.pre_logits[0].parameters())))
+
+
+def test_norm_eps_reaches_every_layer_norm():
+    for eps, expected in ((1e-12, {1e-12}), (None, {1e-6})):
+        assert {m.eps for m in tiny(norm_eps=eps).modules() if isinstance(m, nn.LayerNorm)} == expected
+    post = tiny(norm_first=False)
+    assert {post.vit_encoder.encoder[0].norm1.eps, post.vit_encoder.layernorm.eps} == {1e-5, 1e-6}
+
+
+def test_the_largest_model_costs_no_memory_on_the_meta_device():
+    with torch.device("meta"):
+        model = create_model("H/14", 1000)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert model(torch.empty(2, 3, 224, 224, device="meta")).shape == (2, 1000)
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [
         ({"image_size": 30}, ["image_size=30", "patch_size=4"]),
         ({"em_dim": 18}, ["em_dim=18", "num_heads=4"]),
         ({"num_layers": 0}, ["num_layers=0", "at least 1"]),
-        ({"num_classes": -3}, ["num_classes=-3", "at least 1"]),
+        ({"num_classes": -3}, ["num_classes=-3", "at least 0"]),
+        ({"pre_logits": 0}, ["pre_logits=0", "at least 1"]),
+        ({"norm_eps": 0}, ["norm_eps=0", "above 0"]),
+        ({"norm_eps": True}, ["norm_eps=True", "above 0"]),
         ({"num_heads": 2.0}, ["num_heads=2.0", "whole number"]),
         ({"patch_size": "4"}, ["patch_size='4'", "whole number"]),
         ({"drop": 1.0}, ["drop=1.0", "probability"]),
@@ -441,7 +485,7 @@ def test_images_of_the_wrong_shape_give_one_sentence(shape):
 
 
 def test_an_unknown_preset_lists_the_known_ones():
-    with pytest.raises(ValueError, match="preset='huge'.*mini, small, B/16"):
+    with pytest.raises(ValueError, match="preset='huge'.*mini, small, Ti/16.*H/14"):
         create_model("huge", 10)
 
 
@@ -450,5 +494,7 @@ def test_patches_that_do_not_fit_give_one_sentence():
         patchify(torch.randn(1, 3, 8, 8), 3)
     with pytest.raises(ValueError, match="do not fill a square image"):
         unpatchify(torch.randn(1, 3, 48), 4)
-    with pytest.raises(ValueError, match="Cannot interpolate"):
+    with pytest.raises(ValueError, match="15 patch positions cannot go from a 3x3 to a 4x4 grid"):
         interpolate_positions(torch.randn(1, 1 + 15, 8), 4)
+    with pytest.raises(ValueError, match="from a 3x5 to a 0x4 grid"):
+        interpolate_positions(torch.randn(1, 1 + 15, 8), (0, 4), old_grid=(3, 5))

@@ -12,9 +12,9 @@ from torch import nn
 
 from vitlib import train as train_module
 from vitlib.augment import CIFAR10_MEAN, PUBLISHED, Augmentation
-from vitlib.checkpoint import Card, load_checkpoint
+from vitlib.checkpoint import Card, load_checkpoint, transfer_encoder
 from vitlib.data import LabelledImages, train_validation_split
-from vitlib.model import create_model
+from vitlib.model import create_model, interpolate_positions
 from vitlib.recipes import FINETUNING, RECIPES, build_optimizers, rate_factor
 from vitlib.train import (
     History,
@@ -243,11 +243,21 @@ def test_no_images_at_all_give_one_sentence():
             fit(trained.model, train, validation, trained.card, RECIPES["modern"], epochs=1, progress=False)
 
 
-def test_images_of_another_size_than_the_upstream_ones_are_refused():
+def test_images_of_another_size_than_the_upstream_ones_stretch_the_positions():
     upstream = pretrain(coloured(), **quick())
     larger = LabelledImages(torch.zeros(20, 3, 16, 16, dtype=torch.uint8), torch.arange(20) % 2, ("a", "b"))
-    with pytest.raises(ValueError, match=r"\[B, 3, 8, 8\]"):
-        finetune(upstream.model, upstream.card, larger, device="cpu", progress=False)
+    tuned = finetune(upstream.model, upstream.card, larger, finetune_epochs=1, train_steps_per_epoch=1, progress=False)
+    assert tuned.model.config["image_size"] == 16
+    moved = transfer_encoder(upstream.model, 2, image_size=16).vit_encoder.embedding.position_embedding
+    assert torch.equal(moved, interpolate_positions(upstream.model.vit_encoder.embedding.position_embedding, 4))
+
+
+def test_images_that_do_not_fit_the_encoders_patches_are_refused():
+    upstream = pretrain(coloured(), **quick())
+    for shape, words in (((10, 10), "image_size=10 is not a multiple of patch_size=4"), ((8, 16), "not square")):
+        odd = LabelledImages(torch.zeros(20, 3, *shape, dtype=torch.uint8), torch.arange(20) % 2, ("a", "b"))
+        with pytest.raises(ValueError, match=words):
+            finetune(upstream.model, upstream.card, odd, progress=False)
 
 
 def test_auto_device_is_one_that_works():

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .files import written_whole
-from .model import ViTModel
+from .model import ViTModel, interpolate_positions
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 
@@ -84,15 +84,20 @@ def transfer_encoder(pretrained: nn.Module, num_classes: int, **overrides) -> Vi
     """A new model with the encoder of ``pretrained`` and a new, all-zero head for ``num_classes`` classes.
 
     A head of zeros gives every class the same probability, so that the first loss is exactly ln(num_classes) and the
-    first gradients do not pull the encoder towards a random head (the paper's section 3.2 does the same).
+    first gradients do not pull the encoder towards a random head (the paper's section 3.2 does the same). A pre-logits
+    layer belongs to the old head and stays behind with it. With another ``image_size`` the positions are interpolated.
 
     Args:
         pretrained: a :class:`ViTModel`, possibly wrapped; it is left as it is.
-        overrides: arguments of :class:`ViTModel` that may differ without changing a weight's shape, such as ``drop``.
+        overrides: arguments of :class:`ViTModel` that may differ without changing a weight's shape, such as ``drop``,
+            and ``image_size``.
     """
     source = unwrap(pretrained)
-    model = ViTModel(**{**source.config, "num_classes": num_classes, **overrides})
-    model.vit_encoder.load_state_dict(source.vit_encoder.state_dict())
+    model = ViTModel(**{**source.config, "num_classes": num_classes, "pre_logits": None, **overrides})
+    encoder = source.vit_encoder.state_dict()
+    name = "embedding.position_embedding"
+    encoder[name] = interpolate_positions(encoder[name], model.config["image_size"] // model.config["patch_size"])
+    model.vit_encoder.load_state_dict(encoder)
     nn.init.zeros_(model.linear_classifier.weight)
     nn.init.zeros_(model.linear_classifier.bias)
     return model

@@ -29,8 +29,21 @@ PRESETS: dict[str, dict] = {
         "num_heads": 8,
         "ff_dim": 512,
     },
-    # 86.6 million with 1,000 classes: the published weights have a bias in the patch embedding
-    "B/16": {"image_size": 224, "patch_bias": True},
+    # The family of the paper's Table 1, with Ti and S as in Steiner et al. 2021 (arXiv:2106.10270); "/16" is the patch
+    # size. Parameters with 1,000 classes, in millions: 5.7, 22.1, 88.2, 86.6, 304.3, 632.0.
+    "Ti/16": {"num_layers": 12, "em_dim": 192, "num_heads": 3, "ff_dim": 768, "patch_bias": True},
+    "S/16": {"num_layers": 12, "em_dim": 384, "num_heads": 6, "ff_dim": 1536, "patch_bias": True},
+    "B/32": {"patch_size": 32, "patch_bias": True},
+    "B/16": {"patch_bias": True},
+    "L/16": {"num_layers": 24, "em_dim": 1024, "num_heads": 16, "ff_dim": 4096, "patch_bias": True},
+    "H/14": {
+        "patch_size": 14,
+        "num_layers": 32,
+        "em_dim": 1280,
+        "num_heads": 16,
+        "ff_dim": 5120,
+        "patch_bias": True,
+    },
 }
 
 POOLINGS = ("cls", "mean")  # what the classifier sees: the CLS token, or the mean of all patch tokens
@@ -80,31 +93,49 @@ def unpatchify(patches: Tensor, patch_size: int, num_channels: int = 3) -> Tenso
     return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)  # [B, C, S, S]
 
 
-def interpolate_positions(position_embedding: Tensor, grid: int) -> Tensor:
+def interpolate_positions(
+    position_embedding: Tensor,
+    grid: int | tuple[int, int],
+    old_grid: int | tuple[int, int] | None = None,
+    *,
+    align_corners: bool = False,
+    antialias: bool = False,
+) -> Tensor:
     """Stretch position embeddings to another number of patches (the paper, section 3.2: fine-tuning at a higher
     resolution).
 
-    The row of the CLS token has no place in the image and is kept; the others are laid out as the square grid they came
-    from and resized bicubically.
+    The row of the CLS token has no place in the image and is kept; the others are laid out as the grid they came from
+    and resized bicubically. Implementations differ in how: torchvision's ``interpolate_embeddings`` puts the corner
+    patches of both grids on each other (``align_corners=True``), timm's ``resample_abs_pos_embed`` widens the kernel
+    where the grid shrinks (``antialias=True``). The default does neither.
 
     Args:
-        position_embedding: ``[1, 1 + g * g, D]``, CLS first.
-        grid: patches along one side of the new image.
+        position_embedding: ``[1, 1 + rows * columns, D]``, CLS first.
+        grid: patches along the sides of the new image, ``(rows, columns)``, or one number for a square.
+        old_grid: the same of the old image; None for a square.
 
     Returns:
-        ``[1, 1 + grid * grid, D]``; the input itself where the size is already right.
+        ``[1, 1 + rows * columns, D]`` of the new grid; the input itself where the size is already right.
+
+    Raises:
+        ValueError: if the positions do not fill ``old_grid``, or a side is less than one patch.
     """
     cls, patches = position_embedding[:, :1], position_embedding[:, 1:]
-    old_grid = math.isqrt(patches.shape[1])
-    if old_grid**2 != patches.shape[1] or grid < 1:
+    old, new = _sides(old_grid or math.isqrt(patches.shape[1])), _sides(grid)
+    if math.prod(old) != patches.shape[1] or min(new) < 1:
         raise ValueError(
-            f"Cannot interpolate {patches.shape[1]} patch positions to a {grid}x{grid} grid; both must be squares."
+            f"{patches.shape[1]} patch positions cannot go from a {old[0]}x{old[1]} to a {new[0]}x{new[1]} grid; "
+            "give old_grid=(rows, columns) where the old image was not square, and sides of at least 1."
         )
-    if grid == old_grid:
+    if new == old:
         return position_embedding
-    as_image = patches.unflatten(1, (old_grid, old_grid)).permute(0, 3, 1, 2)  # [1, D, g, g]
-    resized = F.interpolate(as_image, size=(grid, grid), mode="bicubic", align_corners=False)
+    as_image = patches.unflatten(1, old).permute(0, 3, 1, 2)  # [1, D, rows, columns]
+    resized = F.interpolate(as_image, new, mode="bicubic", align_corners=align_corners, antialias=antialias)
     return torch.cat([cls, resized.flatten(2).transpose(1, 2)], dim=1)
+
+
+def _sides(grid: int | tuple[int, int]) -> tuple[int, int]:
+    return (grid, grid) if isinstance(grid, int) else tuple(grid)
 
 
 class ViTEmbeddings(nn.Module):
@@ -137,7 +168,7 @@ class ViTEmbeddings(nn.Module):
                 "resize them, or build the model with another image_size or num_channels."
             )
         patches = self.patch_embedding(images).flatten(2).transpose(1, 2)  # [B, N, D]
-        cls = self.cls_token.expand(len(images), -1, -1)  # [B, 1, D]
+        cls = self.cls_token.expand(images.shape[0], -1, -1)  # [B, 1, D]; len() would fix B in an exported model
         tokens = torch.cat([cls, patches], dim=1)  # [B, T, D]
         return self.dropout(tokens + self.position_embedding)
 
@@ -209,11 +240,11 @@ class EncoderBlock(nn.Module):
 
     def __init__(
         self, em_dim: int, num_heads: int, ff_dim: int, drop: float = 0.0, norm_first: bool = True,
-        drop_path: float = 0.0,
+        drop_path: float = 0.0, norm_eps: float | None = None,
     ):  # fmt: skip
         super().__init__()
         # the ViT paper's code uses 1e-6; the published post-norm system PyTorch's default
-        eps = 1e-6 if norm_first else 1e-5
+        eps = norm_eps or (1e-6 if norm_first else 1e-5)
         self.norm_first = norm_first
         self.attention = SelfAttention(em_dim, num_heads, drop)
         self.mlp = nn.Sequential(nn.Linear(em_dim, ff_dim), nn.GELU(), nn.Dropout(drop), nn.Linear(ff_dim, em_dim))
@@ -236,16 +267,19 @@ class ViTEncoder(nn.Module):
 
     def __init__(
         self, num_layers, image_size, patch_size, num_channels, em_dim, drop, num_heads, ff_dim,
-        norm_first=True, patch_bias=False, drop_path=0.0,
+        norm_first=True, patch_bias=False, drop_path=0.0, norm_eps=None,
     ):  # fmt: skip
         super().__init__()
         self.embedding = ViTEmbeddings(image_size, patch_size, num_channels, em_dim, drop, patch_bias)
         # each block is built and initialised on its own: nn.TransformerEncoder copies one, so that all start equal
         self.encoder = nn.ModuleList(
-            EncoderBlock(em_dim, num_heads, ff_dim, drop, norm_first, drop_path * depth / max(1, num_layers - 1))
-            for depth in range(num_layers)  # the deeper, the more often left out: from 0 to drop_path
+            # the deeper, the more often left out: from 0 to drop_path
+            EncoderBlock(
+                em_dim, num_heads, ff_dim, drop, norm_first, drop_path * depth / max(1, num_layers - 1), norm_eps
+            )
+            for depth in range(num_layers)
         )
-        self.layernorm = nn.LayerNorm(em_dim, eps=1e-6)
+        self.layernorm = nn.LayerNorm(em_dim, eps=norm_eps or 1e-6)
 
     def forward(self, images: Tensor) -> Tensor:
         """``[B, C, S, S]`` to normalised tokens ``[B, T, D]``, CLS first."""
@@ -259,7 +293,7 @@ class ViTModel(nn.Module):
     """A Vision Transformer that classifies images; the defaults are ViT-B/16.
 
     Args:
-        num_classes: rows of the classifier.
+        num_classes: rows of the classifier; 0 for none, then the model gives what the classifier would see.
         num_layers: encoder blocks.
         image_size: side of the square images, in pixels; a multiple of ``patch_size``.
         patch_size: side of a patch, in pixels.
@@ -272,6 +306,10 @@ class ViTModel(nn.Module):
         patch_bias: whether the patch embedding has a bias; the official weights have one.
         drop_path: probability of leaving out a branch of the last block; it rises from 0 at the first.
         pooling: what the classifier sees: "cls", the CLS token (the paper), or "mean", the mean of all patch tokens.
+        norm_eps: added to the variance in every layer norm; None for the usual 1e-6 (in post-norm blocks 1e-5). Weights
+            from Hugging Face were trained with 1e-12.
+        pre_logits: width of a hidden layer with tanh before the classifier, or None; the paper's models have one in
+            pretraining (section 3.1), and drop it for fine-tuning.
 
     Raises:
         ValueError: one sentence, for a configuration that cannot be built or images that do not fit it.
@@ -292,6 +330,8 @@ class ViTModel(nn.Module):
         patch_bias: bool = False,
         drop_path: float = 0.0,
         pooling: str = "cls",
+        norm_eps: float | None = None,
+        pre_logits: int | None = None,
     ):
         super().__init__()
         self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
@@ -308,11 +348,14 @@ class ViTModel(nn.Module):
             norm_first,
             patch_bias,
             drop_path,
+            norm_eps,
         )
         self.pooling = pooling
-        self.linear_classifier = nn.Linear(em_dim, num_classes)
+        self.pre_logits = nn.Sequential(nn.Linear(em_dim, pre_logits), nn.Tanh()) if pre_logits else nn.Identity()
+        self.linear_classifier = nn.Linear(pre_logits or em_dim, num_classes) if num_classes else nn.Identity()
         self.apply(_initialise)
-        nn.init.trunc_normal_(self.linear_classifier.weight, std=0.02)  # nearly equal logits, so a first loss near ln C
+        if num_classes:  # nearly equal logits, so a first loss near ln C
+            nn.init.trunc_normal_(self.linear_classifier.weight, std=0.02)
 
     def forward(self, images: Tensor) -> Tensor:
         """``[B, C, S, S]`` normalised images to logits ``[B, num_classes]``."""
@@ -320,9 +363,9 @@ class ViTModel(nn.Module):
 
     def classify(self, tokens: Tensor) -> Tensor:
         """Normalised tokens ``[B, T, D]`` to logits ``[B, num_classes]``."""
-        if self.pooling == "mean":
-            return self.linear_classifier(tokens[:, 1:].mean(1))
-        return self.linear_classifier(tokens[:, 0])  # the CLS token speaks for the image (the paper's equation 4)
+        # the CLS token speaks for the image (the paper's equation 4), or all patches do
+        pooled = tokens[:, 0] if self.pooling == "cls" else tokens[:, 1:].mean(1)  # [B, D]
+        return self.linear_classifier(self.pre_logits(pooled))
 
     def intermediates(self, images: Tensor) -> dict[str, Tensor]:
         """Everything between the images and the logits, by name, with L for the number of blocks.
@@ -365,6 +408,7 @@ def _initialise(module: nn.Module) -> None:
 
 def _check_configuration(config: dict) -> None:
     for name, value in config.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
         if name in ("norm_first", "patch_bias"):
             if not isinstance(value, bool):
                 raise ValueError(f"{name}={value!r} is not allowed; give True or False.")
@@ -372,9 +416,14 @@ def _check_configuration(config: dict) -> None:
             if value not in POOLINGS:
                 raise ValueError(f"pooling={value!r} is not known; choose {' or '.join(POOLINGS)}.")
         elif name in ("drop", "drop_path"):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+            if not number or not 0 <= value < 1:
                 raise ValueError(
                     f"{name}={value!r} is not a probability; give a number from 0 up to, not including, 1."
                 )
-        elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r} is not allowed; give a whole number of at least 1.")
+        elif name == "norm_eps":
+            if value is not None and (not number or not 0 < value < 1):
+                raise ValueError(f"norm_eps={value!r} is not allowed; give a small number above 0, or None.")
+        elif not (name == "pre_logits" and value is None):
+            least = 0 if name == "num_classes" else 1
+            if not number or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value!r} is not allowed; give a whole number of at least {least}.")

@@ -485,7 +485,7 @@ def pretrain(
     model = create_model(
         preset,
         len(train.classes),
-        image_size=train.images.shape[-1],
+        image_size=_side(train),
         num_channels=train.images.shape[1],
         norm_first=norm_first,
         drop=recipe.drop,
@@ -529,7 +529,8 @@ def finetune(
         pretrained: the upstream model, plain or wrapped by DataParallel, DistributedDataParallel or torch.compile; it
             is left as it is.
         card: the upstream model's card; its normalisation is kept, since the encoder knows no other.
-        train: the downstream training images, of the upstream images' size.
+        train: the downstream training images; where they are larger or smaller than the upstream ones, the positions
+            of the encoder are interpolated (:func:`vitlib.model.interpolate_positions`).
         recipe: a key of ``FINETUNING``, or a recipe of your own.
         freeze_encoder: True trains the head alone (a linear probe).
         finetune_epochs, batch_size, train_steps_per_epoch, eval_steps_per_epoch, seed, precision, compile: see
@@ -537,10 +538,13 @@ def finetune(
         run_dir, resume: as in :func:`pretrain`, with ``finetuned`` in the names.
 
     Raises:
-        ValueError: for arguments out of range, images of another size, or a model that holds no ViT.
+        ValueError: for arguments out of range, images that are not square or cannot be cut into the encoder's patches,
+            or a model that holds no ViT.
     """
     recipe = named_recipe(recipe, FINETUNING)
-    model = transfer_encoder(pretrained, len(train.classes), drop=recipe.drop, drop_path=recipe.drop_path)
+    model = transfer_encoder(
+        pretrained, len(train.classes), image_size=_side(train), drop=recipe.drop, drop_path=recipe.drop_path
+    )
     model.vit_encoder.requires_grad_(not freeze_encoder)
     record = {"stage": "linear probe" if freeze_encoder else "fine-tuning", "source": source, "upstream": card.record}
     card = Card(train.classes, card.mean, card.std, card.preset, record)
@@ -568,6 +572,16 @@ def record_test(trained: Trained, test: LabelledImages, source: str, checkpoint:
     if checkpoint is not None and current_processes().is_first:
         save_checkpoint(checkpoint, trained.model, card)
     return replace(trained, card=card)
+
+
+def _side(data: LabelledImages) -> int:
+    """Pixels along a side of the images, which must be square."""
+    height, width = data.images.shape[-2:]
+    if height != width:
+        raise ValueError(
+            f"{data} are not square; load them with image_size, for instance image_size={min(height, width)}."
+        )
+    return width
 
 
 def _train_stage(
