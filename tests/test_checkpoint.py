@@ -18,12 +18,14 @@ from vitlib.checkpoint import (
     digest,
     load_checkpoint,
     load_pretrained,
+    load_weights,
+    resized,
     save_checkpoint,
     transfer_encoder,
     unwrap,
 )
 from vitlib.files import written_whole
-from vitlib.model import ViTModel
+from vitlib.model import ViTModel, interpolate_positions
 
 TINY = {"num_layers": 1, "image_size": 8, "patch_size": 4, "em_dim": 16, "num_heads": 2, "ff_dim": 32, "drop": 0.0}
 CARD = Card(("cat", "dog", "Übergröße"), (0.5, 0.4, 0.3), (0.2, 0.2, 0.1), None, {"seed": 3, "epochs": [1.5]})
@@ -260,3 +262,30 @@ def test_a_digest_names_contents():
     assert digest(zeros) != digest(changed), "even of a sign that == does not see"
     assert digest(zeros, changed) != digest(changed, zeros)
     assert digest(torch.zeros(0, 3), torch.tensor(3)) and digest(nn.Parameter(zeros)) == digest(zeros)
+
+
+def test_a_resized_model_has_the_same_weights_but_for_its_positions(model):
+    side, patch = model.config["image_size"], model.config["patch_size"]
+    larger = resized(model, 2 * side)
+    ours, theirs = model.state_dict(), larger.state_dict()
+    name = "vit_encoder.embedding.position_embedding"
+    assert torch.equal(theirs.pop(name), interpolate_positions(ours.pop(name), 2 * side // patch))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert larger.training == model.training and resized(model, side) is model
+    assert larger(torch.randn(1, model.config["num_channels"], 2 * side, 2 * side)).isfinite().all()
+    with pytest.raises(ValueError, match=f"image_size={side + 1} is not a multiple"):
+        resized(model, side + 1)
+
+
+def test_weights_can_be_loaded_for_another_image_size(model, tmp_path):
+    save_checkpoint(tmp_path / "model.safetensors", model, CARD)
+    side = model.config["image_size"]
+    loaded, _ = load_weights(tmp_path / "model.safetensors", 2 * side)
+    assert loaded.config == model.config | {"image_size": 2 * side} and not loaded.training
+
+
+def test_transfer_leaves_a_pre_logits_layer_behind(model):
+    source = ViTModel(**{**model.config, "pre_logits": 7})
+    moved = transfer_encoder(source, 3)
+    assert moved.config["pre_logits"] is None
+    assert not [name for name in moved.state_dict() if "pre_logits" in name]

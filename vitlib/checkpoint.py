@@ -93,14 +93,30 @@ def transfer_encoder(pretrained: nn.Module, num_classes: int, **overrides) -> Vi
             and ``image_size``.
     """
     source = unwrap(pretrained)
+    if "image_size" in overrides:
+        source = resized(source, overrides["image_size"])
     model = ViTModel(**{**source.config, "num_classes": num_classes, "pre_logits": None, **overrides})
-    encoder = source.vit_encoder.state_dict()
-    name = "embedding.position_embedding"
-    encoder[name] = interpolate_positions(encoder[name], model.config["image_size"] // model.config["patch_size"])
-    model.vit_encoder.load_state_dict(encoder)
+    model.vit_encoder.load_state_dict(source.vit_encoder.state_dict())
     nn.init.zeros_(model.linear_classifier.weight)
     nn.init.zeros_(model.linear_classifier.bias)
     return model
+
+
+def resized(model: ViTModel, image_size: int) -> ViTModel:
+    """The same model for images of ``image_size`` pixels a side: its positions are interpolated, all other weights
+    copied. The patches keep their size, so there are more or fewer of them. Where the size is already right, this is
+    ``model`` itself.
+
+    Raises:
+        ValueError: if the patch size does not divide ``image_size``.
+    """
+    if image_size == model.config["image_size"]:
+        return model
+    other = ViTModel(**{**model.config, "image_size": image_size})
+    weights, name = model.state_dict(), "vit_encoder.embedding.position_embedding"
+    weights[name] = interpolate_positions(weights[name], image_size // model.config["patch_size"])
+    other.load_state_dict(weights)
+    return other.train(model.training)
 
 
 def save_checkpoint(path: str | Path, model: nn.Module, card: Card, dtype: torch.dtype = torch.float32) -> None:
@@ -157,10 +173,12 @@ def load_pretrained(name: str) -> tuple[ViTModel, Card]:
     return load_checkpoint(path)
 
 
-def load_weights(weights: str | Path) -> tuple[ViTModel, Card]:
-    """Weights by whatever names them: a file of :func:`save_checkpoint`, or a name of :func:`load_pretrained`."""
+def load_weights(weights: str | Path, image_size: int | None = None) -> tuple[ViTModel, Card]:
+    """Weights by whatever names them: a file of :func:`save_checkpoint`, or a name of :func:`load_pretrained`; with
+    ``image_size``, :func:`resized` to it."""
     is_file = str(weights).endswith(".safetensors") or Path(weights).exists()
-    return load_checkpoint(weights) if is_file else load_pretrained(str(weights))
+    model, card = load_checkpoint(weights) if is_file else load_pretrained(str(weights))
+    return (model if image_size is None else resized(model, image_size)), card
 
 
 def digest(*tensors: Tensor) -> str:

@@ -132,7 +132,7 @@ PARAMETERS: dict[str, Parameter] = {
         Parameter("upstream", str, "images to pretrain on: a name such as shapes100, or a folder", rule=check_source),
         Parameter("downstream", str, "images to fine-tune on: a name such as shapes10, or a folder", rule=check_source),
         Parameter("data_dir", str, "where downloads are kept; None for the usual cache", optional=True),
-        Parameter("image_size", int, "pixels per image side; None for the preset's", 4, 1024, optional=True),
+        Parameter("image_size", int, "pixels per image side; None for the model's own", 4, 1024, optional=True),
         Parameter("num_images", int, "test images to examine", 1, 100_000),
         # which model and training
         Parameter("preset", str, "size of the model", choices=tuple(PRESETS)),
@@ -142,6 +142,7 @@ PARAMETERS: dict[str, Parameter] = {
         Parameter("precision", str, "bfloat16 halves matrix products; auto does on GPUs", choices=PRECISIONS),
         Parameter("compile", bool, "let torch.compile translate the model first"),
         Parameter("weights", str, "where the encoder comes from: a shipped name or a checkpoint file", optional=True),
+        Parameter("official_weights", bool, "download the published ViT-B/16 (about 350 MB) and use it"),
         Parameter("freeze_encoder", bool, "train the head alone (a linear probe)"),
         # the five of the published system
         Parameter("batch_size", int, "images per training step", 1, 65536),
