@@ -12,4 +12,5 @@ from .chapter_02 import PRE_NORM_LINES, attend, attention, block_order, equivari
 from .chapter_03 import evaluation, first_loss, sound_model, split, top1
 from .chapter_04 import fair_comparison, linear_probe, normalisation, probe_size, transfer
 from .chapter_05 import deletion, distance, rollout, share_on_object
+from .chapter_06 import attention_flops, confident_mistakes, google_kernel, parameters
 from .frame import ALL, VERDICT, be_strict
