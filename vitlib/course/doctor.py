@@ -296,7 +296,7 @@ def report(facts: Facts) -> str:
 def outlook(facts: Facts) -> dict[str, str]:
     """What each chapter, and the published training, will take."""
     if not can_run(facts):
-        return {"00 to 05": "cannot run yet, see below"}
+        return {"00 to 06": "cannot run yet, see below"}
     from vitlib.shapes import DEFAULT_COUNTS
 
     upstream, downstream = (DEFAULT_COUNTS[name] for name in ("shapes100", "shapes10"))
@@ -312,6 +312,7 @@ def outlook(facts: Facts) -> dict[str, str]:
         "03 pretraining": f"{duration(START + SUSTAINED * pretraining / facts.class_speed)} (an estimate)",
         "04 fine-tuning": f"{duration(START + SUSTAINED * transfer / facts.class_speed)} (an estimate)",
         "05 looking inside": "nothing is trained: about a minute",
+        "06 the real ViT": "one short fine-tuning: about a minute",
         "as published": f"{duration(published / facts.published_speed)} for 100 epochs (a guess; 03 has a record)",
     }
 
