@@ -622,13 +622,13 @@ def _library(module: str) -> ModuleType:
     import_torchvision()  # timm and transformers import it too, and may need the same help
     name = module.partition(".")[0]
     try:
-        return importlib.import_module(module)
+        importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name != name:
             raise
-        raise ModuleNotFoundError(
-            f"{name} is not installed; install it with `pip install {name}`.", name=name
-        ) from error
+        message = f"{name} is not installed; install it with `pip install {name}`."
+        raise ModuleNotFoundError(message, name=name) from error
+    return importlib.import_module(module)
 
 
 def _check_class(module: nn.Module, *classes: type) -> None:
