@@ -9,12 +9,15 @@ TRAINING_COMMANDS = ("pretrain", "finetune")
 
 
 class OneLineErrors(click.Group):
-    """Errors of input or files are one line and exit code 2, Ctrl-C is exit code 130, both without a traceback."""
+    """Errors of input, files or missing packages are one line and exit code 2, Ctrl-C is exit code 130, all without a
+    traceback."""
 
     def invoke(self, context: click.Context):
         try:
             return super().invoke(context)
-        except (ValueError, OSError) as error:
+        except BrokenPipeError:  # the reader, say head, has seen enough; click ends quietly
+            raise
+        except (ValueError, OSError, ModuleNotFoundError) as error:
             failure = click.ClickException(str(error))
             failure.exit_code = 2
             raise failure from error
@@ -83,6 +86,67 @@ def download(name, data_dir) -> None:
 
     fetch(name, data_dir)
     click.echo(f"{name} is ready.")
+
+
+@main.command()
+@click.argument("model")
+@click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
+@click.option(
+    "--top", metavar="N", type=click.IntRange(min=1), default=5, show_default=True, help="Classes for each image."
+)
+@click.option(
+    "--batch-size", metavar="N", type=click.IntRange(min=1), default=32, show_default=True, help="Images at a time."
+)
+def predict(model, images, top, batch_size) -> None:
+    """Say which classes MODEL finds most probable for each IMAGE.
+
+    MODEL is a checkpoint, such as finetune's runs/finetune/finetuned.safetensors, or a shipped name such as
+    cifar100-small. An image that cannot be read gets one line on stderr, and the others are predicted all the same. The
+    exit code is 0 when every image was predicted, 1 when one was not, 2 for a wrong command or MODEL.
+    """
+    from vitlib.checkpoint import load_weights
+    from vitlib.predict import predict_files
+    from vitlib.train import resolve_device
+
+    network, card = load_weights(model)
+    complete = True
+    for prediction in predict_files(network.to(resolve_device()), card, images, top=top, batch_size=batch_size):
+        if prediction.error is not None:
+            complete = False
+            click.echo(_printable(prediction.error), err=True)
+            continue
+        click.echo(_printable(prediction.path))
+        for name, probability in prediction.classes:
+            click.echo(f"  {probability:6.1%}  {name}")
+    sys.exit(0 if complete else 1)
+
+
+def _printable(text: str) -> str:
+    """A file's name may hold bytes that are no text; they are shown as question marks."""
+    return text.encode(errors="surrogateescape").decode(errors="replace")
+
+
+@main.command()
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=Path))
+def export(model, out) -> None:
+    """Write MODEL to OUT for programs without vitlib: as ONNX (.onnx) or as a PyTorch program (.pt2).
+
+    MODEL is a checkpoint or a shipped name. OUT takes images as they are decoded, uint8 [batch, channels, height,
+    width] in batches of any size, normalises them itself and gives logits [batch, classes]. It is compared with MODEL
+    before it is kept. ONNX needs `pip install "vitlib[export]"`.
+    """
+    from vitlib.checkpoint import load_weights
+    from vitlib.export import TOLERANCE, export_model
+
+    network, card = load_weights(model)
+    difference = export_model(network, card, out)
+    shape = ", ".join(str(network.config[name]) for name in ("num_channels", "image_size", "image_size"))
+    click.echo(
+        f"{out} ({out.stat().st_size / 1e6:.1f} MB) takes uint8 images [batch, {shape}] and gives logits [batch, "
+        f"{network.config['num_classes']}]; on random images they differ from the model's by at most {difference:.1e} "
+        f"(allowed: {TOLERANCE:g})."
+    )
 
 
 @main.command()

@@ -1,4 +1,5 @@
-"""Image folders, ``train/<class>/*`` and ``test/<class>/*``: listed, decoded in parallel, cached."""
+"""Image files as a model takes them; and folders of them, ``train/<class>/*`` and ``test/<class>/*``: listed, decoded
+in parallel, cached."""
 
 import hashlib
 import json
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,7 +19,38 @@ from .compat import import_torchvision
 from .files import data_folder, written_whole
 from .progress import progress_bar
 
-CACHE_VERSION = 1  # to be raised when the same files and options come to give other pixels
+CACHE_VERSION = 2  # to be raised when the same files and options come to give other pixels
+
+
+def read_picture(path: str | os.PathLike, image_size: int | None = None, num_channels: int = 3) -> np.ndarray:
+    """One image file as uint8 ``[C, H, W]``, just as ``load_images`` gives the images of a folder: turned upright, in
+    RGB (3 channels) or grey (1), and with ``image_size`` scaled and cut to a square of that side.
+
+    Raises:
+        OSError: for a missing path, a folder, or a file that may not be read.
+        ValueError: for a file that is no image, is damaged, or holds too many pixels. Either message is one sentence
+            with the file, the reason and the way out.
+    """
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{path} is a folder; name the images in it, for instance {Path(path, '*.jpg')}.")
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path} does not exist; check the path.")
+    if not os.path.isfile(path):  # reading from a pipe would wait for ever
+        raise OSError(f"{path} is a device or a pipe; store the image in a file.")
+    try:
+        with Image.open(path) as picture:
+            return _pixels(picture, image_size, num_channels)
+    except PermissionError as error:
+        raise PermissionError(f"{path} may not be read; change its permissions.") from error
+    except UnidentifiedImageError as error:
+        if os.path.getsize(path) == 0:
+            raise ValueError(f"{path} is empty; copy or download it again.") from error
+        raise ValueError(f"{path} is not an image of a known format; convert it to JPEG or PNG.") from error
+    except (Image.DecompressionBombError, MemoryError) as error:
+        raise ValueError(f"{path} has too many pixels to be decoded safely; scale it down first.") from error
+    except Exception as error:  # a damaged file can make PIL raise almost anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ValueError(f"{path} is damaged ({reason:.100}); copy or download it again.") from error
 
 
 def load_folder(
@@ -91,9 +123,8 @@ def _decode(paths: list[Path], image_size: int | None, num_channels: int, progre
 
     def read(path):
         try:
-            with Image.open(path) as picture:
-                return _pixels(picture, image_size, num_channels)
-        except Exception:  # a damaged file can make PIL raise almost anything
+            return read_picture(path, image_size, num_channels)
+        except (ValueError, OSError):
             return None
 
     images, first, unreadable = None, None, []
@@ -123,9 +154,10 @@ def _decode(paths: list[Path], image_size: int | None, num_channels: int, progre
 
 def _pixels(picture: Image.Image, image_size: int | None, num_channels: int) -> np.ndarray:
     """One picture as uint8 [C, H, W]: turned upright, in RGB or grey, and if asked scaled and cut to a square."""
+    picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I"):  # 16 bits of grey: convert() would cut everything above 255 off to white
         picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    picture = ImageOps.exif_transpose(picture).convert("RGB" if num_channels == 3 else "L")
+    picture = picture.convert("RGB" if num_channels == 3 else "L")
     if image_size is not None:
         picture = ImageOps.fit(picture, (image_size, image_size), Image.Resampling.BICUBIC)
     return np.asarray(picture).reshape(picture.height, picture.width, num_channels).transpose(2, 0, 1)

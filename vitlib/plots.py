@@ -11,7 +11,9 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.patheffects import withStroke
+from matplotlib.textpath import text_to_path
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
@@ -444,11 +446,13 @@ def confusion(labels: Tensor, predictions: Tensor, classes: Sequence[str], title
     """
     rates = 100 * confusion_rates(labels, predictions, len(classes))
     named = len(classes) <= 25
-    figure, ax = plt.subplots(figsize=(6.6, 5.6))
+    figure, ax = plt.subplots(figsize=(WIDEST, 7.6) if named and len(classes) > 12 else (6.6, 5.6))
     drawn = ax.imshow(rates.numpy(), cmap="cividis", vmin=0, vmax=100, interpolation="none")
     if named:
-        ax.set_xticks(range(len(classes)), classes, rotation=60, ha="right", rotation_mode="anchor", fontsize=10)
-        ax.set_yticks(range(len(classes)), classes, fontsize=10)
+        names = [_shortened(name, 110) for name in classes]
+        written = {"fontsize": 10, "parse_math": False}
+        ax.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor", **written)
+        ax.set_yticks(range(len(names)), names, **written)
     ax.set(xlabel="predicted class", ylabel="true class", title=title)
     figure.colorbar(drawn, label="% of the true class")
     return figure
@@ -458,6 +462,45 @@ def confusion_rates(labels: Tensor, predictions: Tensor, num_classes: int) -> Te
     """``[num_classes, num_classes]``, row: true class, column: predicted class; rows of seen classes sum to 1."""
     counts = torch.bincount(labels * num_classes + predictions, minlength=num_classes**2).view(num_classes, -1).float()
     return counts / counts.sum(1, keepdim=True).clamp(min=1)
+
+
+@_styled
+def confident_mistakes(
+    images: Tensor, labels: Tensor, logits: Tensor, classes: Sequence[str], title: str = ""
+) -> Figure:
+    """Images, each under its true class and under the class that a model takes it for, with the probability.
+
+    Which images these are, and in which order, says :func:`vitlib.predict.confident_mistakes`.
+
+    Args:
+        images: uint8 ``[N, C, H, W]``, at least one.
+        labels: int64 ``[N]``, the true classes.
+        logits: ``[N, num_classes]``.
+        classes: their names; what is too long for its place is shortened.
+    """
+    confidence, predicted = logits.softmax(dim=1).max(dim=1)
+    columns = 4
+    rows = -(-len(images) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(WIDEST, 2.5 * rows + 0.5), squeeze=False)
+    for ax in axes.flat:
+        _without_ticks(ax)
+    described = zip(axes.flat, images, labels.tolist(), predicted.tolist(), confidence.tolist(), strict=False)
+    for ax, image, label, wrong, share in described:
+        ax.imshow(_picture(image), cmap="gray", vmin=0, vmax=255)
+        lines = (f"true: {classes[label]}", f"{share:.0%} {classes[wrong]}")
+        ax.set_title("\n".join(_shortened(line, 145) for line in lines), fontsize=10, parse_math=False)
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+def _shortened(text: str, width: float) -> str:
+    """The text, or as much of it as is at most ``width`` points wide in letters of 10 points."""
+    font, kept = FontProperties(size=10), text
+    while text_to_path.get_text_width_height_descent(kept, font, ismath=False)[0] > width:
+        text = text[:-1]
+        kept = f"{text}…"
+    return kept
 
 
 @_styled

@@ -11,13 +11,15 @@ from pathlib import Path
 import click
 import torch
 
-from vitlib.checkpoint import Card, load_weights
+from vitlib.checkpoint import Card, load_weights, resized
 from vitlib.course.parameters import PARAMETERS, Parameter
 from vitlib.data import LabelledImages, channel_statistics, load_images
 from vitlib.distributed import current_processes, join_processes, leave_processes
+from vitlib.files import written_whole
 from vitlib.model import PRESETS, ViTModel, create_model
+from vitlib.predict import confident_mistakes
 from vitlib.recipes import FINETUNING, RECIPES
-from vitlib.train import Trained, finetune, pretrain, record_test
+from vitlib.train import Trained, finetune, predict, pretrain, record_test
 
 DATA = {"data_dir": None, "image_size": None}
 TRAINING = {
@@ -84,7 +86,8 @@ def finetune_command(downstream, weights, run_dir, data_dir, image_size, recipe,
     """Move the encoder of WEIGHTS to other images, train it there and score it on their test split, once.
 
     With --weights random a new encoder of the small preset takes its place, trained from scratch as in pretraining:
-    the control. RUN_DIR gets finetuned.safetensors and what belongs to it.
+    the control. RUN_DIR gets finetuned.safetensors and what belongs to it, and, where matplotlib is installed,
+    confusion.png and mistakes.png, the test images that the model is most sure of and wrong about.
     """
     if weights is None:
         raise ValueError("weights=None names no encoder; give a shipped name, a checkpoint file, or random.")
@@ -95,9 +98,15 @@ def finetune_command(downstream, weights, run_dir, data_dir, image_size, recipe,
         recipe = (FINETUNING if options["freeze_encoder"] else RECIPES)[recipe]
     else:
         model, card = load_weights(weights)
-        train, test = _splits(downstream, data_dir, image_size or model.config["image_size"])
+        model = _for_images_of(model, image_size or model.config["image_size"])
+        train, test = _splits(downstream, data_dir, model.config["image_size"])
     trained = finetune(model, card, train, recipe=recipe, run_dir=run_dir, resume=True, source=downstream, **options)
-    _finish(trained, test, downstream, Path(run_dir) / "finetuned.safetensors")
+    is_first = current_processes().is_first
+    checkpoint = Path(run_dir) / "finetuned.safetensors"
+    trained = _finish(trained, test, downstream, checkpoint)
+    if is_first:
+        click.echo(_draw_errors(trained, test, checkpoint.parent))
+        click.echo(f"Use it: {shlex.join(['python', '-m', 'vitlib', 'predict', str(checkpoint)])} image.jpg")
 
 
 def _new_encoder(train: LabelledImages, seed: int) -> tuple[ViTModel, Card]:
@@ -106,13 +115,28 @@ def _new_encoder(train: LabelledImages, seed: int) -> tuple[ViTModel, Card]:
     return model, Card(("none",), *channel_statistics(train.images), "small", {"stage": "random"})
 
 
+def _for_images_of(model: ViTModel, image_size: int) -> ViTModel:
+    """The model for images of that size; where this is not its own, a line says what the change means."""
+    other = resized(model, image_size)
+    if other is not model and current_processes().is_first:
+        before, after = (one.vit_encoder.embedding.position_embedding.shape[1] - 1 for one in (model, other))
+        old = model.config["image_size"]
+        click.echo(
+            f"The encoder knows images of {old}x{old} pixels ({before} patches) and gets {image_size}x{image_size} "
+            f"({after} patches): its positions are interpolated, and attention has "
+            f"{((after + 1) / (before + 1)) ** 2:.2g} times as many weights."
+        )
+    return other
+
+
 def _splits(source: str, data_dir, image_size: int) -> tuple[LabelledImages, LabelledImages]:
     """Training and test images, and only the first process shows how they are loaded."""
     options = {"data_dir": data_dir, "image_size": image_size, "progress": current_processes().is_first}
     return load_images(source, "train", **options), load_images(source, "test", **options)
 
 
-def _finish(trained: Trained, test: LabelledImages, source: str, checkpoint: Path) -> None:
+def _finish(trained: Trained, test: LabelledImages, source: str, checkpoint: Path) -> Trained:
+    """Score the last weights, write the result into their file and say it. Returns them with the score."""
     if trained.history.interrupted:
         leave_processes()
         sys.exit(130)
@@ -126,3 +150,40 @@ def _finish(trained: Trained, test: LabelledImages, source: str, checkpoint: Pat
             f"the weights are in {checkpoint}."
         )
     leave_processes()
+    return trained
+
+
+def _draw_errors(trained: Trained, test: LabelledImages, folder: Path) -> str:
+    """Draw confusion.png and mistakes.png into ``folder``. Returns what is to be said about them: the training is over
+    and stored by now, so whatever goes wrong here is worth a sentence and no more."""
+    confusion, mistakes = folder / "confusion.png", folder / "mistakes.png"
+    try:
+        import matplotlib
+
+        matplotlib.use("agg")  # files need no window, which a remote machine might not be able to open
+        from vitlib import plots
+
+        logits = predict(trained.model, test.images, trained.card)
+        about = f"{len(test)} test images, {trained.card.record['test']['accuracy']:.1%} top-1"
+        _save(plots.confusion(test.labels, logits.argmax(1), test.classes, about), confusion)
+        worst = confident_mistakes(logits, test.labels)
+        mistakes.unlink(missing_ok=True)  # of an earlier training
+        if not len(worst):
+            return f"Which classes it confuses: {confusion}. On the test images it makes no mistake."
+        shown = test.subset(worst)
+        count = int((logits.argmax(1) != test.labels).sum())
+        about = f"most confident mistakes, {len(worst)} of {count}: the true class and the predicted one"
+        _save(plots.confident_mistakes(shown.images, shown.labels, logits[worst], test.classes, about), mistakes)
+    except ModuleNotFoundError as error:
+        return (
+            f"The figures confusion.png and mistakes.png need {error.name}; install it with `pip install {error.name}`."
+        )
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        return f"The figures confusion.png and mistakes.png could not be drawn ({type(error).__name__}: {reason:.200})."
+    return f"Which classes it confuses: {confusion}. Where it is most sure and wrong: {mistakes}."
+
+
+def _save(figure, path: Path) -> None:
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)

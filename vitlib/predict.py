@@ -1,0 +1,114 @@
+"""What a trained model says: about image files, and where it is wrong and sure of it."""
+
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import Card, unwrap
+from .folders import read_picture
+from .train import predict
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says about one image file.
+
+    Args:
+        path: of the file, as it was given.
+        classes: the most probable classes and their probabilities in [0, 1], the most probable first; empty if the
+            file could not be read.
+        error: why it could not be read, in one sentence; None if it could.
+    """
+
+    path: str
+    classes: tuple[tuple[str, float], ...] = ()
+    error: str | None = None
+
+
+def predict_files(
+    model: nn.Module, card: Card, paths: Iterable[str | os.PathLike], *, top: int = 5, batch_size: int = 32
+) -> Iterator[Prediction]:
+    """The ``top`` most probable classes of each image file, in the order of ``paths``, a batch at a time.
+
+    The images are read as those of a folder are in training (:func:`vitlib.folders.read_picture`) and normalised with
+    the card's numbers. A file that cannot be read is reported in its place, and the others are predicted all the same.
+    No more than ``batch_size`` images are in memory, however many ``paths`` there are.
+
+    >>> model, card = load_weights("cifar100-small")
+    >>> for prediction in predict_files(model, card, ["cat.jpg"]):
+    ...     print(prediction.path, prediction.classes[0])
+
+    Args:
+        model, card: from :func:`vitlib.checkpoint.load_weights`; the model computes where its weights are.
+        top: classes for each image, at least 1; all of them if there are fewer.
+        batch_size: images at a time, at least 1.
+
+    Raises:
+        ValueError: if a number is out of range, or the card does not name a class for each logit.
+    """
+    for name, value in (("top", top), ("batch_size", batch_size)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} is not allowed; give a whole number of at least 1.")
+    config = unwrap(model).config
+    if not len(card.classes) == config["num_classes"] > 0:
+        raise ValueError(
+            f"The model has {config['num_classes']} classes and its card names {len(card.classes)} of them; "
+            "give a model that was trained to classify, with its card."
+        )
+
+    def read(path) -> np.ndarray | str:
+        try:
+            return read_picture(path, config["image_size"], config["num_channels"])
+        except (ValueError, OSError) as error:
+            return str(error)
+
+    def predictions() -> Iterator[Prediction]:  # apart, so that bad arguments are refused at the call
+        remaining = iter(paths)
+        # PIL lets go of Python's lock while it decodes; few threads, since a large photograph takes 0.5 GB meanwhile
+        with ThreadPoolExecutor(4) as pool:
+            while batch := list(islice(remaining, batch_size)):
+                found = list(pool.map(read, batch))
+                pictures = [picture for picture in found if not isinstance(picture, str)]
+                rows = iter(_top_classes(model, card, pictures, top))
+                for path, picture in zip(batch, found, strict=True):
+                    if isinstance(picture, str):
+                        yield Prediction(os.fspath(path), error=picture)
+                    else:
+                        yield Prediction(os.fspath(path), next(rows))
+
+    return predictions()
+
+
+def _top_classes(
+    model: nn.Module, card: Card, pictures: list[np.ndarray], top: int
+) -> list[tuple[tuple[str, float], ...]]:
+    if not pictures:
+        return []
+    logits = predict(model, torch.from_numpy(np.stack(pictures)), card, len(pictures))
+    best = logits.softmax(dim=1).topk(min(top, len(card.classes)))
+    return [
+        tuple((card.classes[number], share) for number, share in zip(numbers, shares, strict=True))
+        for numbers, shares in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
+
+
+def confident_mistakes(logits: Tensor, labels: Tensor, count: int = 12) -> Tensor:
+    """Where a model is wrong and sure of it: indices int64 ``[at most count]`` of the images that it gives another
+    class than their own, the one with the most probable wrong class first.
+
+    They are worth a look before anything else is done about the accuracy: wrong labels, images that show two things,
+    and backgrounds that the model has learned in place of the object are found here (``plots.confident_mistakes``).
+
+    Args:
+        logits: ``[N, num_classes]``.
+        labels: int64 ``[N]``, the true classes.
+    """
+    confidence, predicted = logits.softmax(dim=1).max(dim=1)
+    wrong = torch.nonzero(predicted != labels).flatten()
+    return wrong[confidence[wrong].argsort(descending=True, stable=True)[:count]]
