@@ -57,6 +57,9 @@ FIGURES = {
     "training_curves": lambda: plots.training_curves(HISTORY, 0.01, "a run"),
     "recorded_curves": lambda: plots.recorded_curves(CURVES, 3),
     "confusion": lambda: plots.confusion(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]), ["cat", "dog"], "errors"),
+    "confident_mistakes": lambda: plots.confident_mistakes(
+        IMAGES[:2], torch.tensor([1, 0]), torch.tensor([[2.0, 0.0], [0.0, 1.0]]), ["cat", "dog"], "mistakes"
+    ),
     "comparison": lambda: plots.comparison({"ours": [0.5, 0.6], "theirs": [0.3, 0.3]}, 0.1, "arms"),
     "label_budget": lambda: plots.label_budget(BUDGETS, 20),
 }
@@ -64,7 +67,7 @@ FIGURES = {
 
 def words(figure: Figure) -> list[str]:
     """All texts of a figure that are shown, ticks and legends included."""
-    figure.canvas.draw()
+    figure.draw_without_rendering()  # canvas.draw() does nothing once pyplot has closed a figure
     return [text.get_text() for text in shown_texts(figure)]
 
 
@@ -92,7 +95,7 @@ def test_a_figure_is_returned_and_leaves_nothing_behind_in_pyplot(name):
 @pytest.mark.parametrize("name", FIGURES)
 def test_every_word_has_at_least_10_points_as_it_is_shown(name):
     figure = FIGURES[name]()
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     assert figure.get_figwidth() <= plots.WIDEST, "the page would make it smaller"
     on_screen = figure.dpi / 96  # a screen counts 96 pixels to the inch
     small = {text.get_text() for text in shown_texts(figure) if text.get_fontsize() * on_screen < 10}
@@ -124,6 +127,7 @@ def test_every_figure_has_a_title(name):
         ("training_curves", {"epoch", "cross-entropy (nats)", "top-1 accuracy (%)", "validation", "chance, 1%"}),
         ("recorded_curves", {"epoch", "top-1 accuracy (%)", "cross-entropy (nats)", "long", "short", "epoch 3"}),
         ("confusion", {"predicted class", "true class", "% of the true class", "cat", "dog"}),
+        ("confident_mistakes", {"mistakes", "true: dog\n88% cat", "true: cat\n73% dog"}),
         ("comparison", {"top-1 accuracy (%): a dot per seed, a bar at the mean", "ours", "theirs", "chance"}),
         ("label_budget", {"labelled images (logarithmic)", "top-1 accuracy (%)", "20", "2,000", "chance"}),
     ],
@@ -278,7 +282,7 @@ def test_recorded_curves_names_each_curve_at_its_end_in_its_colour():
 
 def test_recorded_curves_that_end_together_have_their_names_one_above_the_other():
     figure = plots.recorded_curves({"a": {"accuracy": [0.5], "loss": [2.0]}, "b": {"accuracy": [0.5], "loss": [2.0]}})
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     for ax in figure.axes:
         lower, upper = sorted((text.get_window_extent() for text in ax.texts), key=lambda box: box.y0)
         assert lower.y1 <= upper.y0 + 1  # pixel
@@ -309,7 +313,7 @@ def test_the_readings_of_recorded_curves_hide_no_curve_and_no_name(stop, epochs)
         "loss": [0.9 * published["loss"][38 * n // epochs] for n in range(epochs)],
     }
     figure = plots.recorded_curves({"published": published, "ours": better}, stop)
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     for ax in figure.axes:
         readings = [text for text in ax.texts if text.get_text() not in ("published", "ours")]
         names = [text.get_window_extent() for text in ax.texts if text not in readings]
@@ -343,6 +347,57 @@ def test_confusion_rates_of_seen_classes_sum_to_one():
     rates = plots.confusion_rates(labels, torch.tensor([1, 2, 0, 2]), 3)
     assert rates[0].tolist() == [0, 1, 0]
     assert rates.sum(dim=1).tolist() == pytest.approx([1, 0, 1])
+
+
+def boxes_of(texts) -> list:
+    return [text.get_window_extent() for text in texts]
+
+
+LONG = [
+    ("W" * 40, "a class with a long name, of which there are some", "$x_1$ \\frac{", "猫")[n % 4] + str(n)
+    for n in range(25)
+]
+
+
+def test_confident_mistakes_draws_each_image_under_its_true_and_its_predicted_class():
+    logits = torch.full((5, 25), -9.0)
+    logits[range(5), [3, 7, 1, 0, 24]] = torch.tensor([9.0, 1, 0, -3, -6])
+    names = [f"c{n}" for n in range(25)]
+    axes = plots.confident_mistakes(IMAGES, torch.arange(5), logits, names).axes
+    assert len(axes) == 8 and not any(ax.images or ax.get_title() for ax in axes[5:])
+    shares = [f"{share:.0%}" for share in logits.softmax(dim=1).max(dim=1).values.tolist()]
+    for number, (ax, predicted) in enumerate(zip(axes, ["c3", "c7", "c1", "c0", "c24"], strict=False)):
+        assert np.array_equal(drawn_image(ax), IMAGES[number].permute(1, 2, 0))
+        assert ax.get_title() == f"true: c{number}\n{shares[number]} {predicted}"
+
+
+def test_confident_mistakes_draws_a_single_one_and_grey_ones():
+    figure = plots.confident_mistakes(IMAGES[:1, :1], torch.tensor([0]), torch.tensor([[0.0, 9.0]]), ["cat", "dog"])
+    assert np.array_equal(drawn_image(figure.axes[0]), IMAGES[0, 0])
+    assert figure.axes[0].images[0].get_cmap().name == "gray"
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_long_names_neither_overlap_nor_leave_the_figure_of_confident_mistakes():
+    logits = torch.eye(25)[:12] * 9
+    figure = plots.confident_mistakes(IMAGES[:1].repeat(12, 1, 1, 1), torch.arange(24, 12, -1), logits, LONG)
+    figure.draw_without_rendering()
+    boxes = boxes_of(ax.title for ax in figure.axes)
+    assert len(boxes) == 12 and not any(a.overlaps(b) for n, a in enumerate(boxes) for b in boxes[:n])
+    assert all(figure.bbox.containsx(box.x0) and figure.bbox.containsx(box.x1) for box in boxes)
+    assert "true: $x_1$ \\frac{22" in figure.axes[2].get_title()  # as it is, and no formula
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+@pytest.mark.parametrize("count", [2, 12, 13, 25])
+def test_long_names_leave_the_matrix_of_confusion_its_room_and_each_other_theirs(count):
+    figure = plots.confusion(torch.arange(count), torch.arange(count), LONG[:count])
+    figure.draw_without_rendering()
+    ax = figure.axes[0]
+    assert ax.get_window_extent().height > 0.6 * figure.bbox.height
+    boxes = boxes_of(ax.get_yticklabels())
+    assert not any(a.overlaps(b) for n, a in enumerate(boxes) for b in boxes[:n])
+    assert all(figure.bbox.containsx(box.x0) for box in boxes)
 
 
 def test_comparison_draws_a_dot_per_seed_a_bar_at_the_mean_and_chance():

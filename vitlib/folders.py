@@ -157,6 +157,8 @@ def _pixels(picture: Image.Image, image_size: int | None, num_channels: int) -> 
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I"):  # 16 bits of grey: convert() would cut everything above 255 off to white
         picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.mode == "P" and "transparency" in picture.info:  # the same pixels, but PIL asks for this step
+        picture = picture.convert("RGBA")
     picture = picture.convert("RGB" if num_channels == 3 else "L")
     if image_size is not None:
         picture = ImageOps.fit(picture, (image_size, image_size), Image.Resampling.BICUBIC)

@@ -1,0 +1,349 @@
+"""Exported models: the same logits for the same decoded images, in one file, checked before it is kept."""
+
+import doctest
+import json
+import subprocess
+import sys
+import warnings
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from vitlib import augment, export
+from vitlib.__main__ import main
+from vitlib.checkpoint import Card, load_checkpoint, save_checkpoint
+from vitlib.export import TOLERANCE, Deployable, export_model
+from vitlib.model import ViTModel
+from vitlib.predict import predict_files
+from vitlib.train import predict
+
+CLASSES = ("ant", "bee", "café", "dog")
+PLAIN = "pre-norm, CLS, colour"
+KINDS = {
+    PLAIN: {},
+    "post-norm, mean, pre-logits, grey": {
+        "norm_first": False, "pooling": "mean", "pre_logits": 12, "num_channels": 1, "drop_path": 0.2,
+    },
+}  # fmt: skip
+
+
+def need_onnx() -> None:
+    for name in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(name, reason='ONNX needs pip install "vitlib[export]"')
+
+
+def trained(**options) -> tuple[ViTModel, Card]:
+    """A small model with logits far apart, as after training; in training mode, which must make no difference."""
+    torch.manual_seed(0)
+    sizes = {"num_layers": 2, "image_size": 8, "patch_size": 4, "em_dim": 16, "num_heads": 2, "ff_dim": 32, "drop": 0.5}
+    model = ViTModel(len(CLASSES), **sizes | options)
+    torch.nn.init.normal_(model.linear_classifier.weight, std=1.0)
+    channels = model.config["num_channels"]
+    return model.train(), Card(CLASSES, (0.3, 0.4, 0.5)[:channels], (0.2, 0.0, 0.3)[:channels])
+
+
+def random_images(model: ViTModel, count: int) -> torch.Tensor:
+    channels, side = model.config["num_channels"], model.config["image_size"]
+    return torch.randint(256, (count, channels, side, side), dtype=torch.uint8)
+
+
+def run_onnx(path: Path, images: torch.Tensor) -> torch.Tensor:
+    import onnxruntime
+
+    (logits,) = onnxruntime.InferenceSession(path).run(None, {"images": images.numpy()})
+    return torch.from_numpy(logits)
+
+
+def run_pt2(path: Path, images: torch.Tensor) -> torch.Tensor:
+    return torch.export.load(path).module()(images)
+
+
+RUN = {".onnx": run_onnx, ".pt2": run_pt2}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """``exported(suffix, kind)``: a model, its card, the file that was written of it, and the difference."""
+
+    @cache
+    def write(suffix: str, kind: str) -> tuple[ViTModel, Card, Path, float]:
+        if suffix == ".onnx":
+            need_onnx()
+        model, card = trained(**KINDS[kind])
+        path = tmp_path_factory.mktemp("exported") / f"model{suffix}"
+        return model, card, path, export_model(model, card, path)
+
+    return write
+
+
+# --- what is in the file -------------------------------------------------------------------------------------------
+
+
+def test_a_deployable_model_normalises_as_training_does():
+    model, card = trained()
+    images = random_images(model, 3)
+    deployable = Deployable(model, card)
+    normalised = (images.float() / 255 - deployable.mean) / deployable.std
+    assert torch.equal(normalised, augment.normalise(images, card.mean, card.std))
+    assert torch.equal(deployable(images), predict(model, images, card))
+
+
+@pytest.mark.parametrize("suffix", RUN)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_file_gives_the_models_logits_for_batches_of_any_size(exported, suffix, kind):
+    model, card, path, difference = exported(suffix, kind)
+    assert 0 <= difference <= TOLERANCE <= 1e-4
+    for count in (1, 2, 3, 17):
+        images = random_images(model, count)
+        logits = RUN[suffix](path, images)
+        assert logits.dtype == torch.float32 and logits.shape == (count, len(CLASSES))
+        torch.testing.assert_close(logits, predict(model, images, card), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("suffix", RUN)
+def test_the_file_stands_alone(exported, suffix):
+    model, _, path, _ = exported(suffix, PLAIN)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    assert path.stat().st_size > 4 * sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("suffix", RUN)
+def test_the_file_says_what_one_has_to_know_as_json(exported, suffix):
+    _, _, path, _ = exported(suffix, PLAIN)
+    about = {"classes": "", "mean": "", "std": "", "image_size": "", "num_channels": ""}
+    if suffix == ".onnx":
+        import onnxruntime
+
+        about = onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map
+    else:
+        torch.export.load(path, extra_files=about)
+    assert {name: json.loads(text) for name, text in about.items()} == {
+        "classes": list(CLASSES), "mean": [0.3, 0.4, 0.5], "std": [0.2, 0.0, 0.3], "image_size": 8, "num_channels": 3,
+    }  # fmt: skip
+
+
+def test_inputs_and_outputs_of_onnx_have_names_types_and_a_free_batch_size(exported):
+    _, _, path, _ = exported(".onnx", PLAIN)
+    import onnx
+    import onnxruntime
+
+    onnx.checker.check_model(path, full_check=True)
+    session = onnxruntime.InferenceSession(path)
+    (images,), (logits,) = session.get_inputs(), session.get_outputs()
+    assert (images.name, images.type, images.shape) == ("images", "tensor(uint8)", ["batch", 3, 8, 8])
+    assert (logits.name, logits.type, logits.shape) == ("logits", "tensor(float)", ["batch", 4])
+
+
+def test_the_example_of_the_docstring_agrees_with_predict_without_vitlib_or_torch(exported):
+    model, card, path, _ = exported(".onnx", PLAIN)
+    pixels = np.random.default_rng(0).integers(256, size=(20, 30, 3), dtype=np.uint8)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(pixels).save(path.parent.parent / "cat.jpg", exif=turned)
+    (path.parent.parent / "model.onnx").write_bytes(path.read_bytes())
+    examples = doctest.DocTestParser().get_examples(export.__doc__)
+    assert len([one for one in examples if "import " not in one.source]) == 6
+    code = "import sys; sys.modules.update(torch=None, vitlib=None)\n" + "".join(one.source for one in examples)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=path.parent.parent, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    (prediction,) = predict_files(model, card, [path.parent.parent / "cat.jpg"])
+    assert done.stdout == f"{prediction.classes[0][0]}\n"
+
+
+def test_the_model_is_left_as_it_was():
+    model, card = trained()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    Deployable(model, card)
+    assert model.training and all(parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+# --- nothing half done ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def place(tmp_path) -> Path:
+    """A folder with files that former exports have left."""
+    for suffix in RUN:
+        (tmp_path / f"model{suffix}").write_text("a former export")
+    return tmp_path
+
+
+def export_for_test(monkeypatch, suffix: str, run, before=lambda: None) -> None:
+    """Replace PyTorch's exporter, which takes seconds: what it writes computes ``run``; ``before`` is called first."""
+
+    def write(deployable, example, path, about):
+        before()
+        path.write_text("a new export")
+
+    monkeypatch.setitem(export.FORMATS, suffix, (write, lambda path: run))
+
+
+def files_of(place: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in place.iterdir()}
+
+
+@pytest.mark.parametrize("wrong", ["zero", "nan", "shape", "one batch size"])
+@pytest.mark.parametrize("suffix", RUN)
+def test_a_file_that_gives_other_logits_is_not_kept(place, monkeypatch, suffix, wrong):
+    if suffix == ".onnx":
+        need_onnx()
+    model, card = trained()
+    right = Deployable(model, card)
+    given = {
+        "zero": lambda images: 0 * right(images),
+        "nan": lambda images: right(images) * torch.nan,
+        "shape": lambda images: right(images)[:, :1],
+        "one batch size": lambda images: right(images) + (2 * TOLERANCE if len(images) == 5 else 0),
+    }
+    export_for_test(monkeypatch, suffix, run=given[wrong])
+    before = files_of(place)
+    with pytest.raises(ValueError, match=rf"logits differ .* more than 0.0001, so model{suffix} is not written"):
+        export_model(model, card, place / f"model{suffix}")
+    assert files_of(place) == before
+
+
+@pytest.mark.parametrize("suffix", RUN)
+def test_an_export_that_fails_half_way_leaves_the_existing_file(place, monkeypatch, suffix):
+    if suffix == ".onnx":
+        need_onnx()
+
+    def fail(deployable, example, path, about):
+        path.write_text("half a fi")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(export.FORMATS, suffix, (fail, export.FORMATS[suffix][1]))
+    before = files_of(place)
+    with pytest.raises(OSError, match="No space left"):
+        export_model(*trained(), place / f"model{suffix}")
+    assert files_of(place) == before
+
+
+@pytest.mark.parametrize("name", ["model", "model.pt", "model.onnx.txt", "onnx", ".pt2"])
+def test_another_ending_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=r"cannot be written; name a file that ends in .onnx or .pt2\."):
+        export_model(*trained(), tmp_path / "new" / name)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_is_refused(tmp_path):
+    (tmp_path / "model.pt2").mkdir()
+    with pytest.raises(ValueError, match="cannot be written; name a file"):
+        export_model(*trained(), tmp_path / "model.pt2")
+
+
+def test_what_gives_the_same_logits_is_kept_and_missing_folders_are_made(place, monkeypatch):
+    model, card = trained()
+    export_for_test(monkeypatch, ".pt2", run=Deployable(model, card))
+    for path in (place / "model.pt2", place / "a" / "b" / "model.pt2"):
+        assert export_model(model, card, path) < 1e-6
+        assert path.read_text() == "a new export"
+    assert [path.name for path in (place / "a" / "b").iterdir()] == ["model.pt2"]
+
+
+def test_a_card_of_another_number_of_channels_is_refused(tmp_path):
+    model, _ = trained()
+    with pytest.raises(ValueError, match="The model takes images of shape"):
+        export_model(model, Card(CLASSES, (0.5,), (0.5,)), tmp_path / "model.pt2")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_too_large_for_one_onnx_file_is_refused_and_told_the_way_out(tmp_path, monkeypatch):
+    need_onnx()
+    monkeypatch.setattr(export, "_bytes", lambda module: 5 * 2**29)
+    with pytest.raises(ValueError, match=r"take 2\.5 GiB, and an ONNX file holds at most 2; name .* ends in \.pt2"):
+        export_model(*trained(), tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["onnx", "onnxruntime", "onnxscript"])
+def test_a_missing_package_is_one_sentence_with_the_way_out(tmp_path, monkeypatch, name):
+    for other in ("onnx", "onnxruntime", "onnxscript"):
+        monkeypatch.setitem(sys.modules, other, None if other == name else sys)
+    with pytest.raises(ModuleNotFoundError) as error:
+        export_model(*trained(), tmp_path / "model.onnx")
+    assert str(error.value) == (
+        f'{name} is not installed; install it with `pip install "vitlib[export]"`, or export to .pt2.'
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- quiet, but not deaf -------------------------------------------------------------------------------------------
+
+
+def test_warnings_that_are_not_chatter_are_shown(tmp_path, monkeypatch):
+    model, card = trained()
+    words = "this operator is computed in half precision"
+    export_for_test(monkeypatch, ".pt2", Deployable(model, card), lambda: warnings.warn(words, stacklevel=1))
+    with pytest.warns(UserWarning, match=words):
+        export_model(model, card, tmp_path / "model.pt2")
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    save_checkpoint(path, *trained())
+    return path
+
+
+def call(*words: object):
+    result = CliRunner().invoke(main, ["export", *map(str, words)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def test_the_command_prints_one_line_and_nothing_else(weights, tmp_path):
+    """In a process of its own, as its user sees it, whatever PyTorch's exporters write to stdout and stderr."""
+    need_onnx()
+    out = tmp_path / "model.onnx"
+    command = [sys.executable, "-m", "vitlib", "export", weights, out]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stderr == ""
+    (line,) = done.stdout.splitlines()
+    assert line.startswith(f"{out} ({out.stat().st_size / 1e6:.1f} MB) takes uint8 images [batch, 3, 8, 8] and gives ")
+    assert "logits [batch, 4]" in line and line.endswith("(allowed: 0.0001).")
+
+
+def test_the_command_says_the_measured_difference(weights, tmp_path, monkeypatch):
+    right = Deployable(*load_checkpoint(weights))
+    export_for_test(monkeypatch, ".pt2", run=lambda images: right(images) + 3e-5)
+    result = call(weights, tmp_path / "model.pt2")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.endswith("they differ from the model's by at most 3.0e-05 (allowed: 0.0001).\n")
+
+
+@pytest.mark.parametrize(
+    ("model", "out", "words"),
+    [
+        (None, "model.pth", "model.pth cannot be written; name a file that ends in .onnx or .pt2."),
+        ("absent.safetensors", "model.pt2", "There is no checkpoint at absent.safetensors"),
+        ("resnet", "model.pt2", "There are no pretrained weights named 'resnet'"),
+    ],
+)
+def test_a_wrong_word_is_one_line_and_exit_code_2(weights, tmp_path, model, out, words):
+    result = call(model or weights, tmp_path / out)
+    assert result.exit_code == 2 and words in result.stderr and result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_package_is_one_line_and_exit_code_2(weights, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    result = call(weights, tmp_path / "model.onnx")
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("Error: onnx is not installed")
+
+
+def test_importing_the_module_leaves_the_optional_packages_alone():
+    code = "import sys, vitlib.export; sys.exit(bool({'onnx', 'onnxruntime', 'onnxscript'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
