@@ -299,10 +299,11 @@ def test_the_tiny_vits_of_timm_give_equal_logits(name):
 
 
 @every_library
-def test_both_directions_give_independent_float32_copies_in_eval_mode(library):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_both_directions_give_independent_float32_copies_in_eval_mode(library, dtype):
     model = ours()
     for convert_it, source in ((TO[library], model), (FROM[library], TO[library](model))):
-        source = source.half().train()
+        source = source.to(dtype).train()
         before = {name: value.clone() for name, value in source.state_dict().items()}
         result = convert_it(source)
         assert not result.training
@@ -331,6 +332,12 @@ def test_a_model_without_patch_bias_goes_out_with_one_of_zeros(library):
     back = FROM[library](module).state_dict()
     assert not back.pop(convert.PATCH + "bias").any()
     assert same(model.state_dict(), back)
+
+
+def test_a_width_that_timms_ratio_would_round_down_goes_out_whole():
+    model = ours(em_dim=22, num_heads=2, ff_dim=15)
+    assert int(22 * (15 / 22)) == 14
+    assert_outputs_are_equal(convert.to_timm(model), model, images(model.config))
 
 
 def test_a_headless_image_classifier_of_hugging_face_is_a_model_without_classes():
@@ -380,18 +387,29 @@ def test_an_unknown_layout_lists_the_known_ones(call):
         convert.from_state_dict({}, "keras", num_heads=1)
 
 
+SINCE_TRANSFORMERS_5 = {
+    "layers.": "encoder.layer.",
+    "attention.q_proj": "attention.attention.query",
+    "attention.k_proj": "attention.attention.key",
+    "attention.v_proj": "attention.attention.value",
+    "attention.o_proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+
+
 @many_times
 @given(config=configurations("huggingface"))
 def test_the_spelling_of_transformers_4_is_read_and_written(config):
     torch.manual_seed(0)
     model = ours(**config)
-    state = convert.to_state_dict(model, "huggingface4")
-    five = convert.to_state_dict(model, "huggingface")
-    assert [tuple(value.shape) for value in state.values()] == [tuple(value.shape) for value in five.values()]
-    prefix = "vit." if config["num_classes"] else ""
-    assert f"{prefix}encoder.layer.0.attention.attention.query.weight" in state
+    state = {}
+    for name, value in convert.to_state_dict(model, "huggingface").items():
+        for new, old in SINCE_TRANSFORMERS_5.items():
+            name = name.replace(new, old)
+        state[name] = value
     assert convert._spelling(state) == "huggingface4"
-    assert convert._spelling(five) == "huggingface"
+    assert same(state, convert.to_state_dict(model, "huggingface4"))
     back = convert.from_state_dict(state, "huggingface4", num_heads=config["num_heads"], norm_eps=config["norm_eps"])
     assert same(model.state_dict(), back.state_dict())
 
@@ -465,6 +483,14 @@ def test_long_lists_of_entries_are_cut_and_counted():
         "blocks.0.mlp.fc1.weight, blocks.0.mlp.fc2.bias, blocks.0.mlp.fc2.weight, blocks.0.norm1.bias, "
         "blocks.0.norm1.weight and 8 more; unknown: a); give the whole state dict, with nothing added."
     )
+
+
+def test_a_classifier_of_hugging_face_without_its_head_misses_it():
+    """The names begin with ``vit.`` only where there is one."""
+    state = convert.to_state_dict(ours(), "huggingface")
+    state = {name: value for name, value in state.items() if not name.startswith("classifier.")}
+    with pytest.raises(ValueError, match=r"\(missing: classifier.bias, classifier.weight\)"):
+        read(state, "huggingface")
 
 
 def test_a_block_that_is_left_out_is_missed():
@@ -603,15 +629,24 @@ def test_what_acts_in_training_only_is_no_hindrance():
 def test_a_model_of_timm_that_is_no_vit_is_refused(name, kind):
     timm = pytest.importorskip("timm", reason=NEEDED.format("timm"))
     text = refusal(convert.from_timm, timm.create_model(name, device="meta"))
-    assert f"{kind} cannot be converted; give timm's VisionTransformer itself." in text
+    assert f"{kind} cannot be converted; give the class VisionTransformer of timm." in text
 
 
 @every_library
 def test_a_module_of_another_kind_is_refused(library):
     BUILD[library](ours(norm_eps=1e-6).config)  # skips without the library
-    assert "torch.nn.modules.linear.Linear cannot be converted; give " in refusal(FROM[library], nn.Linear(2, 2))
+    assert "torch.nn.modules.linear.Linear cannot be converted; give the class " in refusal(
+        FROM[library], nn.Linear(2, 2)
+    )
     with pytest.raises(ValueError, match="Linear holds no ViTModel"):
         TO[library](nn.Linear(2, 2))
+
+
+@every_library
+def test_a_subclass_is_refused_since_it_may_compute_anything(library):
+    module = TO[library](ours())
+    module.__class__ = type("Variant", (type(module),), {})
+    assert "Variant cannot be converted" in refusal(FROM[library], module)
 
 
 @pytest.mark.parametrize(
@@ -640,8 +675,9 @@ def test_mask_tokens_other_poolers_and_other_classes_of_hugging_face_are_refused
     deit = transformers.DeiTForImageClassification(transformers.DeiTConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=8, patch_size=4
     ))  # fmt: skip
-    assert "DeiTForImageClassification cannot be converted; give transformers's" in refusal(
-        convert.from_huggingface, deit
+    assert (
+        "DeiTForImageClassification cannot be converted; give the class ViTForImageClassification of transformers or"
+        in refusal(convert.from_huggingface, deit)
     )
 
 

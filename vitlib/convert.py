@@ -633,9 +633,9 @@ def _library(module: str) -> ModuleType:
 
 def _check_class(module: nn.Module, *classes: type) -> None:
     if type(module) not in classes:  # a subclass may compute anything
-        expected = " or ".join(f"{kind.__module__.partition('.')[0]}'s {kind.__name__}" for kind in classes)
+        expected = " or ".join(f"{kind.__name__} of {kind.__module__.partition('.')[0]}" for kind in classes)
         raise ValueError(
-            f"{type(module).__module__}.{type(module).__name__} cannot be converted; give {expected} itself."
+            f"{type(module).__module__}.{type(module).__name__} cannot be converted; give the class {expected}."
         )
 
 
