@@ -1,6 +1,7 @@
 """The training commands: what they print and write, what they refuse, what they need."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +11,17 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from torch.nn.functional import one_hot
 
+from vitlib import plots
 from vitlib.__main__ import main
 from vitlib.checkpoint import load_checkpoint, load_pretrained, versions
+from vitlib.course import commands
 from vitlib.course.commands import finetune_command, pretrain_command
 from vitlib.course.parameters import PARAMETERS, check_parameters
 from vitlib.data import load_images
 from vitlib.model import create_model
+from vitlib.predict import confident_mistakes
 from vitlib.recipes import FINETUNING, RECIPES
 from vitlib.train import History, Training, evaluate
 
@@ -176,6 +181,138 @@ def test_finetune_with_random_weights_is_the_control(folder, tmp_path, freeze):
     assert moved == 0 if freeze else 0 < moved < 0.1
 
 
+# --- what finetune says about its errors ---------------------------------------------------------------------------
+
+
+def tune(folder: Path, run_dir: Path, weights: Path, **values: object) -> list[str]:
+    """The lines that a quick finetune prints, without its progress bars."""
+    settings = {**SMALL, "weights": weights / "pretrained.safetensors", "train_steps_per_epoch": 1, **values}
+    result = call("finetune", downstream=folder, run_dir=run_dir, **settings)
+    assert result.exit_code == 0, result.output
+    return [line for line in result.stdout.splitlines() if line and "%|" not in line]
+
+
+@pytest.fixture
+def confused(folder, monkeypatch):
+    """Logits by which four of the nine test images are mistakes, in place of the model's, which makes none."""
+    logits = 2.0 * one_hot(load_images(folder, "test").labels)
+    for number, confidence in ((1, 3.0), (4, 9.0), (5, 4.0), (8, 5.0)):
+        logits[number] = confidence * logits[number].roll(1)
+
+    def predict(model, images, card):
+        assert torch.equal(images, load_images(folder, "test").images) and model.config["num_classes"] == 3
+        return logits
+
+    monkeypatch.setattr(commands, "predict", predict)
+    return logits
+
+
+def test_finetune_leaves_figures_of_its_errors_and_names_them(pretrained, folder, tmp_path, monkeypatch, confused):
+    drawn = {}
+    for name in ("confusion", "confident_mistakes"):
+        draw = getattr(plots, name)
+        monkeypatch.setattr(plots, name, lambda *a, name=name, draw=draw: drawn.update({name: a}) or draw(*a))
+    _, figures, _ = tune(folder, tmp_path, pretrained[1])
+    assert figures == (
+        f"Which classes it confuses: {tmp_path / 'confusion.png'}. "
+        f"Where it is most sure and wrong: {tmp_path / 'mistakes.png'}."
+    )
+    for name in ("confusion.png", "mistakes.png"):
+        with Image.open(tmp_path / name) as picture:
+            picture.load()
+            assert picture.format == "PNG" and picture.width > 800
+    _, card = load_checkpoint(tmp_path / "finetuned.safetensors")
+    test = load_images(folder, "test")
+    labels, predictions, classes, about = drawn["confusion"]
+    assert torch.equal(labels, test.labels) and torch.equal(predictions, confused.argmax(1)) and classes == card.classes
+    assert about == f"9 test images, {card.record['test']['accuracy']:.1%} top-1"
+    worst = confident_mistakes(confused, test.labels)
+    images, labels, shown, classes, about = drawn["confident_mistakes"]
+    assert torch.equal(images, test.images[worst]) and torch.equal(labels, test.labels[worst])
+    assert torch.equal(shown, confused[worst]) and classes == card.classes
+    assert about == "most confident mistakes, 4 of 4: the true class and the predicted one"
+
+
+def test_the_command_that_finetune_ends_with_works(pretrained, folder, tmp_path):
+    run_dir = tmp_path / "my run"
+    words = shlex.split(tune(folder, run_dir, pretrained[1])[-1].removeprefix("Use it: "))
+    assert words == ["python", "-m", "vitlib", "predict", str(run_dir / "finetuned.safetensors"), "image.jpg"]
+    result = CliRunner().invoke(main, [*words[3:-1], str(folder / "test" / "red" / "0.png")])
+    assert result.exit_code == 0 and len(result.stdout.splitlines()) == 4
+
+
+def test_without_mistakes_finetune_says_so_and_removes_the_old_figure(pretrained, folder, tmp_path, monkeypatch):
+    test = load_images(folder, "test")
+    monkeypatch.setattr(commands, "predict", lambda *arguments: 9.0 * one_hot(test.labels))
+    (tmp_path / "mistakes.png").write_text("of an earlier training")
+    _, figures, _ = tune(folder, tmp_path, pretrained[1])
+    assert figures == (
+        f"Which classes it confuses: {tmp_path / 'confusion.png'}. On the test images it makes no mistake."
+    )
+    assert (tmp_path / "confusion.png").exists() and not (tmp_path / "mistakes.png").exists()
+
+
+def test_finetune_without_matplotlib_says_what_the_figures_need(pretrained, folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    score, figures, last = tune(folder, tmp_path, pretrained[1])
+    assert figures == (
+        "The figures confusion.png and mistakes.png need matplotlib; install it with `pip install matplotlib`."
+    )
+    assert "top-1" in score and last.startswith("Use it: ") and not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize("broken", ["confusion", "confident_mistakes"])
+def test_an_error_in_drawing_costs_one_line_and_not_the_training(
+    pretrained, folder, tmp_path, monkeypatch, confused, broken
+):
+    def fail(*arguments):
+        assert load_checkpoint(tmp_path / "finetuned.safetensors")[1].record["test"]["images"] == 9
+        raise RuntimeError("no font\nat all")
+
+    monkeypatch.setattr(plots, broken, fail)
+    score, figures, _ = tune(folder, tmp_path, pretrained[1])
+    assert "top-1" in score
+    assert figures == "The figures confusion.png and mistakes.png could not be drawn (RuntimeError: no font)."
+
+
+def test_finetune_says_what_another_image_size_means(pretrained, folder, tmp_path):
+    first, *_ = tune(folder, tmp_path, pretrained[1], image_size=12)
+    assert first == (
+        "The encoder knows images of 8x8 pixels (4 patches) and gets 12x12 (9 patches): its positions are "
+        "interpolated, and attention has 4 times as many weights."
+    )
+    model, _ = load_checkpoint(tmp_path / "finetuned.safetensors")
+    assert model.config["image_size"] == 12
+
+
+def test_finetune_says_nothing_of_the_image_size_that_the_encoder_knows(pretrained, folder, tmp_path):
+    assert len(tune(folder, tmp_path, pretrained[1])) == 3
+
+
+def test_finetune_refuses_an_image_size_that_the_patches_do_not_divide(pretrained, folder, tmp_path):
+    weights = pretrained[1] / "pretrained.safetensors"
+    result = call("finetune", downstream=folder, weights=weights, run_dir=tmp_path, **{**SMALL, "image_size": 10})
+    assert result.exit_code == 2 and result.stderr.startswith("Error: image_size=10 is not a multiple of patch_size=4")
+    assert result.stdout == ""
+
+
+def test_finetune_takes_a_folder_as_people_have_them(pretrained, tmp_path):
+    """Two classes, images of any size and kind, one class missing in test/, and what else lies about in folders."""
+    kinds = [("RGB", (30, 20), "jpg"), ("L", (9, 50), "png"), ("RGBA", (8, 8), "png"), ("P", (64, 64), "gif")]
+    for split, names in (("train", ("my cats", "$dogs$")), ("test", ("my cats",))):
+        for name in names:
+            (tmp_path / "mine" / split / name).mkdir(parents=True)
+            for number, (mode, size, suffix) in enumerate(3 * kinds):
+                picture = Image.effect_noise(size, 50 + number).convert("RGB").convert(mode)
+                picture.save(tmp_path / "mine" / split / name / f"{number}.{suffix}")
+            (tmp_path / "mine" / split / name / "Thumbs.db").write_bytes(b"")
+    # a gif is no image of torchvision's list: such files are passed over
+    score, figures, _ = tune(tmp_path / "mine", tmp_path / "run", pretrained[1])
+    assert "on the 9 test images" in score and "confusion.png" in figures
+    _, card = load_checkpoint(tmp_path / "run" / "finetuned.safetensors")
+    assert card.classes == ("$dogs$", "my cats")
+
+
 BAD = [
     ("pretrain", {"batch_size": 0}, "batch_size=0 is not allowed; give a whole number of at least 1"),
     ("pretrain", {"batch_size": "many"}, "batch_size='many' is not allowed; give a whole number"),
@@ -256,7 +393,7 @@ def test_options_are_parameters_of_the_course_with_defaults_that_are_allowed(nam
 
 def test_together_the_commands_have_every_parameter_that_is_not_about_notebooks():
     names = {option.name for command in COMMANDS.values() for option in command.params}
-    assert names == set(PARAMETERS) - {"dataset", "num_images", "seeds", "strict_checks"}
+    assert names == set(PARAMETERS) - {"dataset", "num_images", "official_weights", "seeds", "strict_checks"}
 
 
 def test_help_names_the_commands():
