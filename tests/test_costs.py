@@ -265,6 +265,7 @@ def test_h14_takes_no_memory_on_the_meta_device():
     [
         ({"image_size": 225}, 1, "image_size=225, patch_size=16"),
         ({"num_heads": 7}, 1, "em_dim=768, num_heads=7"),
+        ({"num_heads": 0}, 1, "num_heads=0"),
         ({}, 0, "batch_size=0"),
     ],
 )

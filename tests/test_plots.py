@@ -11,6 +11,7 @@ from matplotlib.text import Text
 
 from vitlib import plots
 from vitlib.checkpoint import PRETRAINED
+from vitlib.costs import Parts, costs, preset_config
 from vitlib.train import History
 
 IMAGES = torch.randint(256, (5, 3, 12, 12), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -35,6 +36,7 @@ BUDGETS = {
     "chance": 0.1,
     "about": "made-up trainings",
 }
+B16 = preset_config("B/16", 1000, drop=0)
 
 # every public function that draws, with arguments that make it draw all it can
 FIGURES = {
@@ -62,6 +64,7 @@ FIGURES = {
     ),
     "comparison": lambda: plots.comparison({"ours": [0.5, 0.6], "theirs": [0.3, 0.3]}, 0.1, "arms"),
     "label_budget": lambda: plots.label_budget(BUDGETS, 20),
+    "cost_breakdown": lambda: plots.cost_breakdown(IMAGES[0], costs(B16), costs(B16), "ViT-B/16", "a model"),
 }
 
 
@@ -129,6 +132,7 @@ def test_every_figure_has_a_title(name):
         ("confusion", {"predicted class", "true class", "% of the true class", "cat", "dog"}),
         ("confident_mistakes", {"mistakes", "true: dog\n88% cat", "true: cat\n73% dog"}),
         ("comparison", {"top-1 accuracy (%): a dot per seed, a bar at the mean", "ours", "theirs", "chance"}),
+        ("cost_breakdown", {"MLP", "197 tokens", "86.6 M parameters, 1.4 GB in training", "35.1 GFLOPs forward"}),
         ("label_budget", {"labelled images (logarithmic)", "top-1 accuracy (%)", "20", "2,000", "chance"}),
     ],
 )
@@ -484,3 +488,52 @@ def test_label_budget_reads_every_arm_at_the_chosen_budget(budget, readings):
 def test_label_budget_refuses_a_budget_that_was_not_measured():
     with pytest.raises(ValueError, match="budget=30 was not measured; choose one of 20, 2000"):
         plots.label_budget(BUDGETS, 30)
+
+
+def test_cost_breakdown_cuts_the_image_into_the_patches_that_are_counted():
+    figure = plots.cost_breakdown(IMAGES[0], costs({**B16, "patch_size": 56}), costs(B16), "ViT-B/16")
+    picture = figure.axes[0]
+    assert np.array_equal(drawn_image(picture), IMAGES[0].permute(1, 2, 0))
+    down, across = (lines.get_segments() for lines in picture.collections)
+    assert [segment[0, 0] for segment in down] == [segment[0, 1] for segment in across] == [0, 1, 2, 3, 4]
+    assert picture.images[0].get_extent() == [0, 4, 4, 0] and picture.get_title() == "4 x 4 = 16 patches"
+
+
+def test_cost_breakdown_draws_every_part_and_its_bars_fill_100_percent():
+    counted = costs({**B16, "pre_logits": 768})
+    shares = plots.cost_breakdown(IMAGES[0], counted, counted, "itself").axes[1]
+    assert sorted(field for fields in plots.COST_PARTS.values() for field in fields) == sorted(vars(Parts(*range(8))))
+    widths = {bars.get_label(): [bar.get_width() for bar in bars] for bars in shares.containers}
+    assert [sum(column) for column in zip(*widths.values(), strict=True)] == pytest.approx([100, 100, 100])
+    parameters, flops, kept = counted.parameters, counted.forward_flops, counted.activation_bytes
+    assert widths["MLP"] == pytest.approx([100 * parts.mlp / parts.total for parts in (parameters, flops, kept)])
+    heads = [100 * (parts.pre_logits + parts.classifier) / parts.total for parts in (parameters, flops, kept)]
+    assert widths["classifier"] == pytest.approx(heads)
+    starts = np.array([[bar.get_x() for bar in bars] for bars in shares.containers])
+    ends = starts + np.array(list(widths.values()))
+    assert np.allclose(starts[1:], ends[:-1]), "each begins where the one before ends"
+
+
+def test_cost_breakdown_gives_the_totals_as_multiples_of_the_reference():
+    large, small = costs({**B16, "image_size": 448, "em_dim": 384, "num_heads": 6, "ff_dim": 1536}), costs(B16)
+    totals = plots.cost_breakdown(IMAGES[0], large, small, "ViT-B/16 at 224").axes[2]
+    multiples = [
+        large.tokens / small.tokens,
+        large.parameters.total / small.parameters.total,
+        large.forward_flops.total / small.forward_flops.total,
+        large.activation_bytes.total / small.activation_bytes.total,
+    ]
+    assert [bar.get_x() + bar.get_width() for bar in totals.patches] == pytest.approx(multiples)
+    assert [text.get_text() for text in totals.texts] == ["3.98", "1/3.89", "1.29", "2"]
+    assert totals.get_xlabel() == "times ViT-B/16 at 224 (logarithmic)" and totals.get_xscale() == "log"
+
+
+@pytest.mark.parametrize(("side", "patch", "width"), [(224, 56, 192), (896, 8, 1280), (896, 8, 192), (224, 16, 768)])
+def test_words_of_cost_breakdown_neither_overlap_nor_leave_the_figure(side, patch, width):
+    sizes = {"image_size": side, "patch_size": patch, "em_dim": width, "num_heads": width // 64, "ff_dim": 4 * width}
+    title = f"{side} x {side} pixels in patches of {patch}, tokens of width {width}, 12 blocks"
+    figure = plots.cost_breakdown(IMAGES[0], costs({**B16, **sizes}), costs(B16), "ViT-B/16 at 224 pixels", title)
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in shown_texts(figure)]
+    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 <= figure.bbox.y1 for box in boxes)
+    assert not any(a.overlaps(b) for n, a in enumerate(boxes) for b in boxes[:n])

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vitlib import widgets
+from vitlib.costs import costs, preset_config
 from vitlib.records import recorded_curves, recorded_label_budgets
 
 PNG = b"\x89PNG"
@@ -97,6 +98,31 @@ def test_the_label_budget_slider_reaches_every_budget_and_changes_the_picture():
     assert len(pictures_of(slider, picture)) == 3
 
 
+def test_the_cost_explorer_starts_at_vit_b16_and_shows_the_cost_of_the_chosen_sizes(image, monkeypatch):
+    shown, draw = [], widgets.plots.cost_breakdown
+    monkeypatch.setattr(widgets.plots, "cost_breakdown", lambda *given: shown.append(given) or draw(*given))
+    controls, _ = controls_and_picture(widgets.cost_explorer(image))
+    assert {name: (len(control.options), control.value) for name, control in controls.items()} == {
+        "image size": (4, 224),
+        "patch size": (6, 16),
+        "width": (5, 768),
+    }
+    _, counted, reference, _, _ = shown[-1]
+    assert counted == reference == costs(preset_config("B/16", 1000, drop=0))
+    for name, value in {"image size": 448, "patch size": 32, "width": 384}.items():
+        controls[name].value = value
+    _, counted, same_reference, _, title = shown[-1]
+    chosen = {"image_size": 448, "patch_size": 32, "em_dim": 384, "num_heads": 6, "ff_dim": 1536}
+    assert counted == costs(preset_config("B/16", 1000, drop=0, **chosen)) and same_reference == reference
+    assert all(words in title for words in ("448 x 448", "patches of 32", "width 384"))
+
+
+@pytest.mark.parametrize("sizes", [{"image_sizes": [224, 250]}, {"patch_sizes": [16, 15]}, {"widths": [768, 200]}])
+def test_the_cost_explorer_refuses_sizes_that_cannot_be_combined_before_a_slider_moves(image, sizes):
+    with pytest.raises(ValueError, match="cannot be counted"):
+        widgets.cost_explorer(image, **sizes)
+
+
 def test_a_redraw_leaves_no_figure_behind(image):
     controls, _ = controls_and_picture(widgets.patch_sizes(image, [4, 8, 16]))
     controls["patch size"].value = 4
@@ -123,10 +149,11 @@ def every_widget():
         "03": widgets.stopping_epoch(recorded_curves(), 39),
         "04": widgets.label_budgets(recorded_label_budgets()),
         "05": widgets.head_browser(images, attention, "abcdefgh"),
+        "06": widgets.cost_explorer(photo),
     }
 
 
-@pytest.mark.parametrize("chapter", ["01", "02", "03", "04", "05"])
+@pytest.mark.parametrize("chapter", ["01", "02", "03", "04", "05", "06"])
 def test_a_slider_answers_at_once_and_leaves_no_figure_behind(chapter):
     controls, picture = controls_and_picture(every_widget()[chapter])
     for name, control in controls.items():

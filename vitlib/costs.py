@@ -18,7 +18,7 @@ Before such numbers are compared, two conventions have to be known:
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import torch
 
@@ -77,14 +77,14 @@ def costs(config: Mapping, batch_size: int = 1) -> Costs:
         batch_size: images that are computed at once.
 
     Raises:
-        ValueError: for sizes that do not divide, or a batch of none.
+        ValueError: for sizes that do not divide or are less than 1.
         TypeError: for an argument that the model does not have, or without ``num_classes``, as the model itself.
     """
     arguments = inspect.signature(ViTModel).bind(**config)
     arguments.apply_defaults()
     config = arguments.arguments
     S, P, D, H = (config[name] for name in ("image_size", "patch_size", "em_dim", "num_heads"))
-    if S % P or D % H or batch_size < 1:
+    if min(S, P, D, H, batch_size) < 1 or S % P or D % H:
         raise ValueError(
             f"image_size={S}, patch_size={P}, em_dim={D}, num_heads={H}, batch_size={batch_size} cannot be counted; "
             "choose a patch size that divides the image, heads that divide the width, and at least one image."
@@ -98,7 +98,7 @@ def costs(config: Mapping, batch_size: int = 1) -> Costs:
     forward = _forward_flops(**letters).times(batch_size)
     # The backward pass computes two products for each of the forward pass, one for either factor's gradient; images
     # need no gradient. (A fused attention computes queries with keys once more instead of storing the result.)
-    training = Parts(2 * forward.patch_embedding, *astuple(forward.times(3))[1:])
+    training = replace(forward.times(3), patch_embedding=2 * forward.patch_embedding)
     kept = _activations(**letters, drop=config["drop"], drop_path=config["drop_path"], pooling=config["pooling"])
     return Costs(N, N + 1, parameters, forward, training, kept.times(batch_size * FLOAT), 4 * FLOAT * parameters.total)
 

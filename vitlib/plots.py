@@ -4,6 +4,7 @@ A figure is displayed once, where a notebook names it last in a cell. Colours ar
 colour-blind readers can tell apart; maps of numbers use viridis and cividis, which also survive a grey printout.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import wraps
 
@@ -14,8 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.patheffects import withStroke
 from matplotlib.textpath import text_to_path
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator
 from torch import Tensor
+
+from .costs import Costs
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLE = {
@@ -558,3 +561,96 @@ def label_budget(record: Mapping, budget: int) -> Figure:
     read_at = f"with {budget:,} labelled images: mean (lowest to highest)"
     figure.legend(loc="outside lower center", ncols=2, title=read_at, frameon=False)  # there it hides no curve
     return figure
+
+
+COST_PARTS = {  # as they are drawn, from the image to the classifier: sums of fields of vitlib.costs.Parts
+    "embedding": ("patch_embedding", "positions"),
+    "attention: projections": ("projections",),
+    "attention: products": ("products",),
+    "MLP": ("mlp",),
+    "norms": ("norms",),
+    "classifier": ("pre_logits", "classifier"),
+}
+
+
+@_styled
+def cost_breakdown(image: Tensor, costs: Costs, reference: Costs, name: str, title: str = "") -> Figure:
+    """What a ViT costs for one image: the image cut into its patches, the shares of the parts, and below, the totals as
+    multiples of another model's.
+
+    Args:
+        image: uint8 ``[C, S, S]``, of any size: it is cut into as many patches as ``costs`` counts.
+        costs: from :func:`vitlib.costs.costs`, for one image.
+        reference: the same of the model to compare with, which the axis calls ``name``.
+    """
+    # margins by hand: to find them takes as long as to draw, and a slider redraws this figure
+    figure = plt.figure(figsize=(WIDEST, 6), layout="none")
+    places = (0.02, 0.42, 0.34, 0.46), (0.53, 0.58, 0.45, 0.3), (0.37, 0.1, 0.56, 0.2)
+    picture, shares, totals = (figure.add_axes(place) for place in places)
+    figure.suptitle(title, y=0.985)
+    _cut(picture, image, math.isqrt(costs.patches))
+    _cost_shares(shares, costs)
+    _cost_totals(totals, costs, reference)
+    totals.set_xlabel(f"times {name} (logarithmic)")
+    return figure
+
+
+def _cut(ax, image: Tensor, columns: int) -> None:
+    """A square image with the outlines of ``columns`` x ``columns`` patches, thinner where there are many."""
+    ax.imshow(_picture(image), cmap="gray", vmin=0, vmax=255, extent=(0, columns, columns, 0))
+    edges, style = range(columns + 1), {"colors": "white", "linewidth": min(0.8, 40 / columns)}
+    ax.vlines(edges, 0, columns, **style)
+    ax.hlines(edges, 0, columns, **style)
+    _without_ticks(ax)
+    ax.set_title(f"{columns} x {columns} = {columns**2:,} patches")
+
+
+def _cost_shares(ax, costs: Costs) -> None:
+    """A bar for each quantity, divided among the parts; a share is written where there is room."""
+    bars = {
+        "parameters": costs.parameters, "FLOPs, forward": costs.forward_flops, "activations": costs.activation_bytes,
+    }  # fmt: skip
+    starts = [0.0] * len(bars)
+    for (part, fields), colour in zip(COST_PARTS.items(), COLOURS, strict=False):
+        percent = [100 * sum(getattr(parts, field) for field in fields) / parts.total for parts in bars.values()]
+        drawn = ax.barh(range(len(bars)), percent, 0.7, starts, color=colour, label=part)
+        words = "white" if part in ("embedding", "attention: projections") else "black"  # on the darker colours
+        ax.bar_label(
+            drawn, [f"{share:.0f}" if share >= 5 else "" for share in percent], label_type="center", color=words
+        )
+        starts = [start + share for start, share in zip(starts, percent, strict=True)]
+    _rows(ax, bars)
+    ax.set(xlim=(0, 100), title="which parts cost it (%)")
+    ax.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.4, -0.13), fontsize=10)
+
+
+def _cost_totals(ax, costs: Costs, reference: Costs) -> None:
+    """A bar for each total, from the reference's to the model's, on an axis that does not move."""
+    scaled = EngFormatter(places=1)
+    parameters, flops, kept = costs.parameters.total, costs.forward_flops.total, costs.activation_bytes.total
+    multiples = {
+        f"{costs.tokens:,} tokens": costs.tokens / reference.tokens,
+        f"{scaled(parameters)} parameters, {scaled(costs.state_bytes)}B in training": (
+            parameters / reference.parameters.total
+        ),
+        f"{scaled(flops)}FLOPs forward": flops / reference.forward_flops.total,
+        f"{scaled(kept)}B of activations in training": kept / reference.activation_bytes.total,
+    }
+    ax.barh(range(len(multiples)), [times - 1 for times in multiples.values()], 0.7, 1, color=COLOURS[0])
+    for row, times in enumerate(multiples.values()):
+        written = f"{times:.3g}" if times >= 1 else f"1/{1 / times:.3g}"
+        x, side = (5, "left") if times >= 1 else (-5, "right")
+        ax.annotate(written, (times, row), xytext=(x, 0), textcoords="offset points", ha=side, va="center")
+    ax.axvline(1, color=COLOURS[6], linewidth=1)
+    ax.set_xscale("log")
+    ax.set_xticks([0.001, 0.01, 0.1, 1, 10, 100, 1000], ["1/1000", "1/100", "1/10", "1", "10", "100", "1000"])
+    ax.set_xticks([], minor=True)
+    _rows(ax, multiples)
+    ax.set(xlim=(0.0006, 1800), title="in all, for one image")
+
+
+def _rows(ax, names) -> None:
+    """Names of horizontal bars, the first on top."""
+    ax.set_yticks(range(len(names)), names)
+    ax.tick_params(axis="y", length=0)
+    ax.invert_yaxis()

@@ -6,6 +6,7 @@ Works with ipywidgets 7 (Colab) and 8.
 
 import io
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 
 import ipywidgets
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from . import plots
+from .costs import Costs, costs, preset_config
 from .explain import query_attention, with_temperature
 
 TEMPERATURES = (0.25, 0.5, 1, 2, 4)  # of a softmax; 1 changes nothing
@@ -121,3 +123,42 @@ def label_budgets(record: Mapping) -> ipywidgets.VBox:
     budgets = list(next(iter(record["arms"].values())))
     slider = _control(ipywidgets.SelectionSlider, budgets, budgets[len(budgets) // 2], "labelled images")
     return explorer(lambda budget: plots.label_budget(record, budget), budget=slider)
+
+
+def cost_explorer(
+    image: Tensor,
+    image_sizes: Sequence[int] = (224, 448, 672, 896),
+    patch_sizes: Sequence[int] = (8, 14, 16, 28, 32, 56),
+    widths: Sequence[int] = (192, 384, 768, 1024, 1280),
+) -> ipywidgets.VBox:
+    """Sliders over image size, patch size and width, above what a ViT of 12 blocks then costs, beside ViT-B/16 at 224
+    pixels, where the sliders start. Heads are 64 wide and the MLP four times as wide as a token, as in ViT-B/16.
+
+    Args:
+        image: uint8 ``[C, S, S]``, shown cut into patches; it need not have any of these sizes.
+        image_sizes, patch_sizes: every patch size has to divide every image size.
+        widths: multiples of 64.
+
+    Raises:
+        ValueError: for sizes that cannot be combined.
+    """
+    base = preset_config("B/16", 1000, drop=0)
+
+    def costs_of(image_size: int, patch_size: int, width: int) -> Costs:
+        sizes = {"image_size": image_size, "patch_size": patch_size}
+        return costs({**base, **sizes, "em_dim": width, "num_heads": width // 64, "ff_dim": 4 * width})
+
+    for sizes in product(image_sizes, patch_sizes, widths):
+        costs_of(*sizes)  # a slider's error would be swallowed
+
+    def draw(image_size: int, patch_size: int, width: int) -> Figure:
+        counted = costs_of(image_size, patch_size, width)
+        title = f"{image_size} x {image_size} pixels in patches of {patch_size}, tokens of width {width}, 12 blocks"
+        return plots.cost_breakdown(image, counted, costs(base), "ViT-B/16 at 224 pixels", title)
+
+    return explorer(
+        draw,
+        image_size=_control(ipywidgets.SelectionSlider, image_sizes, 224, "image size"),
+        patch_size=_control(ipywidgets.SelectionSlider, patch_sizes, 16, "patch size"),
+        width=_control(ipywidgets.SelectionSlider, widths, 768, "width"),
+    )
