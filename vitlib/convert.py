@@ -190,6 +190,7 @@ def from_state_dict(
         ValueError: listing the entries that are missing, unknown or of a shape that does not go with the others.
     """
     theirs_of = {ours: theirs for theirs, ours in _table(layout)}
+    # "vit." is in front of Hugging Face's names only where a classifier stands beside
     head = any(name.startswith((theirs_of[HEAD], "vit.")) for name in state)
     pre_logits = _has_pre_logits(layout, head) and any(name.startswith(theirs_of[PRE_LOGITS]) for name in state)
     start = theirs_of[BLOCK + "norm1."].partition("{}")[0].removeprefix("" if head else "vit.")
@@ -199,7 +200,7 @@ def from_state_dict(
     _check_entries(layout, missing=[name for name in known if name not in state], unknown=[*state.keys() - known])
 
     config = _sizes(state, pairs, layout) | {"num_heads": num_heads, "norm_eps": norm_eps, "pooling": pooling}
-    with torch.device("meta"):  # no time and no memory for random weights that are replaced at once
+    with torch.device("meta"):  # spares time and memory for random weights that are replaced at once
         model = ViTModel(**config, drop=0.0, patch_bias=True)
     expected = _renamed(model.state_dict(), pairs, layout, num_heads)
     shapes = [(name, list(state[name].shape), list(expected[name].shape)) for name in known]
@@ -224,14 +225,16 @@ def to_state_dict(model: nn.Module, layout: str) -> dict[str, Tensor]:
     Raises:
         ValueError: naming the options of the model that the other library does not have.
     """
+    _table(layout)  # an unknown one is refused first
     model = unwrap(model)
     config = model.config
+    head, pre_logits = config["num_classes"] > 0, config["pre_logits"] is not None
     parts = []
     if not config["norm_first"]:
         parts.append("norm_first=False")
     if config["pooling"] != "cls" and layout != "timm":
         parts.append(f"pooling={config['pooling']!r}")
-    if config["pre_logits"] and not _has_pre_logits(layout, head := config["num_classes"] > 0):
+    if pre_logits and not _has_pre_logits(layout, head):
         parts.append(f"pre_logits={config['pre_logits']}" + (" before a classifier" if head else ""))
     if layout == "npz" and _norm_eps(model) != 1e-6:  # such a file holds weights only, and Google's code has one eps
         parts.append(f"norm_eps={_norm_eps(model)}")
@@ -240,7 +243,7 @@ def to_state_dict(model: nn.Module, layout: str) -> dict[str, Tensor]:
             f"{_LIBRARIES[layout]} has no counterpart of {', '.join(parts)}; keep such a model with "
             "vitlib.checkpoint.save_checkpoint."
         )
-    pairs = names(layout, config["num_layers"], head=config["num_classes"] > 0, pre_logits=bool(config["pre_logits"]))
+    pairs = names(layout, config["num_layers"], head=head, pre_logits=pre_logits)
     state = model.state_dict()
     state.setdefault(PATCH + "bias", state[PATCH + "weight"].new_zeros(config["em_dim"]))
     return {name: _copy(part) for name, part in _renamed(state, pairs, layout, config["num_heads"]).items()}
