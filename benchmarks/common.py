@@ -117,6 +117,29 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(cells).rstrip() for cells in aligned)
 
 
+def mean_and_range(shares: Sequence[float]) -> str:
+    """The mean, the lowest and the highest in percent, ``41.3 (40.9 to 41.8)``; "-" of nothing."""
+    if not shares:
+        return "-"
+    percent = [100 * share for share in shares]
+    return f"{statistics.mean(percent):.1f} ({min(percent):.1f} to {max(percent):.1f})"
+
+
+def draw(data: LabelledImages, budget: int, seed: int) -> LabelledImages:
+    """``budget`` images of ``data``, class after class in turn. Raises ValueError if the classes cannot share it."""
+    each = budget // len(data.classes)
+    fewest = data.labels.bincount(minlength=len(data.classes)).min().item()
+    if each * len(data.classes) != budget or not 0 < each <= fewest:
+        raise ValueError(
+            f"a budget of {budget} images is not to be had; give multiples of {len(data.classes)} (the number of "
+            f"classes) up to {fewest * len(data.classes)}."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    members = [torch.nonzero(data.labels == label).flatten() for label in range(len(data.classes))]
+    drawn = [indices[torch.randperm(len(indices), generator=generator)[:each]] for indices in members]
+    return data.subset(torch.stack(drawn, 1).flatten())
+
+
 def random_images(count: int, size: int = 32) -> LabelledImages:
     """``count`` images of noise in 100 classes, of CIFAR-100's size unless told otherwise."""
     generator = torch.Generator().manual_seed(0)
@@ -133,6 +156,21 @@ def write_json(path: str | Path | None, content: dict) -> None:
         temporary.write_text(json.dumps(content, indent=1))
 
 
+def finished(path: str | Path | None, settings: dict) -> dict:
+    """The record of measurements at ``path`` that is to be gone on with; empty if there is none.
+
+    Raises:
+        ValueError: if it was measured with other settings.
+    """
+    if path is None or not Path(path).exists():
+        return {}
+    record = json.loads(Path(path).read_text())
+    differing = [name for name, value in settings.items() if record["settings"].get(name) != value]
+    if differing:
+        raise ValueError(f"{path} was measured with another {', '.join(differing)}; give --out another file.")
+    return record
+
+
 def _device(context, option, name: str) -> torch.device:
     try:
         return resolve_device(name)
@@ -143,6 +181,18 @@ def _device(context, option, name: str) -> torch.device:
 def whole_number(flag: str, default: int | None, help: str, least: int = 1):
     """A click option for a whole number of at least ``least``."""
     return click.option(flag, default=default, show_default=True, type=click.IntRange(min=least), help=help)
+
+
+def whole_numbers(flag: str, default: str, help: str):
+    """A click option for whole numbers separated by commas, of which it makes a list in rising order."""
+
+    def split(context, option, text: str) -> list[int]:
+        words = text.split(",")
+        if not all(word.strip().isdecimal() for word in words):
+            raise click.BadParameter(f"{text!r} is not a list of whole numbers such as 20,50,100.")
+        return sorted({int(word) for word in words})
+
+    return click.option(flag, default=default, show_default=True, callback=split, help=help)
 
 
 def names_option(flag: str, known: Collection[str], default: str, help: str):

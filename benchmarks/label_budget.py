@@ -13,8 +13,6 @@ augmentation; all arms of one seed have the same images, and its smaller budgets
 The file is written after every training. Started again, the script trains only what the file does not have yet.
 """
 
-import json
-import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,21 +49,6 @@ ARMS = {
 }
 
 
-def draw(data: LabelledImages, budget: int, seed: int) -> LabelledImages:
-    """``budget`` images of ``data``, class after class in turn. Raises ValueError if the classes cannot share it."""
-    each = budget // len(data.classes)
-    fewest = data.labels.bincount(minlength=len(data.classes)).min().item()
-    if each * len(data.classes) != budget or not 0 < each <= fewest:
-        raise ValueError(
-            f"a budget of {budget} images is not to be had; give multiples of {len(data.classes)} (the number of "
-            f"classes) up to {fewest * len(data.classes)}."
-        )
-    generator = torch.Generator().manual_seed(seed)
-    members = [torch.nonzero(data.labels == label).flatten() for label in range(len(data.classes))]
-    drawn = [indices[torch.randperm(len(indices), generator=generator)[:each]] for indices in members]
-    return data.subset(torch.stack(drawn, 1).flatten())
-
-
 def accuracy(
     arm: Arm,
     pretrained: nn.Module,
@@ -99,52 +82,20 @@ def missing(arms: dict[str, dict[str, list[float]]], budgets: list[int], seeds: 
                     yield name, budget, seed
 
 
-def finished(out: str | None, settings: dict) -> dict[str, dict[str, list[float]]]:
-    """The accuracies that the file at ``out`` has, per arm and budget those of seeds 0, 1 and so on.
-
-    Raises:
-        ValueError: if they were measured with other settings.
-    """
-    if out is None or not Path(out).exists():
-        return {}
-    record = json.loads(Path(out).read_text())
-    differing = [name for name, value in settings.items() if record["settings"].get(name) != value]
-    if differing:
-        raise ValueError(f"{out} was measured with another {', '.join(differing)}; give --out another file.")
-    return record["arms"]
-
-
 def summary(arms: dict[str, dict[str, list[float]]]) -> str:
     """A row per budget: the mean over the seeds, the lowest and the highest accuracy of each arm, in percent."""
     budgets = sorted({budget for accuracies in arms.values() for budget in accuracies}, key=int)
-    rows = [[budget, *(_spread(accuracies.get(budget, [])) for accuracies in arms.values())] for budget in budgets]
+    rows = [
+        [budget, *(common.mean_and_range(accuracies.get(budget, [])) for accuracies in arms.values())]
+        for budget in budgets
+    ]
     return common.table(["images", *arms], rows)
-
-
-def _spread(accuracies: list[float]) -> str:
-    if not accuracies:
-        return "-"
-    percent = [100 * accuracy for accuracy in accuracies]
-    return f"{statistics.mean(percent):.1f} ({min(percent):.1f} to {max(percent):.1f})"
-
-
-def _budgets(context, option, text: str) -> list[int]:
-    words = text.split(",")
-    if not all(word.strip().isdecimal() for word in words):
-        raise click.BadParameter(f"{text!r} is not a list of whole numbers such as 20,50,100.")
-    return sorted({int(word) for word in words})
 
 
 @click.command()
 @click.option("--downstream", default="shapes10", show_default=True, help="A data set's name, or a folder of images.")
 @click.option("--weights", default="shapes100-mini", show_default=True, help="A shipped encoder, or a checkpoint file.")
-@click.option(
-    "--budgets",
-    default="20,50,100,200,500,1000,2000",
-    show_default=True,
-    callback=_budgets,
-    help="Numbers of labelled images, separated by commas.",
-)
+@common.whole_numbers("--budgets", "20,50,100,200,500,1000,2000", "Numbers of labelled images, separated by commas.")
 @common.whole_number("--seeds", 3, "Repetitions, each with other labelled images.")
 @common.whole_number("--steps", 63, f"Training steps of {BATCH_SIZE} images; 63 are one pass over 2,000.")
 @common.device_option
@@ -158,8 +109,8 @@ def main(downstream, weights, budgets, seeds, steps, device, out) -> None:
         names = {"encoder": Path(weights).name, "downstream": Path(downstream).name}
         settings = {**names, "recipe": RECIPE, "steps": steps, "batch_size": BATCH_SIZE}
         settings |= {"classes": len(train.classes), "test_images": len(test)}
-        arms = finished(out, settings)
-        subsets = {(budget, seed): draw(train, budget, seed) for budget in budgets for seed in range(seeds)}
+        arms = common.finished(out, settings).get("arms", {})
+        subsets = {(budget, seed): common.draw(train, budget, seed) for budget in budgets for seed in range(seeds)}
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
     command = (

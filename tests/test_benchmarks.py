@@ -14,10 +14,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitlib.augment import CIFAR10_MEAN, CIFAR10_STD, crop_and_flip, normalise
+from vitlib.costs import costs, preset_config
 from vitlib.data import LabelledImages
-from vitlib.model import create_model
+from vitlib.model import count_parameters, create_model
 from vitlib.recipes import FINETUNING, RECIPES
-from vitlib.train import History
+from vitlib.train import History, Training
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # scripts find each other in their own folder
@@ -29,6 +30,7 @@ import peers  # noqa: E402
 import pretraining_speed  # noqa: E402
 import throughput  # noqa: E402
 import time_to_accuracy  # noqa: E402
+import vit_against_cnn  # noqa: E402
 
 
 def run(script, *arguments: object) -> str:
@@ -286,11 +288,11 @@ def seven_images_of_two_classes() -> LabelledImages:
 
 def test_a_label_budget_is_drawn_evenly_and_smaller_ones_are_part_of_larger_ones():
     data = seven_images_of_two_classes()
-    draws = {seed: label_budget.draw(data, 6, seed) for seed in range(5)}
+    draws = {seed: common.draw(data, 6, seed) for seed in range(5)}
     for seed, drawn in draws.items():
         assert drawn.labels.tolist() == [0, 1, 0, 1, 0, 1]
         assert len(drawn.images.unique()) == 6
-        assert torch.equal(label_budget.draw(data, 2, seed).images, drawn.images[:2])
+        assert torch.equal(common.draw(data, 2, seed).images, drawn.images[:2])
         assert torch.equal(data.labels[drawn.images.flatten().long()], drawn.labels)
     assert len({tuple(drawn.images.flatten().tolist()) for drawn in draws.values()}) > 1
 
@@ -298,7 +300,7 @@ def test_a_label_budget_is_drawn_evenly_and_smaller_ones_are_part_of_larger_ones
 @pytest.mark.parametrize("budget", [0, 3, 8])
 def test_a_label_budget_that_cannot_be_drawn_evenly_is_refused(budget):
     with pytest.raises(ValueError, match=f"a budget of {budget} images .* multiples of 2 .* up to 6"):
-        label_budget.draw(seven_images_of_two_classes(), budget, seed=0)
+        common.draw(seven_images_of_two_classes(), budget, seed=0)
 
 
 def test_label_budget_arms_train_what_they_say(monkeypatch):
@@ -368,3 +370,152 @@ def test_label_budget_of_few_images_is_taken_up_where_it_was(tmp_path):
     assert refused.exit_code == 1 and "was measured with another downstream, steps" in refused.output
     refused = CliRunner().invoke(label_budget.main, ["--budgets", "20,some"])
     assert refused.exit_code == 2 and "not a list of whole numbers" in refused.output
+
+
+def test_the_cnn_has_the_parameters_of_the_vit_and_each_knows_what_it_computes():
+    vit, cnn = (vit_against_cnn.description(name, 100) for name in vit_against_cnn.NAMES)
+    assert vit["parameters"] == 3_218_020 and vit["what"] == "preset small"
+    assert vit["forward_flops"] == costs(preset_config("small", 100)).forward_flops.total
+    assert abs(cnn["parameters"] / vit["parameters"] - 1) < 0.01 and cnn["what"] == "ResNet-20, width 55"
+    # three stages: 6 convolutions in each, the first of the later two with half of the inputs and a 1x1 beside it
+    products = sum(
+        (side * width) ** 2 * (6 * 9 if side == 32 else 5 * 9 + 9 / 2 + 1 / 2)
+        for side, width in ((32, 55), (16, 110), (8, 220))
+    )
+    assert cnn["forward_flops"] == 2 * (products + 32 * 32 * 55 * 3 * 9 + 220 * 100)
+
+
+def test_the_cnn_is_the_residual_network_for_cifar():
+    """He et al. 2016, section 4.2: at width 16 and 10 classes 0.27 million parameters, and 20 layers with weights."""
+    cnn = vit_against_cnn.create_cnn(16, 10)
+    assert round(count_parameters(cnn) / 1e6, 2) == 0.27
+    layers = [layer for layer in cnn.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    assert len([layer for layer in layers if not (isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1))]) == 20
+    x, shapes = torch.zeros(2, 3, 32, 32), []
+    for part in cnn:
+        x = part(x)
+        shapes.append(tuple(x.shape[1:]))
+    assert shapes == [(16, 32, 32)] * 4 + [(32, 16, 16)] * 3 + [(64, 8, 8)] * 3 + [(10,)]
+
+
+def test_a_block_adds_its_input_to_what_it_computes():
+    block = vit_against_cnn.Block(4, 4, stride=1)
+    nn.init.zeros_(block.convolutions[-1].weight)
+    x = torch.randn(2, 4, 8, 8)
+    assert torch.equal(block(x), x.relu())
+
+
+def test_a_cnn_that_cannot_be_as_large_is_refused():
+    with pytest.raises(ValueError, match="width 1 has .* parameters, which is not within 1 % of the ViT's 2,000;"):
+        vit_against_cnn.matching_width(2_000, 10)
+
+
+def test_both_models_see_the_same_images_and_are_scored_on_what_they_say(monkeypatch):
+    """Eight images for three steps of four: every one once, half of them twice; and all of one seed alike."""
+    images = LabelledImages(
+        torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1).expand(8, 3, 32, 32), torch.arange(8) % 2, ("a", "b")
+    )
+    seen, scores, step = {}, [], Training.step
+
+    def note(self, shown, labels, drawn, size):
+        numbers = [value for values in drawn.values() for value in values.tolist()]
+        seen.setdefault((name, seed), []).append((shown[:, 0, 0, 0].tolist(), numbers, self.recipe))
+        step(self, shown, labels, drawn, size)
+
+    monkeypatch.setattr(Training, "step", note)
+    monkeypatch.setattr(
+        vit_against_cnn, "evaluate", lambda model, data, card: scores.append(len(data)) or {"accuracy": len(data)}
+    )
+    how = {"batch_size": 4, "device": torch.device("cpu"), "precision": "float32"}
+    for name, seed in (("ViT", 0), ("CNN", 0), ("CNN", 1)):
+        result = vit_against_cnn.train_once(
+            name, images, images.subset([0, 1, 2]), vit_against_cnn.RECIPE, 3, seed=seed, **how
+        )
+        assert result == {"accuracy": 3, "train_accuracy": 12}
+    assert seen["ViT", 0] == seen["CNN", 0] != seen["CNN", 1]
+    assert sorted(sum((shown for shown, _, _ in seen["ViT", 0]), [])) == sorted([*range(8), *range(4)])
+
+
+def test_learning_rates_are_chosen_on_images_that_are_not_trained_on():
+    labels = torch.arange(200) // 50  # sorted by class, as in a folder
+    data = LabelledImages(torch.arange(200, dtype=torch.uint8).view(200, 1, 1, 1), labels, tuple("abcd"))
+    others, validation = vit_against_cnn.set_aside(data)
+    assert validation.labels.tolist() == [0, 1, 2, 3] and len(others) == 196
+    assert not set(others.images.flatten().tolist()) & set(validation.images.flatten().tolist())
+    assert set(others.labels[:20].tolist()) == {0, 1, 2, 3}
+
+
+def test_each_model_takes_its_own_best_rate_and_of_equals_the_lowest(monkeypatch):
+    shares = {"ViT": [0.2, 0.3, 0.1], "CNN": [0.1, 0.4, 0.4]}
+    rates, asked = [1e-4, 1e-3, 1e-2], []
+
+    def scripted(name, images, scored, recipe, steps, **how):
+        asked.append((name, recipe.learning_rate, steps, how))
+        return {"accuracy": shares[name][rates.index(recipe.learning_rate)]}
+
+    monkeypatch.setattr(vit_against_cnn, "train_once", scripted)
+    record = {"models": {"ViT": {}, "CNN": {}}, "sweep": {"ViT": {"0.0001": 0.5}, "CNN": {}}}
+    saved = []
+    data = LabelledImages(torch.zeros(8, 1, 1, 1, dtype=torch.uint8), torch.arange(8) % 2, ("a", "b"))
+    vit_against_cnn.choose_rates(
+        record, data, rates, 7, lambda: saved.append(len(record["sweep"]["CNN"])), batch_size=3
+    )
+    assert {name: facts["learning_rate"] for name, facts in record["models"].items()} == {"ViT": 1e-4, "CNN": 1e-3}
+    assert record["sweep"]["CNN"] == {"0.0001": 0.1, "0.001": 0.4, "0.01": 0.4}
+    assert len(asked) == 5 and all(steps == 7 and how == {"seed": 0, "batch_size": 3} for *_, steps, how in asked)
+    assert saved[:5] == [1, 1, 2, 2, 3], "the file is written after every training"
+
+
+def test_vit_against_cnn_of_few_images_is_taken_up_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(vit_against_cnn, "ROUNDS", 1)
+    monkeypatch.setattr(vit_against_cnn, "STEPS_PER_ROUND", 1)
+    out = tmp_path / "out.json"
+    arguments = [
+        "--upstream", black_and_white(tmp_path), "--sizes", "4,2", "--steps", 2, "--batch-size", 2, "--rates", "1e-3",
+        "--sweep-steps", 1, "--device", "cpu", "--out", out,
+    ]  # fmt: skip
+    output = run(vit_against_cnn, *arguments, "--seeds", 1)
+    assert output.count("of the validation images") == 2 and output.count("seed 0, ") == 4
+    assert "loss" in output and "images/s" in output
+    first = json.loads(out.read_text())
+    assert first["settings"].items() >= {"upstream": "images", "classes": 2, "test_images": 6, "steps": 2}.items()
+    assert {name: list(cells) for name, cells in first["trainings"].items()} == {"ViT": ["2", "4"], "CNN": ["2", "4"]}
+    assert set(first["images_per_second"]) == set(first["models"]) == {"ViT", "CNN"}
+    assert str(tmp_path) not in out.read_text()
+    assert "--upstream images --sizes 2,4 --steps 2 --batch-size 2 --seeds 1 --rates 0.001 " in first["command"]
+
+    cell = {"accuracy": 0.25, "train_accuracy": 0.5}
+    for cells in first["trainings"].values():
+        cells["2"], cells["4"] = [cell] * 2, [cell] * 2
+    first["trainings"]["CNN"]["4"].pop()
+    out.write_text(json.dumps(first))
+    output = run(vit_against_cnn, *arguments, "--seeds", 2)
+    added = json.loads(out.read_text())["trainings"]["CNN"]["4"]
+    trained = [line for line in output.splitlines() if "of the test images" in line]
+    assert len(trained) == 1 and trained[0].startswith(f"seed 1, 4 images, CNN: {added[1]['accuracy']:.2%} of the test")
+    rows = [line.split() for line in output.splitlines() if line.startswith("2  ")]
+    assert [row[:4] for row in rows] == [["2", "ViT", "2", "25.0"], ["2", "CNN", "2", "25.0"]]
+    assert "The CNN has 2.19 times the FLOPs of the ViT and trains " in output
+
+    refused = CliRunner().invoke(vit_against_cnn.main, [str(word) for word in [*arguments, "--sweep-steps", 2]])
+    assert refused.exit_code == 1 and "was measured with another sweep_steps; give --out another file" in refused.output
+
+
+@pytest.mark.parametrize(
+    "arguments, code, words",
+    [
+        (
+            ["--sizes", "5", "--steps", "2", "--batch-size", "2"],
+            1,
+            "5 images has more than the 4 that 2 steps of 2 see",
+        ),
+        (["--sizes", "3", "--upstream", "shapes10"], 1, "a budget of 3 images is not to be had; give multiples of 10"),
+        (["--upstream", "nowhere"], 1, "'nowhere' is neither a data set nor a folder"),
+        (["--rates", "1e-3,fast"], 2, "'1e-3,fast' is not a list of numbers such as"),
+        (["--rates", "1e-3,0"], 2, "'1e-3,0' has learning rates that do not lie between 0 and 1"),
+        (["--sizes", "some"], 2, "'some' is not a list of whole numbers"),
+    ],
+)
+def test_vit_against_cnn_refuses_bad_arguments(arguments, code, words):
+    refused = CliRunner().invoke(vit_against_cnn.main, [*arguments, "--device", "cpu"])
+    assert refused.exit_code == code and words in " ".join(refused.output.split())

@@ -23,6 +23,7 @@ from vitlib.checkpoint import (
     save_checkpoint,
     transfer_encoder,
     unwrap,
+    without_wrappers,
 )
 from vitlib.files import written_whole
 from vitlib.model import ViTModel, interpolate_positions
@@ -147,7 +148,7 @@ def process_group(tmp_path):
     ],
 )
 def test_wrapped_models_are_taken_as_they_are(model, wrap, process_group):
-    assert unwrap(wrap(model)) is model
+    assert unwrap(wrap(model)) is without_wrappers(wrap(model)) is model
     moved = transfer_encoder(wrap(model), 4)
     assert torch.equal(moved.vit_encoder.layernorm.weight, model.vit_encoder.layernorm.weight)
 
@@ -155,6 +156,12 @@ def test_wrapped_models_are_taken_as_they_are(model, wrap, process_group):
 def test_a_model_without_a_vit_is_refused():
     with pytest.raises(ValueError, match="Linear holds no ViTModel"):
         unwrap(nn.Linear(2, 2))
+
+
+def test_a_part_of_a_model_that_is_called_module_is_no_wrapper():
+    model = nn.Sequential()
+    model.module = nn.Linear(2, 2)
+    assert without_wrappers(nn.DataParallel(model)) is model
 
 
 def test_shipped_weights_load_and_know_their_classes():

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from vitlib.model import ViTModel
 from vitlib.recipes import FINETUNING, RECIPES, Recipe, build_optimizers, named_recipe, rate_factor
@@ -14,7 +15,7 @@ TINY = {"num_layers": 3, "image_size": 8, "patch_size": 4, "em_dim": 16, "num_he
 PLAIN = Recipe(optimizer="adamw", learning_rate=1.0, weight_decay=0.5)
 
 
-def groups_of(model: ViTModel, recipe: Recipe) -> dict[str, tuple[torch.optim.Optimizer, dict]]:
+def groups_of(model: nn.Module, recipe: Recipe) -> dict[str, tuple[torch.optim.Optimizer, dict]]:
     """The optimiser and the group of every parameter by name."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
@@ -115,9 +116,21 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
     assert sum(isinstance(optimizer, torch.optim.Muon) for optimizer, _ in found.values()) == 4 * TINY["num_layers"]
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
+def test_models_that_are_no_vit_are_trained_whole_at_one_rate(optimizer):
+    """Decay falls on the weights of convolutions and linear layers, not on biases and norms; of SGD on everything."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    found = groups_of(model, replace(PLAIN, optimizer=optimizer, position_rate=5.0, matrix_rate=3.0))
+    assert set(found) == set(dict(model.named_parameters()))
+    decayed = {name for name, (_, group) in found.items() if group["weight_decay"]}
+    assert decayed == (set(found) if optimizer == "sgd" else {"0.weight", "3.weight"})
+    assert {group["lr"] for _, group in found.values()} == {1.0}
+
+
 @pytest.mark.parametrize(
     "call, words",
     [
+        (lambda: build_optimizers(nn.Linear(2, 2), replace(PLAIN, layer_decay=0.5)), "layer_decay=0.5 needs"),
         (lambda: build_optimizers(ViTModel(5, **TINY), replace(PLAIN, optimizer="lion")), "'lion' .*adamw or muon"),
         (lambda: rate_factor(replace(PLAIN, schedule="linear"), 5, 10), "schedule='linear' .*constant or cosine"),
         (lambda: named_recipe("secret", RECIPES), "recipe='secret' is not .*published, modern, .*give a Recipe"),

@@ -271,6 +271,29 @@ def test_fit_accepts_any_module_that_holds_a_vit(tmp_path):
     assert len(history.epochs) == 1
 
 
+def test_fit_trains_models_that_are_no_vit():
+    torch.manual_seed(0)
+    cnn = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 3))
+    data = coloured()
+    card = Card(data.classes, (0.4,) * 3, (0.2,) * 3)
+    history = fit(cnn, data, data, card, RECIPES["modern"], epochs=8, batch_size=16, progress=False)
+    assert history.epochs[-1]["validation_accuracy"] > 0.9
+
+
+def test_averaged_weights_come_with_the_running_statistics_of_batch_norm():
+    """Without them the kept model would normalise with mean 0 and variance 1, which its layers have never seen."""
+    data = coloured()
+    recipe = replace(RECIPES["modern"], learning_rate=0.1, average=0.5)
+    cnn = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 36, 3))
+    training = Training(cnn, Card(data.classes, (0.4,) * 3, (0.2,) * 3), recipe, 5)
+    for batch, size in zip(*reversed(training.epoch_batches(data, 1, 16, 4)), strict=True):
+        training.step(*batch, size)
+    kept, last = training.kept[1], training.model[1]
+    assert not torch.equal(kept.weight, last.weight)
+    assert torch.equal(kept.running_mean, last.running_mean) and torch.equal(kept.running_var, last.running_var)
+    assert kept.running_mean.abs().min() > 0 and kept.num_batches_tracked == 4
+
+
 def test_progress_bar_shows_loss_accuracy_and_speed(capsys):
     pretrain(coloured(), **quick(progress=True))
     shown = capsys.readouterr().out

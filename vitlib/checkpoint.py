@@ -63,20 +63,26 @@ def versions() -> dict[str, str]:
     return named | {"commit": commit}
 
 
+def without_wrappers(model: nn.Module) -> nn.Module:
+    """What is inside DataParallel, DistributedDataParallel or torch.compile, whatever their order: any module."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile
+            model = model._orig_mod
+        else:
+            return model
+
+
 def unwrap(model: nn.Module) -> ViTModel:
-    """The ViT inside DataParallel, DistributedDataParallel or torch.compile, whatever their order.
+    """The ViT inside the wrappers that :func:`without_wrappers` knows.
 
     Raises:
         ValueError: if there is no :class:`ViTModel` inside.
     """
-    inner = model
-    while not isinstance(inner, ViTModel):
-        if isinstance(getattr(inner, "module", None), nn.Module):  # DataParallel, DistributedDataParallel
-            inner = inner.module
-        elif isinstance(getattr(inner, "_orig_mod", None), nn.Module):  # torch.compile
-            inner = inner._orig_mod
-        else:
-            raise ValueError(f"{type(model).__name__} holds no ViTModel; give a ViTModel, wrapped or not.")
+    inner = without_wrappers(model)
+    if not isinstance(inner, ViTModel):
+        raise ValueError(f"{type(model).__name__} holds no ViTModel; give a ViTModel, wrapped or not.")
     return inner
 
 

@@ -128,14 +128,23 @@ def named_recipe(recipe: str | Recipe, known: dict[str, Recipe]) -> Recipe:
     return known[recipe]
 
 
-def build_optimizers(model: ViTModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """The recipe's optimiser over all parameters that are to be trained; for Muon two, that and AdamW.
 
     AdamW and Muon decay the weights of linear layers and convolutions only: biases, norms, CLS and positions have no
     scale that decay could keep small without harm. SGD decays everything, as the published system does.
+
+    A model other than a ViT is trained, too: what the recipe says about CLS, positions and the matrices of the blocks
+    finds nothing there.
+
+    Raises:
+        ValueError: for an unknown optimiser, or a layer decay for a model without the blocks of a ViT.
     """
     if recipe.optimizer not in ("sgd", "adamw", "muon"):
         raise ValueError(f"optimizer={recipe.optimizer!r} is not known; choose sgd, adamw or muon.")
+    if recipe.layer_decay != 1 and not isinstance(model, ViTModel):
+        raise ValueError(f"layer_decay={recipe.layer_decay} needs the blocks of a ViTModel; give a recipe without it.")
+    blocks = len(model.vit_encoder.encoder) if isinstance(model, ViTModel) else 0
     matrices: dict[tuple[float, float], list[nn.Parameter]] = {}
     others: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -144,7 +153,7 @@ def build_optimizers(model: ViTModel, recipe: Recipe) -> list[torch.optim.Optimi
         is_position = name.endswith(("cls_token", "position_embedding"))
         is_matrix = recipe.optimizer == "muon" and ".encoder." in name and parameter.ndim == 2
         decays = recipe.optimizer == "sgd" or (parameter.ndim > 1 and not is_position)
-        factor = recipe.layer_decay ** _layers_above(name, len(model.vit_encoder.encoder))
+        factor = recipe.layer_decay ** _layers_above(name, blocks)
         if is_matrix:
             factor *= recipe.matrix_rate
         elif is_position:

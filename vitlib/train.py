@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .augment import neighbours, normalise
-from .checkpoint import Card, ResumeFile, digest, save_checkpoint, transfer_encoder, unwrap, versions
+from .checkpoint import Card, ResumeFile, digest, save_checkpoint, transfer_encoder, versions, without_wrappers
 from .data import LabelledImages, channel_statistics, train_validation_split
 from .distributed import current_processes
 from .files import written_whole
@@ -163,6 +163,7 @@ def fit(
     """Train ``model`` in place and return what happened.
 
     Args:
+        model: a ViT, wrapped or not, or any other classifier that takes images ``[B, C, H, W]`` to logits.
         card: gives the normalisation.
         epochs: passes over the training images.
         batch_size: images per optimiser step, over all processes; the last batch of an epoch may be smaller.
@@ -249,7 +250,7 @@ class Training:
         self.device = next(model.parameters()).device
         self.processes = current_processes()
         self.autocast = resolve_precision(precision, self.device) == "bfloat16"
-        self.optimizers = build_optimizers(unwrap(model), recipe)
+        self.optimizers = build_optimizers(without_wrappers(model), recipe)
         self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         self.rates = [group["lr"] for group in self.groups]  # the highest of the schedule
         self.kept = copy.deepcopy(model) if recipe.average else model
@@ -371,6 +372,9 @@ class Training:
             # the first weights are random: they are forgotten quickly, and in short trainings altogether
             decay = min(self.recipe.average, (1 + step) / (10 + step))
             get_ema_multi_avg_fn(decay)(list(self.kept.parameters()), list(self.model.parameters()), None)
+            # a ViT has no buffers; the running statistics of batch norm are averages already
+            for kept, buffer in zip(self.kept.buffers(), self.model.buffers(), strict=True):
+                kept.copy_(buffer)
 
     def save(self, resume: ResumeFile) -> None:
         """Write all that is needed to go on from here exactly; every process must call this."""
@@ -380,8 +384,8 @@ class Training:
         if self.processes.is_first:
             resume.save(
                 {
-                    "model": unwrap(self.model).state_dict(),
-                    "kept": unwrap(self.kept).state_dict(),
+                    "model": without_wrappers(self.model).state_dict(),
+                    "kept": without_wrappers(self.kept).state_dict(),
                     "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                     "history": asdict(self.history),
                     "losses": losses,
@@ -404,8 +408,8 @@ class Training:
             raise refusal
         if state is None:
             return
-        unwrap(self.model).load_state_dict(state["model"])
-        unwrap(self.kept).load_state_dict(state["kept"])
+        without_wrappers(self.model).load_state_dict(state["model"])
+        without_wrappers(self.kept).load_state_dict(state["kept"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]  # new objects

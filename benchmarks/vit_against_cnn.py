@@ -1,0 +1,299 @@
+"""Is a ViT better than a CNN? Equal parameters, equal steps, equal images, and few of them.
+
+    python benchmarks/vit_against_cnn.py --upstream ../shared/data/cifar100 --out cnn.json
+
+The ViT ``small`` against the residual network that He et al. (2016, section 4.2) made for CIFAR, ResNet-20, so wide
+that its parameters are as many. Both start from random weights and have the same optimiser, schedule and augmentation;
+of one seed they see the same images in the same batches with the same crops. The learning rate is each one's own: the
+best of a few on images set aside from the training images, in a shorter training. Test images choose nothing.
+
+All sizes of training set have the same number of steps, so fewer images are seen more often. A seed draws the images,
+equally many of each class, and decides the new weights, the order and the augmentation.
+
+Equal parameters are not equal work: a convolution uses each of its weights once for every pixel, a linear layer of a
+ViT once for every patch. FLOPs and images/s of both are part of the record; images/s are measured side by side.
+
+The file is written after every training. Started again, the script trains only what the file does not have yet.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+
+import click
+import common
+import torch
+import torch.nn.functional as F
+from throughput import training_task
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from vitlib.checkpoint import Card
+from vitlib.data import LabelledImages, channel_statistics, load_images, train_validation_split
+from vitlib.model import PRESETS, count_parameters, create_model
+from vitlib.recipes import RECIPES, Recipe
+from vitlib.train import evaluate, fit, resolve_precision
+
+NAMES = ("ViT", "CNN")
+PRESET = "small"
+SIDE = PRESETS[PRESET]["image_size"]
+BLOCKS = 3  # per stage, as in ResNet-20
+# Without the moving average of the weights, for which the statistics of batch norm would have to be taken anew.
+RECIPE = replace(RECIPES["modern"], average=0.0)
+VALIDATION_FRACTION = 0.02
+LOOKED_BACK_AT = 2000  # training images, at most, to measure the training accuracy on
+ROUNDS, STEPS_PER_ROUND = 7, 2  # of the measurement of speed
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions and a shortcut (He et al. 2016, figure 2), projected where the shape changes."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.shortcut = nn.Identity()
+        if inputs != outputs:
+            projection = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.shortcut(x) + self.convolutions(x))
+
+
+def create_cnn(width: int, num_classes: int) -> nn.Sequential:
+    """Images ``[B, 3, H, W]`` to logits: a first convolution, three stages of ``BLOCKS`` blocks, each stage on half the
+    side and with twice the channels of the one before, the mean over all positions, a classifier."""
+    stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+    blocks, channels = [], width
+    for stage in range(3):
+        for block in range(BLOCKS):
+            blocks.append(Block(channels, width << stage, stride=2 if stage and not block else 1))
+            channels = width << stage
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
+    return nn.Sequential(stem, *blocks, head).to(memory_format=torch.channels_last)
+
+
+@cache
+def matching_width(parameters: int, num_classes: int) -> int:
+    """The width at which the CNN's parameters come closest to ``parameters``.
+
+    Raises:
+        ValueError: if none comes within 1 %.
+    """
+    with torch.device("meta"):
+        counts = {width: count_parameters(create_cnn(width, num_classes)) for width in range(1, 129)}
+    width, count = min(counts.items(), key=lambda item: abs(item[1] - parameters))
+    if abs(count - parameters) > 0.01 * parameters:
+        raise ValueError(
+            f"A CNN of width {width} has {count:,} parameters, which is not within 1 % of the ViT's {parameters:,}; "
+            "choose a data set with another number of classes."
+        )
+    return width
+
+
+def create(name: str, num_classes: int, seed: int = 0) -> nn.Module:
+    """A new "ViT" or "CNN"; see :func:`matching_width` for the error."""
+    torch.manual_seed(seed)
+    vit = create_model(PRESET, num_classes, drop=RECIPE.drop, drop_path=RECIPE.drop_path)
+    if name == "ViT":
+        return vit
+    return create_cnn(matching_width(count_parameters(vit), num_classes), num_classes)
+
+
+def description(name: str, num_classes: int) -> dict:
+    """What a model is: its parameters, and the FLOPs of the forward pass of one image (a multiply-add counts as 2)."""
+    model = create(name, num_classes).eval()
+    # the counter knows no formula for the CPU's fused attention and would leave it out
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, SIDE, SIDE))
+    what = f"preset {PRESET}" if name == "ViT" else f"ResNet-{6 * BLOCKS + 2}, width {model[0][0].out_channels}"
+    return {"what": what, "parameters": count_parameters(model), "forward_flops": counter.get_total_flops()}
+
+
+def set_aside(train: LabelledImages) -> tuple[LabelledImages, LabelledImages]:
+    """What the learning rates are chosen on: images to train on, in random order, and images to validate on."""
+    others, validation = train_validation_split(train, VALIDATION_FRACTION)
+    order = torch.randperm(len(others), generator=torch.Generator().manual_seed(0))  # folders come sorted by class
+    return others.subset(order), validation
+
+
+def train_once(
+    name: str,
+    images: LabelledImages,
+    scored: LabelledImages,
+    recipe: Recipe,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+    precision: str,
+) -> dict[str, float]:
+    """Train a new model for ``steps`` full batches from ``images``.
+
+    Returns:
+        of its last weights, in the precision of the training: ``accuracy`` on ``scored``, and ``train_accuracy`` on the
+        images that it was trained on, without augmentation; shares from 0 to 1.
+    """
+    model = create(name, len(images.classes), seed).to(device)
+    # one epoch of as many images as the steps need, however few there are
+    shown = images.subset(torch.arange(steps * batch_size) % len(images))
+    card = Card(images.classes, *channel_statistics(shown.images))
+    options = {"epochs": 1, "batch_size": batch_size, "seed": seed, "precision": precision, "eval_steps_per_epoch": 1}
+    if fit(model, shown, scored, card, recipe, description=name, **options).interrupted:
+        raise click.Abort
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        return {
+            "accuracy": evaluate(model, scored, card)["accuracy"],
+            "train_accuracy": evaluate(model, shown.subset(slice(LOOKED_BACK_AT)), card)["accuracy"],
+        }
+
+
+def speeds(num_classes: int, batch_size: int, device: torch.device, precision: str) -> dict[str, list[float]]:
+    """Images/s of whole training steps, round by round, the models in turn."""
+    images, labels = torch.randn(batch_size, 3, SIDE, SIDE), torch.randint(num_classes, (batch_size,))
+    tasks = {}
+    for name in NAMES:
+        model = create(name, num_classes).to(device)
+        task = training_task(model, images.to(device), labels.to(device), precision, STEPS_PER_ROUND)
+        task()  # the first steps choose kernels and fetch memory
+        tasks[name] = task
+    rounds = common.interleave(tasks, ROUNDS, "images/s of both")
+    return {
+        name: [batch_size * STEPS_PER_ROUND / sum(phases.values()) for phases in measured]
+        for name, measured in rounds.items()
+    }
+
+
+def choose_rates(
+    record: dict, train: LabelledImages, rates: list[float], steps: int, save: Callable[[], None], **how
+) -> None:
+    """Train each model once with each of the ``rates``, as far as the record does not have that yet, and note in it
+    the accuracies on validation images and each model's best rate; of several the lowest."""
+    others, validation = set_aside(train)
+    sweep = record.setdefault("sweep", {name: {} for name in NAMES})
+    for rate in rates:
+        for name in NAMES:
+            if str(rate) not in sweep[name]:
+                recipe = replace(RECIPE, learning_rate=rate)
+                share = train_once(name, others, validation, recipe, steps, seed=0, **how)["accuracy"]
+                sweep[name][str(rate)] = share
+                save()
+                click.echo(f"{name}, learning rate {rate}: {share:.2%} of the validation images")
+    for name in NAMES:
+        record["models"][name]["learning_rate"] = max(rates, key=lambda rate: sweep[name][str(rate)])  # the first best
+    save()
+
+
+def missing(trainings: dict, sizes: list[int], seeds: int) -> Iterator[tuple[str, int, int]]:
+    """Model, size of the training set and seed of what is not there yet: all of one seed before the next."""
+    for seed in range(seeds):
+        for size in sizes:
+            for name in NAMES:
+                if len(trainings.get(name, {}).get(str(size), [])) <= seed:
+                    yield name, size, seed
+
+
+def summary(record: dict) -> str:
+    """A row per size and model, shares in percent: means over the seeds, the lowest and the highest; and how much the
+    CNN computes against the ViT."""
+    rows = []
+    for size in sorted({size for cells in record["trainings"].values() for size in cells}, key=int):
+        for name in NAMES:
+            cells = record["trainings"].get(name, {}).get(size, [])
+            if cells:
+                shares = [[cell[key] for cell in cells] for key in ("accuracy", "train_accuracy")]
+                scores = map(common.mean_and_range, shares)
+                rows.append([f"{int(size):,}", name, str(len(cells)), *scores])
+    scores = common.table(["images", "model", "seeds", "test accuracy, %", "training accuracy, %"], rows)
+    vit, cnn = (record["models"][name]["forward_flops"] for name in NAMES)
+    speed = common.ratio(*(record["images_per_second"][name] for name in reversed(NAMES)))
+    return f"{scores}\n\nThe CNN has {cnn / vit:.2f} times the FLOPs of the ViT and trains {speed:.2f} times as fast."
+
+
+def check_sizes(sizes: list[int], steps: int, batch_size: int) -> None:
+    """Raises ValueError if a training set has images that would never be seen."""
+    if sizes[-1] > steps * batch_size:
+        raise ValueError(
+            f"a training set of {sizes[-1]} images has more than the {steps * batch_size} that {steps} steps of "
+            f"{batch_size} see; give more --steps or smaller --sizes."
+        )
+
+
+def _rates(context, option, text: str) -> list[float]:
+    try:
+        rates = sorted({float(word) for word in text.split(",")})
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is not a list of numbers such as 5e-4,1e-3.") from error
+    if not all(0 < rate < 1 for rate in rates):
+        raise click.BadParameter(f"{text!r} has learning rates that do not lie between 0 and 1; 1e-3 is usual.")
+    return rates
+
+
+@click.command()
+@click.option("--upstream", default="cifair100", show_default=True, help="A data set's name, or a folder of images.")
+@common.whole_numbers("--sizes", "2000,12800", "Numbers of training images, separated by commas.")
+@common.whole_number("--steps", 400, "Training steps of every training.")
+@common.whole_number("--batch-size", 32, "Images per step.")
+@common.whole_number("--seeds", 3, "Repetitions, each with other images and weights.")
+@click.option(
+    "--rates",
+    default="5e-4,1.5e-3,4.5e-3",
+    show_default=True,
+    callback=_rates,
+    help="Learning rates to choose from, separated by commas.",
+)
+@common.whole_number("--sweep-steps", 100, "Training steps for each of the learning rates.")
+@common.device_option
+@common.precision_option
+@common.out_option
+def main(upstream, sizes, steps, batch_size, seeds, rates, sweep_steps, device, precision, out) -> None:
+    """Test accuracy of a ViT and of a CNN with as many parameters, after as many steps on the same images."""
+    how = {"batch_size": batch_size, "device": device, "precision": resolve_precision(precision, device)}
+    try:
+        check_sizes(sizes, steps, batch_size)
+        train, test = (load_images(upstream, split, image_size=SIDE) for split in ("train", "test"))
+        settings = {"upstream": Path(upstream).name, "classes": len(train.classes), "test_images": len(test)}
+        settings |= {"recipe": "modern without averaging", "steps": steps, "batch_size": batch_size}
+        settings |= {"precision": how["precision"], "rates": rates, "sweep_steps": sweep_steps}
+        record = common.finished(out, settings)
+        subsets = {(size, seed): common.draw(train, size, seed) for size in sizes for seed in range(seeds)}
+        models = {name: description(name, len(train.classes)) for name in NAMES}
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    for name, facts in models.items():
+        click.echo(f"{name}: {facts['what']}, {facts['parameters']:,} parameters, {facts['forward_flops']:,} FLOPs")
+    command = (
+        f"python benchmarks/vit_against_cnn.py --upstream {settings['upstream']} --sizes {','.join(map(str, sizes))} "
+        f"--steps {steps} --batch-size {batch_size} --seeds {seeds} --rates {','.join(map(str, rates))} "
+        f"--sweep-steps {sweep_steps} --precision {how['precision']}"
+    )
+    record |= {"command": command, "machine": common.machine(device), "settings": settings, "models": models}
+    save = partial(common.write_json, out, record)
+
+    choose_rates(record, train, rates, sweep_steps, save, **how)
+    trainings = record.setdefault("trainings", {name: {} for name in NAMES})
+    for name, size, seed in missing(trainings, sizes, seeds):
+        recipe = replace(RECIPE, learning_rate=models[name]["learning_rate"])
+        scores = train_once(name, subsets[size, seed], test, recipe, steps, seed=seed, **how)
+        trainings[name].setdefault(str(size), []).append(scores)
+        save()
+        click.echo(
+            f"seed {seed}, {size:,} images, {name}: {scores['accuracy']:.2%} of the test images, "
+            f"{scores['train_accuracy']:.2%} of the training images"
+        )
+    if "images_per_second" not in record:
+        record["images_per_second"] = speeds(len(train.classes), **how)
+        save()
+    click.echo(f"\n{summary(record)}")
+
+
+if __name__ == "__main__":
+    main()
