@@ -1,5 +1,7 @@
 """What a model says about image files: the same as about a folder's images, whatever lies beside them."""
 
+import errno
+import os
 import subprocess
 import sys
 import threading
@@ -126,8 +128,6 @@ def test_a_broken_file_is_refused_with_the_reason_and_the_way_out(broken):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no named pipes among its files")
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
-    import os
-
     os.mkfifo(tmp_path / "pipe.jpg")
     with pytest.raises(OSError, match="is a device or a pipe"):
         read_picture(tmp_path / "pipe.jpg")
@@ -343,8 +343,6 @@ def test_no_image_is_exit_code_2(weights):
 
 @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="there names of files are always text")
 def test_a_name_that_is_no_text_is_shown_all_the_same(weights, tmp_path, images):
-    import os
-
     named = os.fsencode(tmp_path) + b"/caf\xe9.png"
     Path(os.fsdecode(named)).write_bytes(images[1].read_bytes())
     result = call(weights, os.fsdecode(named), os.fsdecode(named + b"x"))
@@ -360,6 +358,15 @@ def test_results_are_printed_as_they_come(weights, images, monkeypatch):
     monkeypatch.setattr(predict_module, "predict_files", one_then_ctrl_c)
     result = call(weights, images[0])
     assert result.exit_code == 130 and result.stdout == "a.jpg\n  100.0%  ant\n"
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly(weights, images, monkeypatch):
+    def nobody_reads(*arguments, **options):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(predict_module, "predict_files", nobody_reads)
+    result = call(weights, images[0])
+    assert (result.exit_code, result.output) == (1, "")
 
 
 def test_predicting_needs_pil_and_no_torchvision_or_matplotlib(weights, images):
