@@ -139,8 +139,9 @@ def train_once(
     """Train a new model for ``steps`` full batches from ``images``.
 
     Returns:
-        of its last weights, in the precision of the training: ``accuracy`` on ``scored``, and ``train_accuracy`` on the
-        images that it was trained on, without augmentation; shares from 0 to 1.
+        of its last weights, in the precision of the training: ``accuracy`` and ``loss`` on ``scored``, and
+        ``train_accuracy`` on the images that it was trained on, without augmentation. Accuracies are shares from 0 to
+        1, the loss is the mean cross-entropy.
     """
     model = create(name, len(images.classes), seed).to(device)
     # one epoch of as many images as the steps need, however few there are
@@ -150,10 +151,8 @@ def train_once(
     if fit(model, shown, scored, card, recipe, description=name, **options).interrupted:
         raise click.Abort
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        return {
-            "accuracy": evaluate(model, scored, card)["accuracy"],
-            "train_accuracy": evaluate(model, shown.subset(slice(LOOKED_BACK_AT)), card)["accuracy"],
-        }
+        score = evaluate(model, scored, card)
+        return score | {"train_accuracy": evaluate(model, shown.subset(slice(LOOKED_BACK_AT)), card)["accuracy"]}
 
 
 def speeds(num_classes: int, batch_size: int, device: torch.device, precision: str) -> dict[str, list[float]]:
@@ -176,19 +175,23 @@ def choose_rates(
     record: dict, train: LabelledImages, rates: list[float], steps: int, save: Callable[[], None], **how
 ) -> None:
     """Train each model once with each of the ``rates``, as far as the record does not have that yet, and note in it
-    the accuracies on validation images and each model's best rate; of several the lowest."""
+    the loss and accuracy on validation images, and as each model's rate the one of the lowest loss: after few steps,
+    the loss differs more clearly than the number of right answers."""
     others, validation = set_aside(train)
     sweep = record.setdefault("sweep", {name: {} for name in NAMES})
     for rate in rates:
         for name in NAMES:
             if str(rate) not in sweep[name]:
                 recipe = replace(RECIPE, learning_rate=rate)
-                share = train_once(name, others, validation, recipe, steps, seed=0, **how)["accuracy"]
-                sweep[name][str(rate)] = share
+                scores = train_once(name, others, validation, recipe, steps, seed=0, **how)
+                sweep[name][str(rate)] = {key: scores[key] for key in ("loss", "accuracy")}
                 save()
-                click.echo(f"{name}, learning rate {rate}: {share:.2%} of the validation images")
+                click.echo(
+                    f"{name}, learning rate {rate}: loss {scores['loss']:.3f}, {scores['accuracy']:.2%} of the "
+                    "validation images"
+                )
     for name in NAMES:
-        record["models"][name]["learning_rate"] = max(rates, key=lambda rate: sweep[name][str(rate)])  # the first best
+        record["models"][name]["learning_rate"] = min(rates, key=lambda rate: sweep[name][str(rate)]["loss"])
     save()
 
 
@@ -245,12 +248,12 @@ def _rates(context, option, text: str) -> list[float]:
 @common.whole_number("--seeds", 3, "Repetitions, each with other images and weights.")
 @click.option(
     "--rates",
-    default="5e-4,1.5e-3,4.5e-3",
+    default="1.5e-4,5e-4,1.5e-3,4.5e-3",
     show_default=True,
     callback=_rates,
     help="Learning rates to choose from, separated by commas.",
 )
-@common.whole_number("--sweep-steps", 100, "Training steps for each of the learning rates.")
+@common.whole_number("--sweep-steps", 200, "Training steps for each of the learning rates.")
 @common.device_option
 @common.precision_option
 @common.out_option

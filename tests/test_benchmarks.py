@@ -415,7 +415,7 @@ def test_both_models_see_the_same_images_and_are_scored_on_what_they_say(monkeyp
     images = LabelledImages(
         torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1).expand(8, 3, 32, 32), torch.arange(8) % 2, ("a", "b")
     )
-    seen, scores, step = {}, [], Training.step
+    seen, step = {}, Training.step
 
     def note(self, shown, labels, drawn, size):
         numbers = [value for values in drawn.values() for value in values.tolist()]
@@ -423,15 +423,13 @@ def test_both_models_see_the_same_images_and_are_scored_on_what_they_say(monkeyp
         step(self, shown, labels, drawn, size)
 
     monkeypatch.setattr(Training, "step", note)
-    monkeypatch.setattr(
-        vit_against_cnn, "evaluate", lambda model, data, card: scores.append(len(data)) or {"accuracy": len(data)}
-    )
+    monkeypatch.setattr(vit_against_cnn, "evaluate", lambda model, data, card: {"loss": 0.5, "accuracy": len(data)})
     how = {"batch_size": 4, "device": torch.device("cpu"), "precision": "float32"}
     for name, seed in (("ViT", 0), ("CNN", 0), ("CNN", 1)):
         result = vit_against_cnn.train_once(
             name, images, images.subset([0, 1, 2]), vit_against_cnn.RECIPE, 3, seed=seed, **how
         )
-        assert result == {"accuracy": 3, "train_accuracy": 12}
+        assert result == {"accuracy": 3, "loss": 0.5, "train_accuracy": 12}
     assert seen["ViT", 0] == seen["CNN", 0] != seen["CNN", 1]
     assert sorted(sum((shown for shown, _, _ in seen["ViT", 0]), [])) == sorted([*range(8), *range(4)])
 
@@ -445,25 +443,59 @@ def test_learning_rates_are_chosen_on_images_that_are_not_trained_on():
     assert set(others.labels[:20].tolist()) == {0, 1, 2, 3}
 
 
-def test_each_model_takes_its_own_best_rate_and_of_equals_the_lowest(monkeypatch):
-    shares = {"ViT": [0.2, 0.3, 0.1], "CNN": [0.1, 0.4, 0.4]}
+def test_each_model_takes_the_rate_of_its_own_lowest_loss(monkeypatch):
+    losses = {"ViT": [4.2, 4.3, 4.4], "CNN": [4.4, 4.1, 4.2]}
     rates, asked = [1e-4, 1e-3, 1e-2], []
 
     def scripted(name, images, scored, recipe, steps, **how):
         asked.append((name, recipe.learning_rate, steps, how))
-        return {"accuracy": shares[name][rates.index(recipe.learning_rate)]}
+        loss = losses[name][rates.index(recipe.learning_rate)]
+        return {"loss": loss, "accuracy": loss / 10, "train_accuracy": 0.0}
 
     monkeypatch.setattr(vit_against_cnn, "train_once", scripted)
-    record = {"models": {"ViT": {}, "CNN": {}}, "sweep": {"ViT": {"0.0001": 0.5}, "CNN": {}}}
+    recorded = {"loss": 4.25, "accuracy": 0.5}
+    record = {"models": {"ViT": {}, "CNN": {}}, "sweep": {"ViT": {"0.0001": recorded}, "CNN": {}}}
     saved = []
     data = LabelledImages(torch.zeros(8, 1, 1, 1, dtype=torch.uint8), torch.arange(8) % 2, ("a", "b"))
     vit_against_cnn.choose_rates(
         record, data, rates, 7, lambda: saved.append(len(record["sweep"]["CNN"])), batch_size=3
     )
     assert {name: facts["learning_rate"] for name, facts in record["models"].items()} == {"ViT": 1e-4, "CNN": 1e-3}
-    assert record["sweep"]["CNN"] == {"0.0001": 0.1, "0.001": 0.4, "0.01": 0.4}
+    assert record["sweep"]["ViT"]["0.0001"] == recorded
+    assert record["sweep"]["CNN"]["0.001"] == {"loss": 4.1, "accuracy": 4.1 / 10}
     assert len(asked) == 5 and all(steps == 7 and how == {"seed": 0, "batch_size": 3} for *_, steps, how in asked)
     assert saved[:5] == [1, 1, 2, 2, 3], "the file is written after every training"
+
+
+def test_trainings_take_their_models_rate_and_are_scored_on_the_test_images(tmp_path, monkeypatch):
+    trained = []
+
+    def scripted(name, images, scored, recipe, steps, batch_size, seed, device, precision):
+        trained.append((name, len(images), len(scored), recipe.learning_rate, steps, batch_size, seed))
+        loss = abs(recipe.learning_rate - {"ViT": 1e-3, "CNN": 4e-3}[name])
+        return {"loss": loss, "accuracy": 0.5, "train_accuracy": 0.5}
+
+    monkeypatch.setattr(vit_against_cnn, "train_once", scripted)
+    monkeypatch.setattr(vit_against_cnn, "speeds", lambda *_, **__: {"ViT": [2.0], "CNN": [1.0]})
+    run(
+        vit_against_cnn, "--upstream", black_and_white(tmp_path), "--sizes", "4,2", "--steps", 9, "--batch-size", 3,
+        "--rates", "4e-3,1e-3", "--sweep-steps", 5, "--seeds", 2, "--device", "cpu",
+    )  # fmt: skip
+    sweep, trainings = trained[:4], trained[4:]
+    assert sweep == [(name, 14, 2, rate, 5, 3, 0) for rate in (1e-3, 4e-3) for name in ("ViT", "CNN")]
+    assert trainings == [
+        (name, size, 6, rate, 9, 3, seed)
+        for seed in (0, 1)
+        for size in (2, 4)
+        for name, rate in (("ViT", 1e-3), ("CNN", 4e-3))
+    ]
+
+
+@pytest.mark.parametrize("name", vit_against_cnn.NAMES)
+def test_a_seed_decides_the_first_weights(name):
+    one, same, other = (vit_against_cnn.create(name, 100, seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(one[key], same[key]) for key in one)
+    assert any(not torch.equal(one[key], other[key]) for key in one)
 
 
 def test_vit_against_cnn_of_few_images_is_taken_up_where_it_was(tmp_path, monkeypatch):
@@ -484,10 +516,11 @@ def test_vit_against_cnn_of_few_images_is_taken_up_where_it_was(tmp_path, monkey
     assert str(tmp_path) not in out.read_text()
     assert "--upstream images --sizes 2,4 --steps 2 --batch-size 2 --seeds 1 --rates 0.001 " in first["command"]
 
-    cell = {"accuracy": 0.25, "train_accuracy": 0.5}
+    cell = {"accuracy": 0.25, "loss": 1.0, "train_accuracy": 0.5}
     for cells in first["trainings"].values():
         cells["2"], cells["4"] = [cell] * 2, [cell] * 2
     first["trainings"]["CNN"]["4"].pop()
+    first["images_per_second"] = {"ViT": [10.0, 20.0], "CNN": [5.0, 5.0]}
     out.write_text(json.dumps(first))
     output = run(vit_against_cnn, *arguments, "--seeds", 2)
     added = json.loads(out.read_text())["trainings"]["CNN"]["4"]
@@ -495,7 +528,7 @@ def test_vit_against_cnn_of_few_images_is_taken_up_where_it_was(tmp_path, monkey
     assert len(trained) == 1 and trained[0].startswith(f"seed 1, 4 images, CNN: {added[1]['accuracy']:.2%} of the test")
     rows = [line.split() for line in output.splitlines() if line.startswith("2  ")]
     assert [row[:4] for row in rows] == [["2", "ViT", "2", "25.0"], ["2", "CNN", "2", "25.0"]]
-    assert "The CNN has 2.19 times the FLOPs of the ViT and trains " in output
+    assert "The CNN has 2.19 times the FLOPs of the ViT and trains 0.38 (0.25 to 0.50) times as fast." in output
 
     refused = CliRunner().invoke(vit_against_cnn.main, [str(word) for word in [*arguments, "--sweep-steps", 2]])
     assert refused.exit_code == 1 and "was measured with another sweep_steps; give --out another file" in refused.output

@@ -9,7 +9,7 @@ import pytest
 from vitlib import records
 from vitlib.checkpoint import Card, load_pretrained
 from vitlib.recipes import RECIPES
-from vitlib.records import recorded_curves, recorded_label_budgets
+from vitlib.records import recorded_cnn, recorded_curves, recorded_label_budgets
 
 
 @pytest.fixture
@@ -80,3 +80,40 @@ def test_the_label_budgets_that_ship_are_whole():
     for cells in arms.values():
         assert list(cells) == [20, 50, 100, 200, 500, 1000, 2000]
         assert all(len(accuracies) == 3 and 0 < min(accuracies) <= max(accuracies) < 1 for accuracies in cells.values())
+
+
+def test_the_cnn_is_read_as_it_was_measured_the_smaller_training_set_first(tmp_path, monkeypatch):
+    cells = {  # of two seeds: accuracy, training accuracy
+        "ViT": {"10000": [(0.1, 0.2), (0.2, 0.3)], "200": [(0.01, 0.9), (0.02, 0.8)]},
+        "CNN": {"10000": [(0.3, 0.4), (0.4, 0.5)], "200": [(0.03, 0.7), (0.04, 0.6)]},
+    }
+    record = {
+        "command": "python it.py",
+        "settings": {"upstream": "photographs", "steps": 7, "batch_size": 5, "classes": 4, "test_images": 1000},
+        "models": {
+            "ViT": {"what": "one", "parameters": 10, "forward_flops": 4, "learning_rate": 0.1},
+            "CNN": {"what": "another", "parameters": 10, "forward_flops": 8, "learning_rate": 0.2},
+        },
+        "images_per_second": {"ViT": [9.0, 1.0, 8.0], "CNN": [3.0, 4.0, 5.0]},
+        "trainings": {
+            name: {
+                size: [dict(zip(("accuracy", "train_accuracy"), pair, strict=True)) for pair in pairs]
+                for size, pairs in sizes.items()
+            }
+            for name, sizes in cells.items()
+        },
+    }
+    (tmp_path / "vit_against_cnn.json").write_text(json.dumps(record))
+    monkeypatch.setattr(records, "PRETRAINED", tmp_path)
+    read = recorded_cnn()
+    assert list(read["accuracy"].items()) == [
+        ("ViT, 200 images", [0.01, 0.02]),
+        ("CNN, 200 images", [0.03, 0.04]),
+        ("ViT, 10,000 images", [0.1, 0.2]),
+        ("CNN, 10,000 images", [0.3, 0.4]),
+    ]
+    assert read["train_accuracy"]["CNN, 200 images"] == [0.7, 0.6]
+    assert read["models"]["ViT"] == record["models"]["ViT"] | {"images_per_second": 8.0}
+    assert read["models"]["CNN"]["images_per_second"] == 4.0
+    assert (read["chance"], read["command"]) == (0.25, "python it.py")
+    assert read["about"] == "photographs, 7 steps of 5 images, 1,000 test images"

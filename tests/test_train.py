@@ -267,7 +267,8 @@ def test_auto_device_is_one_that_works():
 def test_fit_accepts_any_module_that_holds_a_vit(tmp_path):
     trained = pretrain(coloured(), **quick())
     data = coloured()
-    history = fit(nn.DataParallel(trained.model), data, data, trained.card, RECIPES["modern"], epochs=1, progress=False)
+    recipe = FINETUNING["modern"]  # it counts the ViT's blocks
+    history = fit(nn.DataParallel(trained.model), data, data, trained.card, recipe, epochs=1, progress=False)
     assert len(history.epochs) == 1
 
 

@@ -1,6 +1,7 @@
 """Trainings on record: figures that ship with vitlib, to be read without training for hours."""
 
 import json
+import statistics
 from pathlib import Path
 
 from .checkpoint import PRETRAINED, load_pretrained
@@ -70,3 +71,37 @@ def recorded_label_budgets() -> dict:
         f"{settings['steps']} steps of {settings['batch_size']} images"
     )
     return {"arms": arms, "chance": 1 / settings["classes"], "about": about}
+
+
+def recorded_cnn() -> dict:
+    """A ViT against a CNN of equal parameters after equal steps, as ``benchmarks/vit_against_cnn.py`` measured it.
+
+    Returns:
+        ``models``: by name what each is: ``what`` (in words), ``parameters``, ``forward_flops`` (of one image, a
+        multiply-add counts as 2), ``images_per_second`` (of training, the median) and ``learning_rate``, its own best;
+        ``accuracy`` and ``train_accuracy``: by name and number of training images, as in "ViT, 2,000 images", a list
+        of top-1 accuracies on the test images and on the training images without augmentation, one per seed, shares
+        from 0 to 1; ``chance``, the accuracy of guessing; ``about``, what all trainings have in common; ``command``,
+        which measures all of it again.
+    """
+    record = json.loads((PRETRAINED / "vit_against_cnn.json").read_text())
+    settings, trainings = record["settings"], record["trainings"]
+    speeds = {name: statistics.median(rounds) for name, rounds in record["images_per_second"].items()}
+    models = {name: {**facts, "images_per_second": speeds[name]} for name, facts in record["models"].items()}
+    sizes = sorted({size for cells in trainings.values() for size in cells}, key=int)
+    arms = {f"{name}, {int(size):,} images": trainings[name][size] for size in sizes for name in models}
+    accuracies = {
+        key: {arm: [cell[key] for cell in cells] for arm, cells in arms.items()}
+        for key in ("accuracy", "train_accuracy")
+    }
+    about = (
+        f"{settings['upstream']}, {settings['steps']} steps of {settings['batch_size']} images, "
+        f"{settings['test_images']:,} test images"
+    )
+    return {
+        "models": models,
+        **accuracies,
+        "chance": 1 / settings["classes"],
+        "about": about,
+        "command": record["command"],
+    }
