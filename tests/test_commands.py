@@ -16,6 +16,7 @@ from torch.nn.functional import one_hot
 from vitlib import plots
 from vitlib.__main__ import main
 from vitlib.checkpoint import load_checkpoint, load_pretrained, versions
+from vitlib.costs import costs
 from vitlib.course import commands
 from vitlib.course.commands import finetune_command, pretrain_command
 from vitlib.course.parameters import PARAMETERS, check_parameters
@@ -277,12 +278,15 @@ def test_an_error_in_drawing_costs_one_line_and_not_the_training(
 
 def test_finetune_says_what_another_image_size_means(pretrained, folder, tmp_path):
     first, *_ = tune(folder, tmp_path, pretrained[1], image_size=12)
-    assert first == (
-        "The encoder knows images of 8x8 pixels (4 patches) and gets 12x12 (9 patches): its positions are "
-        "interpolated, and attention has 4 times as many weights."
-    )
     model, _ = load_checkpoint(tmp_path / "finetuned.safetensors")
     assert model.config["image_size"] == 12
+    before, after = costs({**model.config, "image_size": 8}), costs(model.config)
+    assert first == (
+        "The encoder knows images of 8x8 pixels (4 patches) and gets 12x12 (9 patches): its positions are interpolated, "
+        f"a step takes {after.training_flops.total / before.training_flops.total:.2g} times the FLOPs and keeps "
+        f"{SMALL['batch_size'] * after.activation_bytes.total / 2**20:.1f} MiB of activations for "
+        f"{SMALL['batch_size']} images."
+    )
 
 
 def test_finetune_says_nothing_of_the_image_size_that_the_encoder_knows(pretrained, folder, tmp_path):

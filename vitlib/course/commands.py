@@ -12,6 +12,7 @@ import click
 import torch
 
 from vitlib.checkpoint import Card, load_weights, resized
+from vitlib.costs import costs
 from vitlib.course.parameters import PARAMETERS, Parameter
 from vitlib.data import LabelledImages, channel_statistics, load_images
 from vitlib.distributed import current_processes, join_processes, leave_processes
@@ -98,7 +99,7 @@ def finetune_command(downstream, weights, run_dir, data_dir, image_size, recipe,
         recipe = (FINETUNING if options["freeze_encoder"] else RECIPES)[recipe]
     else:
         model, card = load_weights(weights)
-        model = _for_images_of(model, image_size or model.config["image_size"])
+        model = _for_images_of(model, image_size or model.config["image_size"], options["batch_size"])
         train, test = _splits(downstream, data_dir, model.config["image_size"])
     trained = finetune(model, card, train, recipe=recipe, run_dir=run_dir, resume=True, source=downstream, **options)
     is_first = current_processes().is_first
@@ -115,16 +116,17 @@ def _new_encoder(train: LabelledImages, seed: int) -> tuple[ViTModel, Card]:
     return model, Card(("none",), *channel_statistics(train.images), "small", {"stage": "random"})
 
 
-def _for_images_of(model: ViTModel, image_size: int) -> ViTModel:
+def _for_images_of(model: ViTModel, image_size: int, batch_size: int) -> ViTModel:
     """The model for images of that size; where this is not its own, a line says what the change means."""
     other = resized(model, image_size)
     if other is not model and current_processes().is_first:
-        before, after = (one.vit_encoder.embedding.position_embedding.shape[1] - 1 for one in (model, other))
-        old = model.config["image_size"]
+        old, before, after = model.config["image_size"], costs(model.config), costs(other.config, batch_size)
+        ratio = after.training_flops.total / batch_size / before.training_flops.total
         click.echo(
-            f"The encoder knows images of {old}x{old} pixels ({before} patches) and gets {image_size}x{image_size} "
-            f"({after} patches): its positions are interpolated, and attention has "
-            f"{((after + 1) / (before + 1)) ** 2:.2g} times as many weights."
+            f"The encoder knows images of {old}x{old} pixels ({before.patches} patches) and gets "
+            f"{image_size}x{image_size} ({after.patches} patches): its positions are interpolated, a step takes "
+            f"{ratio:.2g} times the FLOPs and keeps {after.activation_bytes.total / 2**20:,.1f} MiB of activations for "
+            f"{batch_size} images."
         )
     return other
 
