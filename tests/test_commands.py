@@ -282,8 +282,8 @@ def test_finetune_says_what_another_image_size_means(pretrained, folder, tmp_pat
     assert model.config["image_size"] == 12
     before, after = costs({**model.config, "image_size": 8}), costs(model.config)
     assert first == (
-        "The encoder knows images of 8x8 pixels (4 patches) and gets 12x12 (9 patches): its positions are interpolated, "
-        f"a step takes {after.training_flops.total / before.training_flops.total:.2g} times the FLOPs and keeps "
+        "The encoder knows images of 8x8 pixels (4 patches) and gets 12x12 (9 patches): its positions are "
+        f"interpolated, a step takes {after.training_flops.total / before.training_flops.total:.2g} times the FLOPs and keeps "
         f"{SMALL['batch_size'] * after.activation_bytes.total / 2**20:.1f} MiB of activations for "
         f"{SMALL['batch_size']} images."
     )
