@@ -281,11 +281,11 @@ def test_finetune_says_what_another_image_size_means(pretrained, folder, tmp_pat
     model, _ = load_checkpoint(tmp_path / "finetuned.safetensors")
     assert model.config["image_size"] == 12
     before, after = costs({**model.config, "image_size": 8}), costs(model.config)
+    ratio = after.training_flops.total / before.training_flops.total
+    kept = SMALL["batch_size"] * after.activation_bytes.total / 2**20
     assert first == (
         "The encoder knows images of 8x8 pixels (4 patches) and gets 12x12 (9 patches): its positions are "
-        f"interpolated, a step takes {after.training_flops.total / before.training_flops.total:.2g} times the FLOPs and keeps "
-        f"{SMALL['batch_size'] * after.activation_bytes.total / 2**20:.1f} MiB of activations for "
-        f"{SMALL['batch_size']} images."
+        f"interpolated, a step takes {ratio:.2g} times the FLOPs and keeps {kept:.1f} MiB of activations for 16 images."
     )
 
 
