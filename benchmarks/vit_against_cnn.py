@@ -242,13 +242,13 @@ def _rates(context, option, text: str) -> list[float]:
 
 @click.command()
 @click.option("--upstream", default="cifair100", show_default=True, help="A data set's name, or a folder of images.")
-@common.whole_numbers("--sizes", "2000,12800", "Numbers of training images, separated by commas.")
-@common.whole_number("--steps", 400, "Training steps of every training.")
+@common.whole_numbers("--sizes", "2000,19200", "Numbers of training images, separated by commas.")
+@common.whole_number("--steps", 600, "Training steps of every training.")
 @common.whole_number("--batch-size", 32, "Images per step.")
 @common.whole_number("--seeds", 3, "Repetitions, each with other images and weights.")
 @click.option(
     "--rates",
-    default="1.5e-4,5e-4,1.5e-3,4.5e-3",
+    default="5e-5,1.5e-4,5e-4,1.5e-3,4.5e-3",
     show_default=True,
     callback=_rates,
     help="Learning rates to choose from, separated by commas.",
