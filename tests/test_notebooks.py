@@ -9,6 +9,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import matplotlib.cbook
 import nbformat
 import papermill
 import pytest
@@ -16,6 +17,8 @@ import yaml
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from nbval.plugin import IPyNbFile
 
+from vitlib.checkpoint import load_checkpoint
+from vitlib.compat import import_torchvision
 from vitlib.course.parameters import PARAMETERS, check_parameters
 from vitlib.course.runner import read_lessons
 
@@ -262,3 +265,22 @@ def test_full_yaml_is_the_published_setting():
         "eval_steps_per_epoch": None,
     }
     assert published.items() <= parameters_file("full").items()
+
+
+def test_the_branch_for_official_weights_leaves_a_checkpoint_to_start_from(tmp_path, monkeypatch):
+    """With a small random model in place of the download, which tests may not make."""
+    models = import_torchvision().models
+    sizes = {"image_size": 32, "patch_size": 16, "num_layers": 1, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 32}
+    asked = []
+    monkeypatch.setattr(models, "vit_b_16", lambda weights: asked.append(weights) or models.VisionTransformer(**sizes))
+    cells = code_cells(read(FOLDER / "06_the_real_vit.ipynb"))
+    (start,) = [number for number, cell in enumerate(cells) if "models.vit_b_16" in cell.source]
+    imports = next(cell.source for cell in cells if "check_parameters" in cell.source)
+    file = matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
+    here = {"official_weights": True, "run_dir": str(tmp_path), "models": models, "file": file}
+    for source in (imports, cells[start].source, cells[start + 1].source):
+        exec(source, here)
+    assert asked == [models.ViT_B_16_Weights.IMAGENET1K_V1]
+    model, card = load_checkpoint(tmp_path / "vit-b16.safetensors")
+    assert model.config["num_classes"] == len(card.classes) == 1000
+    assert here["probabilities"].shape == (1000,)

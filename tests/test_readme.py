@@ -47,7 +47,9 @@ def test_every_make_target_exists(words):
 
 
 @pytest.mark.parametrize("words", list(words_after("-m vitlib", LINES)), ids=" ".join)
-def test_every_vitlib_command_is_understood(words):
+def test_every_vitlib_command_is_understood(words, tmp_path, monkeypatch):
+    (tmp_path / "FOLDER" / "train" / "class").mkdir(parents=True)  # the reader's images
+    monkeypatch.chdir(tmp_path)
     if words[0].startswith("-"):
         main.make_context("vitlib", list(words), resilient_parsing=True)
         return
