@@ -415,6 +415,12 @@ def test_comparison_draws_a_dot_per_seed_a_bar_at_the_mean_and_chance():
     assert list(other_dots.get_ydata()) == [1, 1]
     assert chance.get_xdata()[0] == 10
     assert "60.0 % (50.0 to 70.0)" in [text.get_text() for text in ax.texts]
+    assert ax.get_xticks()[-1] == 100
+
+
+def test_comparison_of_small_accuracies_fills_its_axis():
+    ax = plots.comparison({"ours": [0.12, 0.15], "theirs": [0.3, 0.4]}, 0.01).axes[0]
+    assert list(ax.get_xticks()) == [0, 8, 16, 24, 32, 40]
 
 
 def test_head_maps_has_a_row_for_each_layer():

@@ -508,7 +508,8 @@ def _shortened(text: str, width: float) -> str:
 
 @_styled
 def comparison(accuracies: Mapping[str, Sequence[float]], chance: float, title: str = "") -> Figure:
-    """Arms of an experiment side by side: a dot per seed, a bar at the mean, a line at chance. Shares in [0, 1]."""
+    """Arms of an experiment side by side: a dot per seed, a bar at the mean, a line at chance. Shares in [0, 1]; where
+    all are small, the axis ends earlier than at 100 %."""
     figure, ax = plt.subplots(figsize=(7.5, 1.0 + 0.8 * len(accuracies)))
     for row, values in enumerate(accuracies.values()):
         colour = COLOURS[row % len(COLOURS)]
@@ -521,8 +522,10 @@ def comparison(accuracies: Mapping[str, Sequence[float]], chance: float, title: 
     ax.axvline(100 * chance, color=COLOURS[6], linestyle=":")
     ax.annotate("chance", (100 * chance, -0.5), xytext=(4, 0), textcoords="offset points", va="center", fontsize=10)
     ax.set_yticks(range(len(accuracies)), accuracies)
-    ax.set(xlabel="top-1 accuracy (%): a dot per seed, a bar at the mean", xlim=(0, 118), title=title)
-    ax.set_xticks(range(0, 101, 20))
+    highest = max(100 * value for values in accuracies.values() for value in values)
+    end = next(end for end in (10, 20, 40, 100) if highest <= end)
+    ax.set(xlabel="top-1 accuracy (%): a dot per seed, a bar at the mean", xlim=(0, 1.18 * end), title=title)
+    ax.set_xticks(range(0, end + 1, end // 5))
     ax.set_ylim(len(accuracies) - 0.5, -0.7)
     return figure
 
