@@ -117,3 +117,24 @@ def test_the_cnn_is_read_as_it_was_measured_the_smaller_training_set_first(tmp_p
     assert read["models"]["CNN"]["images_per_second"] == 4.0
     assert (read["chance"], read["command"]) == (0.25, "python it.py")
     assert read["about"] == "photographs, 7 steps of 5 images, 1,000 test images"
+
+
+def test_the_cnn_that_ships_is_whole_and_as_large_as_the_vit():
+    read = recorded_cnn()
+    vit, cnn = read["models"].values()
+    assert abs(cnn["parameters"] / vit["parameters"] - 1) < 0.01 and cnn["forward_flops"] > 2 * vit["forward_flops"]
+    assert len(read["accuracy"]) == len(read["train_accuracy"]) == 4
+    for key in ("accuracy", "train_accuracy"):
+        assert all(len(shares) == 3 and read["chance"] < min(shares) < 1 for shares in read[key].values())
+
+
+def test_the_learning_rates_of_the_comparison_lie_inside_of_what_was_tried():
+    """At an end of the list a still better one might lie outside, and the model would be at a disadvantage."""
+    record = json.loads((records.PRETRAINED / "vit_against_cnn.json").read_text())
+    for name, tried in record["sweep"].items():
+        best = min(tried, key=lambda rate: tried[rate]["loss"])
+        assert (
+            float(best)
+            == record["models"][name]["learning_rate"]
+            not in (min(map(float, tried)), max(map(float, tried)))
+        )
