@@ -139,10 +139,11 @@ def version(package: str) -> str | None:
 
 
 def lowest_versions() -> dict[str, str]:
-    """What pyproject.toml asks for, out of the metadata of the installed vitlib."""
+    """What pyproject.toml asks for, out of the metadata of the installed vitlib; without what is optional."""
     if version("vitlib") is None:
         return {}
-    lines = [f"Python{metadata.metadata('vitlib')['Requires-Python']}", *metadata.requires("vitlib")]
+    needed = [line for line in metadata.requires("vitlib") if "extra ==" not in line]
+    lines = [f"Python{metadata.metadata('vitlib')['Requires-Python']}", *needed]
     return dict(re.match(r"([\w-]+) *>= *([\d.]+)", line).groups() for line in lines)
 
 
