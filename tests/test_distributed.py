@@ -232,6 +232,16 @@ if os.environ["RANK"] == "1":
 main(prog_name="python -m vitlib")
 """
 
+SAYS_WHICH_THREADS_OUTLIVE_THE_TRAINING = """
+import atexit
+from pathlib import Path
+from vitlib.__main__ import main
+
+names = Path("/proc/self/task").glob("*/comm")  # nothing where there is no Linux
+atexit.register(lambda: print("left:", [name.read_text() for name in names if "gloo" in name.read_text()]))
+main(prog_name="python -m vitlib")
+"""
+
 
 def torchrun(*command: str) -> subprocess.CompletedProcess:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -251,8 +261,10 @@ def test_torchrun_trains_goes_on_after_one_process_was_killed_and_has_the_curve_
     assert killed.returncode != 0 and "Signal 9 (SIGKILL)" in killed.stderr, killed.stderr
     assert len(History.load(tmp_path / "two" / "pretrained-history.json").epochs) == 1
 
-    resumed = torchrun("-m", "vitlib", *command, "--run-dir", str(tmp_path / "two"))
+    script.write_text(SAYS_WHICH_THREADS_OUTLIVE_THE_TRAINING)
+    resumed = torchrun(str(script), *command, "--run-dir", str(tmp_path / "two"))
     assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stdout.count("left: []") == 2, "a thread that exchanges data and outlives Python aborts the process"
     assert resumed.stdout.count("top-1") == 1 and resumed.stdout.count("epoch 2/2:   0%") == 1, "one of them speaks"
     assert "epoch 1/2" not in resumed.stdout, "the first epoch is not trained again"
 

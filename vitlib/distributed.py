@@ -3,6 +3,8 @@
 One process alone is the same with ``count`` 1: every exchange then gives back what it was given.
 """
 
+import gc
+import importlib
 import os
 from dataclasses import dataclass
 
@@ -87,14 +89,21 @@ def join_processes(device: str = "auto") -> str:
         torch.cuda.set_device(local)
     elif device != "cpu":
         raise ValueError(f"device={device!r} is one device for {on_machine} processes; give auto, cuda or cpu.")
+    # a default argument in it would keep the group, if it were there already when DistributedDataParallel imports this
+    importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group("gloo" if device == "cpu" else "nccl")
     return device
 
 
 def leave_processes() -> None:
-    """End what :func:`join_processes` began; does nothing in a process of its own."""
+    """End what :func:`join_processes` began; does nothing in a process of its own.
+
+    The threads that exchange data end with the last reference to the group, and one that outlives the interpreter
+    aborts the process. So wrapped models, which hold such references in cycles, are collected here.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+        gc.collect()
 
 
 def current_processes() -> Processes:
