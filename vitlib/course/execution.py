@@ -1,7 +1,6 @@
-"""What the runner and the grader share: the kernel they start, and one line on why a notebook stopped.
+"""For the grader: one notebook executed to its end, whatever is in it, in a process of its own.
 
-For the grader it executes one notebook to its end, whatever is in it, in a process of its own. As a program this module
-is that process. It does without torch, so that it starts quickly.
+As a program this module is that process. It does without torch, so that it starts quickly.
 """
 
 import contextlib
@@ -15,18 +14,18 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import nbformat
 import papermill
 import psutil
-from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
 from nbformat.v4 import new_output
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, papermill_engines
 
+from vitlib.course.notebook import kernel_manager, reason
 from vitlib.files import written_whole
 
 KEPT = 10_000_000  # characters of output in one notebook, and again as many of verdicts
@@ -34,39 +33,6 @@ STOPPED = "stopped"  # the notebook's metadata key for why it did not run to its
 MARK = "VITLIB_GRADING"  # environment variable by which a notebook's processes are known, even those it cut loose
 
 clock = time.monotonic
-
-
-def kernel_manager(on_start: Callable[[int], None]) -> type:
-    """A kernel manager that starts this very interpreter, whatever a user's kernelspec named python3 points to, and
-    tells ``on_start`` the kernel's process number. What cells print is in the notebook; what the kernel itself says
-    on stderr would break up the progress lines.
-    """
-    from ipykernel.kernelspec import RESOURCES, get_kernel_dict
-    from jupyter_client import AsyncKernelManager
-    from jupyter_client.kernelspec import KernelSpec
-
-    class ThisInterpreter(AsyncKernelManager):
-        kernel_spec = KernelSpec(resource_dir=RESOURCES, **get_kernel_dict())
-
-        async def _async_launch_kernel(self, *arguments, **options):
-            await super()._async_launch_kernel(*arguments, **{**options, "stderr": subprocess.DEVNULL})
-            on_start(self.provisioner.pid)
-
-    return ThisInterpreter
-
-
-def reason(error: Exception, timeout: float | None = None) -> str:
-    """One line that says why a notebook stopped."""
-    if isinstance(error, papermill.PapermillExecutionError):
-        name, text = error.ename, error.evalue
-    elif isinstance(error, DeadKernelError):
-        return "the kernel died (no memory left, or the process was ended)"
-    elif isinstance(error, CellTimeoutError):
-        return f"no answer for {timeout:g} seconds; allow more with --timeout"
-    else:
-        name, text = type(error).__name__, str(error)
-    lines = text.strip().splitlines()
-    return f"{name}: {lines[0]}" if lines else name
 
 
 def execute_apart(

@@ -24,7 +24,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_raw_
 
 from vitlib.course.checks import VERDICT
 from vitlib.course.checks.frame import CORRECT, NOT_ATTEMPTED, NOT_YET
-from vitlib.course.execution import execute_apart, reason
+from vitlib.course.execution import execute_apart
+from vitlib.course.notebook import reason
 from vitlib.course.parameters import PARAMETERS
 from vitlib.course.runner import (
     COURSE_FOLDER,

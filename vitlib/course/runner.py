@@ -6,24 +6,17 @@ name is whole: notebooks are executed under a temporary name and moved when they
 
 import ast
 import json
-import logging
-import platform
 import sys
-import threading
-import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from datetime import datetime
-from importlib.metadata import version
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import nbformat
 import papermill
-import psutil
 import yaml
 
-from vitlib.course.execution import kernel_manager, reason
-from vitlib.course.figures import format_figure, recorded_figures
+from vitlib.course.figures import format_figure
+from vitlib.course.notebook import Outcome, run_notebook
 from vitlib.course.parameters import PARAMETERS, Parameter, near_match
 from vitlib.files import written_whole
 
@@ -43,21 +36,6 @@ class Lesson:
     @property
     def name(self) -> str:
         return self.path.stem
-
-
-@dataclass
-class Outcome:
-    """What became of one notebook; its fields are the entry in ``metrics.json``."""
-
-    status: str  # ok, failed, interrupted or not run
-    error: str | None = None
-    parameters: dict[str, object] = field(default_factory=dict)
-    figures: dict[str, object] = field(default_factory=dict)
-    seconds: float | None = None
-    peak_memory_bytes: int | None = None
-    started: str | None = None
-    seed: int | None = None
-    versions: dict[str, str] = field(default_factory=dict)
 
 
 def run_course(
@@ -108,7 +86,11 @@ def run_course(
             parameters = {name: values[name] for name in lesson.parameters if name in values}
             if "run_dir" in lesson.parameters:
                 parameters["run_dir"] = str(out)
-            outcomes[lesson.name] = run_notebook(lesson, out, parameters, timeout, label=f"{lesson.name:<{width}}")
+            bar = {"desc": f"{lesson.name:<{width}}", "mininterval": 0.5 if sys.stderr.isatty() else 30}
+            outcomes[lesson.name] = run_notebook(
+                lesson.path, out, lesson.name, parameters,
+                defaults=lesson.defaults, cell_timeout=timeout, progress_bar=bar,
+            )  # fmt: skip
         _record(out, lesson.name, outcomes[lesson.name])
     return outcomes
 
@@ -118,10 +100,16 @@ def read_lessons(folder: str | Path) -> list[Lesson]:
     paths = sorted(Path(folder).glob("[0-9]*.ipynb"))
     if not paths:
         raise FileNotFoundError(f"No notebook [0-9]*.ipynb in {folder}; name the course's folder with --notebooks.")
-    return [_read_lesson(path) for path in paths]
+    return [read_lesson(path) for path in paths]
 
 
-def _read_lesson(path: Path) -> Lesson:
+def read_lesson(path: Path) -> Lesson:
+    """A notebook with the parameters it declares.
+
+    Raises:
+        ValueError: if the file is no notebook.
+        OSError: if it cannot be read.
+    """
     try:
         notebook = nbformat.read(path, as_version=4)
     except nbformat.reader.NotJSONError as error:
@@ -221,114 +209,6 @@ def parameters_from_file(path: str | Path) -> dict[str, object]:
     if not isinstance(values or {}, dict):
         raise ValueError(f"{path} holds {values!r}, not a mapping; write one 'name: value' a line.")
     return values or {}
-
-
-def run_notebook(
-    lesson: Lesson, out: Path, parameters: Mapping[str, object], timeout: float | None = None, label: str = ""
-) -> Outcome:
-    """Run one notebook to ``out/<name>.ipynb``, or ``out/<name>.failed.ipynb``; an earlier good one is left alone then.
-
-    Nothing but a missing folder is raised: errors, dead kernels, timeouts and Ctrl-C are in the outcome.
-    """
-    partial, failed = out / f"{lesson.name}.partial.ipynb", out / f"{lesson.name}.failed.ipynb"
-    parameters = dict(parameters)
-    in_full = {**lesson.defaults, **parameters}
-    outcome = Outcome("ok", parameters=in_full, seed=in_full.get("seed"), versions=_versions())
-    outcome.started = datetime.now().astimezone().isoformat(timespec="seconds")
-    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # the outcome says it, in one line
-    start = time.perf_counter()
-    with PeakMemory() as memory:
-        try:
-            papermill.execute_notebook(
-                _verbatim(lesson.path),
-                _verbatim(partial),
-                parameters,
-                kernel_name="python3",
-                language="python",
-                kernel_manager_class=kernel_manager(memory.watch),
-                execution_timeout=timeout,
-                progress_bar={"desc": label or lesson.name, "mininterval": 0.5 if sys.stderr.isatty() else 30},
-            )
-        except KeyboardInterrupt:
-            outcome.status, outcome.error = "interrupted", "Ctrl-C"
-        except Exception as error:  # whatever stops one notebook must not stop the others
-            outcome.status, outcome.error = "failed", reason(error, timeout)
-    outcome.seconds = round(time.perf_counter() - start, 2)
-    outcome.peak_memory_bytes = memory.bytes
-    if partial.exists():
-        executed = nbformat.read(partial, as_version=4)
-        outcome.figures = recorded_figures(executed)
-        if outcome.status == "ok":
-            partial.replace(out / f"{lesson.name}.ipynb")
-            failed.unlink(missing_ok=True)
-        else:
-            outcome.error = f"{_last_cell(executed)}{outcome.error}"
-            partial.replace(failed)
-    return outcome
-
-
-def _verbatim(path: Path) -> str:
-    """papermill fills in ``{names}`` in paths; a folder may have braces in its name."""
-    return str(path).replace("{", "{{").replace("}", "}}")
-
-
-def _last_cell(executed: nbformat.NotebookNode) -> str:
-    """The cell that ran last, as ``In [3] "first line": ``, by the number Jupyter shows in the failed notebook."""
-    code = [cell for cell in executed.cells if cell.cell_type == "code" and cell.source.strip()]
-    started = [number for number, cell in enumerate(code) if cell.metadata.papermill.start_time]
-    if not started:
-        return ""
-    cell = code[started[-1]]
-    number = cell.execution_count or started[-1] + 1  # a cell that ended its kernel has no count
-    return f'In [{number}] "{cell.source.strip().splitlines()[0]}": '
-
-
-class PeakMemory:
-    """Watches a kernel's memory from a thread: ``bytes`` is the most it and its children had resident."""
-
-    def __init__(self, interval: float = 0.2):
-        self.bytes: int | None = None
-        self._interval = interval
-        self._pid: int | None = None
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-
-    def watch(self, pid: int) -> None:
-        self._pid = pid
-
-    def __enter__(self) -> "PeakMemory":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _sample(self) -> None:
-        while not self._done.wait(self._interval):
-            if self._pid is None:
-                continue
-            try:
-                kernel = psutil.Process(self._pid)
-                now = sum(map(_peak_resident, [kernel, *kernel.children(recursive=True)]))
-            except (psutil.Error, OSError):  # it is ending
-                continue
-            self.bytes = max(self.bytes or 0, now)
-
-
-def _peak_resident(process: psutil.Process) -> int:
-    """The most bytes a process had in memory so far, where the system keeps count; else what it has now."""
-    if sys.platform == "linux":
-        for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    usage = process.memory_info()
-    return getattr(usage, "peak_wset", usage.rss)  # Windows counts as well
-
-
-def _versions() -> dict[str, str]:
-    packages = {name: version(name) for name in ("torch", "vitlib", "papermill")}
-    return {"python": platform.python_version(), **packages, "platform": platform.platform()}
 
 
 def _read_metrics(out: Path) -> dict:
