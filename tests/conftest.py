@@ -1,5 +1,7 @@
 """Fixtures shared by the tests: small data, and the CIFAR folders of the workplace where they are to be had."""
 
+import os
+import runpy
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,11 @@ import torch
 from vitlib.course import checks
 
 ROOT = Path(__file__).parent.parent
+
+# no network for any test: in this process, in those that tests start, and in the kernels of nbval
+OFFLINE = ROOT / "tests" / "offline"
+runpy.run_path(str(OFFLINE / "sitecustomize.py"))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(OFFLINE), os.environ.get("PYTHONPATH")]))
 
 
 @pytest.fixture(autouse=True)
