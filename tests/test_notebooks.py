@@ -16,6 +16,7 @@ import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from nbval.plugin import IPyNbFile
+from prose import MACHINE_PATH
 
 from vitlib.checkpoint import load_checkpoint
 from vitlib.compat import import_torchvision
@@ -26,8 +27,7 @@ FOLDER = Path(__file__).parents[1] / "notebooks"
 CHAPTERS = sorted(FOLDER.glob("[0-9]*.ipynb"))
 STORED = CHAPTERS + sorted((FOLDER / "solutions").glob("*.ipynb"))
 
-MACHINE_PATH = re.compile(r"/(?:home|root|tmp|work|Users)/|[A-Za-z]:\\+Users|site-packages")
-ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{6,}")
+ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{6,}|site-packages")
 PROGRESS = re.compile(r"\r|\d+%\||\bit/s\b|\bs/it\b")
 NOT_COMPARED = {"image/png", "image/jpeg", "application/vnd.jupyter.widget-view+json"}
 
@@ -91,32 +91,42 @@ def nbval_cells(request, path):
     return list(IPyNbFile.from_parent(request.session, path=path).collect())
 
 
+def text_places(output):
+    """Where the compared texts of one output are: pairs of a mapping and its key."""
+    places = [(output, "text")] if "text" in output else []
+    return places + [(output["data"], kind) for kind in output.get("data", {}) if kind not in NOT_COMPARED]
+
+
 def altered(outputs):
     """Copies of a cell's outputs, each with one text changed by a character, or one output with text lost."""
     for number, output in enumerate(outputs):
-        places = [("text", None)] if "text" in output else []
-        places += [("data", kind) for kind in output.get("data", {}) if kind not in NOT_COMPARED]
+        places = text_places(output)
         if places:
             yield outputs[:number] + outputs[number + 1 :]
-        for key, kind in places:
-            value = output[key] if kind is None else output[key][kind]
+        for place, (holder, key) in enumerate(places):
+            value = holder[key]
             for other in (f"{value}?", value[1:]) if isinstance(value, str) else (["altered"],):
                 changed = copy.deepcopy(outputs)
-                holder = changed[number] if kind is None else changed[number][key]
-                holder[kind or key] = other
+                holder, key = text_places(changed[number])[place]
+                holder[key] = other
                 yield changed
 
 
-def nbval_results(path):
+def nbval_results(path, seconds=180):
     """Run nbval over one notebook as ``make test`` does; code cell number to whether it passed."""
+    return {number: not said for number, said in nbval_failures(path, seconds).items()}
+
+
+def nbval_failures(path, seconds):
+    """Code cell number to what nbval says about its failure, "" if it passed; within so many seconds."""
     report = path.with_suffix(".xml")
-    options = ["--nbval", "--nbval-current-env", "--nbval-cell-timeout=120", "-q", "-p", "no:cacheprovider"]
+    options = ["--nbval", "--nbval-current-env", f"--nbval-cell-timeout={seconds}", "-q", "-p", "no:cacheprovider"]
     subprocess.run(
         [sys.executable, "-m", "pytest", *options, f"--rootdir={path.parent}", f"--junitxml={report}", str(path)],
-        cwd=path.parent, capture_output=True, timeout=180,
+        cwd=path.parent, capture_output=True, timeout=seconds,
     )  # fmt: skip
     cases = ElementTree.parse(report).iter("testcase")
-    return {int(case.get("name").split()[-1]): not list(case) for case in cases}
+    return {int(case.get("name").split()[-1]): "".join(part.text or part.tag for part in case) for case in cases}
 
 
 def test_the_course_has_its_notebooks():

@@ -18,7 +18,6 @@ LEAVE = {
     "a connection by number": f"socket.socket().connect(('{FAR}', 80))",
     "a connection that returns its error": f"socket.socket().connect_ex(('{FAR}', 80))",
     "a datagram": f"socket.socket(type=socket.SOCK_DGRAM).sendto(b'hello', ('{FAR}', 53))",
-    "version 6": "socket.socket(socket.AF_INET6).connect(('2001:db8::1', 80))",
     "a look-up": "socket.getaddrinfo('pypi.org', 443)",
     "an older look-up": "socket.gethostbyname('pypi.org')",
     "a download": "urllib.request.urlopen('https://download.pytorch.org')",

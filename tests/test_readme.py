@@ -75,11 +75,6 @@ def test_the_table_of_parameters_is_that_of_the_notebooks():
     assert [line for line in TEXT.splitlines() if re.match(r"\| `\w+` \| `", line)] == list(parameter_table())
 
 
-def test_files_that_readme_links_to_exist():
-    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", OUTSIDE) if not re.match(r"\w+:", link)]
-    assert not [link for link in links if link and not (ROOT / link).exists()]
-
-
 def test_scripts_that_readme_runs_exist():
     scripts = re.findall(r"python ((?:\w+/)+\w+\.py)", "\n".join(LINES))
     assert not [script for script in scripts if not (ROOT / script).exists()]
