@@ -134,7 +134,7 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
 
 
 def test_a_file_that_may_not_be_read_is_said_to_be_that(images, monkeypatch):
-    def refuse(path):
+    def refuse(path, **options):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(folders.Image, "open", refuse)

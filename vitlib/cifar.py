@@ -1,18 +1,28 @@
 """CIFAR and ciFAIR: downloaded, checked against fixed md5 sums, unpacked and read.
 
-Nothing is unpacked or unpickled before its md5 is right, and nothing unfinished ever has a final name.
+Nothing is unpacked or unpickled before its md5 is right, and nothing unfinished ever has a final name. Out of an
+archive come the files of the data set and nothing else, within limits (``MOST_BYTES``, ``MOST_MEMBERS``).
 """
 
+import hashlib
 import http.client
 import os
+import pickle
+import posixpath
 import shutil
 import tarfile
-import tempfile
+import urllib.error
 import urllib.request
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import IO
 
+import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from .compat import import_torchvision
@@ -27,33 +37,73 @@ CIFAIR_MD5 = {  # of the archive, and of the file with the test images
     "cifair10": ("ca08fd390f0839693d3fc45c4e49585f", "01290e6b622a1977a000eff13650aca2"),
 }
 TIMEOUT = 30  # seconds without a byte after which a connection counts as broken
+MOST_BYTES = 2**29  # of a download, and of all that is in an archive; 60,000 images of 32x32 pixels are 184 million
+MOST_MEMBERS = 1000  # of an archive; a data set has eight files at most
 
 
 def prepare_cifar(name: str, data_dir: str | os.PathLike | None, progress: bool) -> None:
     """Download, check and unpack one of the four data sets, unless that is done already.
 
     The archive's md5 is checked before it is unpacked, and the unpacked files are checked before they are moved into
-    place. An interrupted download goes on where it stopped.
+    place. An interrupted download goes on where it stopped. Of several processes one works and the others wait for it.
 
     Raises:
-        OSError: if the download fails or is not what it should be; the message says what to do.
+        OSError: if the download fails or is not what it should be, or the folder cannot be written or is full; the
+            message says what to do. What was in place before still is.
     """
     dataset, folder = cifar_class(name), data_folder(data_dir)
     if _is_whole(dataset, folder):
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"), tempfile.TemporaryDirectory(dir=folder) as temporary:
-        if _is_whole(dataset, folder):  # while we waited, another kernel has done it
-            return
-        archive = _fetch_archive(name, dataset, folder, progress)
-        # "data" keeps a tar file from writing outside its folder; Python before 3.11.4 lacks it, zip files need none.
-        options = {"filter": "data"} if archive.suffix == ".gz" and hasattr(tarfile, "data_filter") else {}
-        shutil.unpack_archive(archive, temporary, **options)
-        if not _is_whole(dataset, Path(temporary)):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder, name):
+            if not _is_whole(dataset, folder):  # else another kernel has done it while we waited
+                _prepare(name, dataset, folder, progress)
+    except OSError as error:
+        if error.errno is None:  # one of our own sentences
+            raise
+        raise OSError(
+            f"{name} cannot be made ready in {folder} ({error.strerror}); see that it can be written and has room, or "
+            "give another folder as data_dir or in the environment's VITLIB_DATA."
+        ) from error
+
+
+@contextmanager
+def _locked(folder: Path, name: str) -> Iterator[None]:
+    """Keeps other processes out; the system lets go of the lock even of one that is killed."""
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"Another process is preparing data in {folder}; {name} waits for it.", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _prepare(name: str, dataset: type, folder: Path, progress: bool) -> None:
+    archive = _fetch_archive(name, dataset, folder, progress)
+    unpacked, damaged = folder / ".unpacking", folder / ".damaged"  # a killed process leaves them; we hold the lock
+    try:
+        _remove(unpacked, damaged)
+        _unpack(archive, dataset, unpacked)
+        if not _is_whole(dataset, unpacked):
             raise OSError(f"{archive} does not hold the files of {name}; delete it and try again.")
-        if (folder / dataset.base_folder).exists():  # a damaged one, or we would not be here
-            os.replace(folder / dataset.base_folder, Path(temporary) / "damaged")
-        os.replace(Path(temporary) / dataset.base_folder, folder / dataset.base_folder)
+        if os.path.lexists(folder / dataset.base_folder):  # a damaged one, or we would not be here
+            os.replace(folder / dataset.base_folder, damaged)
+        os.replace(unpacked / dataset.base_folder, folder / dataset.base_folder)
+    finally:
+        _remove(unpacked, damaged)
+
+
+def _remove(*paths: Path) -> None:
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def load_cifar(
@@ -61,10 +111,22 @@ def load_cifar(
 ) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     """Images uint8 [N, 3, 32, 32], labels int64 [N] and class names; see :func:`prepare_cifar` for errors."""
     prepare_cifar(name, data_dir, progress)
-    # Opening a pickle can run code: torchvision compares the md5 of every file first, and raises if one differs.
-    dataset = cifar_class(name)(data_folder(data_dir), train=split == "train", download=False)
-    images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
-    return images, torch.tensor(dataset.targets), tuple(dataset.classes)
+    dataset = cifar_class(name)
+    folder = data_folder(data_dir) / dataset.base_folder
+    batches = [_unpickle(folder / file, md5) for file, md5 in getattr(dataset, f"{split}_list")]
+    images = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
+    labels = [label for batch in batches for label in batch["labels" if "labels" in batch else "fine_labels"]]
+    classes = _unpickle(folder / dataset.meta["filename"], dataset.meta["md5"])[dataset.meta["key"]]
+    return torch.from_numpy(images), torch.tensor(labels), tuple(classes)
+
+
+def _unpickle(file: Path, md5: str) -> dict:
+    """What a pickle holds. Opening one can run code: the very bytes that are opened are checked before, not the file,
+    which whoever may write to the folder could exchange in between."""
+    content = file.read_bytes()
+    if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
+        raise OSError(f"{file} has changed while it was loaded, so it was not opened; try again.")
+    return pickle.loads(content, encoding="latin1")  # of Python 2
 
 
 def cifar_class(name: str) -> type:
@@ -103,21 +165,62 @@ def _fetch_archive(name: str, dataset: type, folder: Path, progress: bool) -> Pa
             f"{dataset.filename} comes from a host that has been throttled to under 100 kB/s since June 2026 and may "
             f"take half an hour or more; {name.replace('cifar', 'cifair')} is the quicker choice."
         )
-    partial = archive.with_name(f"{archive.name}.partial")
+    unfinished = archive.with_name(f"{archive.name}.partial")
     try:
-        _fetch(dataset.url, partial, progress)
+        _fetch(dataset.url, unfinished, progress)
     except (OSError, http.client.HTTPException) as error:
         raise OSError(
             f"{dataset.filename} could not be downloaded from {dataset.url} ({error}); try again to go on where it "
             f"stopped, or put the file into {folder} by hand, or use shapes100, which needs no download."
         ) from error
     try:
-        _check_md5(partial, dataset.tgz_md5, "it has been removed, so try again or put the right file there by hand")
+        _check_md5(unfinished, dataset.tgz_md5, "it has been removed, so try again or put the right file there by hand")
     except OSError:
-        partial.unlink()
+        unfinished.unlink()
         raise
-    os.replace(partial, archive)
+    os.replace(unfinished, archive)
     return archive
+
+
+def _unpack(archive: Path, dataset: type, folder: Path) -> None:
+    """Copy the data set's own files out of its archive to where ``folder`` wants them.
+
+    The archive's md5 has been right, so it is the one that vitlib knows; and yet it decides neither where something is
+    written nor how much: of members that climb out of the folder, of links and of whatever else there is, nothing is
+    written.
+
+    Raises:
+        OSError: if it is no archive, is damaged, or holds more than the limits allow.
+    """
+    lists = (*dataset.train_list, *dataset.test_list, [dataset.meta["filename"]])
+    wanted = {f"{dataset.base_folder}/{file}" for file, *_ in lists}
+    size = 0
+    try:
+        for count, (name, length, opened) in enumerate(_members(archive), 1):
+            size += length
+            if count > MOST_MEMBERS or size > MOST_BYTES:
+                raise ValueError(f"it holds more than {MOST_MEMBERS} files or {MOST_BYTES} bytes")
+            if posixpath.normpath(name) in wanted:
+                target = folder / posixpath.normpath(name)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with opened() as source, target.open("wb") as file:
+                    shutil.copyfileobj(source, file)  # no longer than it said: both modules stop there
+    except Exception as error:  # a damaged archive can make zipfile and tarfile raise almost anything
+        if isinstance(error, OSError) and error.errno is not None:  # the disk
+            raise
+        raise OSError(f"{archive} cannot be unpacked ({error}); delete it and try again.") from error
+
+
+def _members(archive: Path) -> Iterator[tuple[str, int, Callable[[], IO[bytes]]]]:
+    """Name, size in bytes and a way to open it, of every plain file in a zip or tar archive."""
+    if archive.suffix == ".zip":
+        with zipfile.ZipFile(archive) as file:
+            for entry in file.infolist():  # a link would be a short file with the path in it
+                yield entry.filename, entry.file_size, partial(file.open, entry)
+    else:
+        with tarfile.open(archive, "r:gz") as file:
+            for entry in file:
+                yield (entry.name if entry.isfile() else ""), entry.size, partial(file.extractfile, entry)
 
 
 def _check_md5(file: Path, expected: str, way_out: str) -> None:
@@ -129,26 +232,38 @@ def _check_md5(file: Path, expected: str, way_out: str) -> None:
         )
 
 
-def _fetch(url: str, partial: Path, progress: bool) -> None:
-    """Download ``url`` into ``partial``, going on where an earlier attempt stopped.
+def _fetch(url: str, unfinished: Path, progress: bool) -> None:
+    """Download ``url`` into ``unfinished``, going on where an earlier attempt stopped.
 
     Not torch.hub.download_url_to_file: it takes a connection that breaks off for the end of the file, waits without
     end for one that stalls, and always starts from nothing.
     """
     # One byte again, so that there is always something to ask for.
-    start = max(partial.stat().st_size - 1, 0) if partial.exists() else 0
+    start = max(unfinished.stat().st_size - 1, 0) if unfinished.exists() else 0
     request = urllib.request.Request(url, headers={"User-Agent": "vitlib", "Range": f"bytes={start}-"})
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+    try:
+        response = urllib.request.urlopen(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if start == 0 or error.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
+            raise
+        unfinished.unlink()  # it is longer than the file, so it is not a part of it
+        return _fetch(url, unfinished, progress)
+    with response:
+        if response.headers.get_content_type() == "text/html":  # seen before it replaces what is there already
+            raise ConnectionError("a page came in its place, perhaps the login page of the network")
         if response.status != http.client.PARTIAL_CONTENT:
             start = 0  # this server cannot go on in the middle and sends the whole file
         total = None if response.length is None else start + response.length
         with (
-            partial.open("r+b" if start else "wb") as file,
-            progress_bar(total=total, description=partial.stem, unit="B", show=progress) as bar,
+            unfinished.open("r+b" if start else "wb") as file,
+            progress_bar(total=total, description=unfinished.stem, unit="B", show=progress) as bar,
         ):
             file.seek(start)
             bar.n = bar.initial = start
             while chunk := response.read(2**16):
                 bar.update(file.write(chunk))
+                if file.tell() > MOST_BYTES:
+                    file.truncate(0)
+                    raise ConnectionError(f"more than {MOST_BYTES} bytes came, which no data set here has")
         if response.length:
             raise ConnectionError(f"the connection broke off {response.length} bytes before the end")

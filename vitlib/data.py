@@ -87,7 +87,9 @@ def load_images(
 
     Args:
         source: a name out of ``SOURCES``, or a folder with ``train/<class>/*`` and ``test/<class>/*``. The classes
-            are the folders in train/. Decoded images are cached until a file or an option changes.
+            are the folders in train/. Images that cannot be read are left out, counted and named, up to one in ten;
+            of an animation the first picture is taken. Links to files and to class folders are followed, deeper ones
+            are not. Decoded images are cached until a file changes, for each folder and choice of options.
         split: "train" or "test".
         data_dir: where downloads and cache live; by default the environment variable VITLIB_DATA, else
             ~/.cache/vitlib.
@@ -103,14 +105,15 @@ def load_images(
     check_source(source)
     if split not in ("train", "test"):
         raise ValueError(f"split is {split!r} but must be 'train' or 'test'.")
-    if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
+    if image_size is not None and (type(image_size) is not int or image_size < 1):
         raise ValueError(f"image_size is {image_size!r} but must be a positive whole number, or None.")
-    if num_channels not in (1, 3):
+    if type(num_channels) is not int or num_channels not in (1, 3):
         raise ValueError(f"num_channels is {num_channels!r} but must be 3 (RGB) or 1 (grey).")
 
     name = str(source)
     if name not in SOURCES:
-        return LabelledImages(*load_folder(Path(name), split, data_dir, image_size, num_channels, progress))
+        folder = Path(os.path.expanduser(name))
+        return LabelledImages(*load_folder(folder, split, data_dir, image_size, num_channels, progress))
     if name.startswith("shapes"):
         images, labels, classes, _ = draw_shapes(name, split)
     else:
@@ -128,9 +131,9 @@ def check_source(source: str | os.PathLike) -> None:
     name = str(source)
     if name in SOURCES:
         return
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        class_names(folder / "train")
+    folder = os.path.expanduser(name)
+    if os.path.isdir(folder):  # unlike pathlib's, it takes any text
+        class_names(Path(folder, "train"))
         return
     alike = difflib.get_close_matches(name.lower(), SOURCES)
     hint = f" (did you mean {' or '.join(alike)}?)" if alike else ""
