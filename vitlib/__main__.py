@@ -1,5 +1,7 @@
 """The command line: ``python -m vitlib``. Heavy imports wait for the command that needs them."""
 
+import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -75,6 +77,82 @@ def run(only, parameters, given, out, timeout, notebooks) -> None:
     click.echo(f"\n{runner.summary(outcomes)}\n\nNotebooks and metrics.json are in {out}.")
     statuses = {outcome.status for outcome in outcomes.values()}
     sys.exit(130 if "interrupted" in statuses else 0 if statuses == {"ok"} else 1)
+
+
+class WordsAfterOption(click.Command):
+    """Options that take several words, as in ``--grid seed=0,1 finetune_epochs=1,2``, which click does not know. A
+    word without = ends them. Their values reach click as lines of one text."""
+
+    NAMES = ("--grid", "--zip")
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        joined, words = [], iter([*args, None])
+        word = next(words)
+        while word is not None:
+            joined.append(word)
+            option, word = word, next(words)
+            if option in self.NAMES:
+                values = []
+                while word is not None and "=" in word and not word.startswith("-"):
+                    values.append(word)
+                    word = next(words)
+                if values:
+                    joined.append("\n".join(values))
+        return super().parse_args(context, joined)
+
+
+@main.command(cls=WordsAfterOption)
+@click.argument("notebook", metavar="NOTEBOOK|FILE.yaml", type=click.Path(path_type=Path))
+@click.option("--grid", metavar="NAME=A,B ...", multiple=True, help="Values of parameters; each is crossed with all.")
+@click.option("--zip", "zips", metavar="NAME=A,B ...", multiple=True, help="Values that go together, first with first.")
+@click.option("--parameters", metavar="FILE", type=click.Path(path_type=Path), help="YAML file of common parameters.")
+@click.option("-p", "given", metavar="NAME VALUE", nargs=2, multiple=True, help="A common parameter; wins over FILE.")
+@click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder of the sweep (see above).")
+@click.option("--dry-run", is_flag=True, help="Print the runs and stop.")
+@click.option("--scheduler", metavar="tcp://HOST:PORT", help="Dask scheduler; this machine's cores without it.")
+@click.option("--workers", metavar="N", type=click.IntRange(1), help="Runs at a time; by cores and memory without it.")
+@click.option("--threads-per-run", "threads", metavar="N", type=click.IntRange(1), help="Without it, cores / workers.")
+@click.option(
+    "--retries", metavar="N", type=click.IntRange(0, 100), default=0, show_default=True, help="Per failed run."
+)
+@click.option(
+    "--timeout", metavar="SECONDS", type=click.FloatRange(min=0), default=3600, show_default=True,
+    help="Longest time for one run; 0 for no limit.",
+)  # fmt: skip
+def sweep(notebook, grid, zips, parameters, given, out, dry_run, scheduler, workers, threads, retries, timeout) -> None:
+    """Run NOTEBOOK with every combination of parameters, several at a time, and gather the results.
+
+    FILE.yaml holds the same as the options: notebook, grid, zip and parameters; options win. Without --out the sweep
+    goes to runs/sweep-<name of NOTEBOOK or FILE>. There results.csv, results.json and report.html grow beside the
+    executed notebooks. The same command again runs what is missing or failed. The exit code is 0 when every run is
+    finished, 1 when one failed, 2 for a wrong command, 130 after Ctrl-C.
+    """
+    from vitlib.course import grid as grids
+    from vitlib.course import runner
+    from vitlib.course import sweep as sweeps
+
+    if scheduler and workers:
+        raise click.UsageError("--workers is about this machine; the scheduler of --scheduler has workers of its own.")
+    described = grids.read_grid(notebook)
+    described = grids.with_options(
+        described,
+        grids.parse_axes("\n".join(grid).split("\n") if grid else ()),
+        [grids.parse_axes(words.split("\n")) for words in zips],
+        runner.parameters_from_file(parameters) if parameters else {},
+    )
+    plan = grids.make_plan(described, dict(given))
+    out = out or Path("runs") / f"sweep-{notebook.stem}"
+    if dry_run:
+        click.echo(sweeps.preview(plan, out))
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what ends a batch job is as gentle as Ctrl-C
+    results = sweeps.run_sweep(
+        plan, out, scheduler=scheduler, workers=workers, threads=threads, retries=retries, timeout=timeout or None,
+        command=shlex.join(["python", "-m", "vitlib", *sys.argv[1:]]), say=click.echo,
+    )  # fmt: skip
+    click.echo(f"\n{sweeps.summary(results)}\n\nresults.csv, results.json and report.html are in {out}.")
+    statuses = {run["status"] for run in results["runs"]}
+    sys.exit(130 if "not run" in statuses else 0 if statuses <= {"ok"} else 1)
 
 
 @main.command()
@@ -164,23 +242,28 @@ def export(model, out) -> None:
     "--timeout", metavar="SECONDS", type=click.FloatRange(min=0, min_open=True), default=600, show_default=True,
     help="Longest time for one notebook.",
 )  # fmt: skip
+@click.option(
+    "--memory", metavar="GIB", type=click.FloatRange(min=0, min_open=True), default=4, show_default=True,
+    help="Most memory for one notebook.",
+)  # fmt: skip
 @click.option("--jobs", metavar="N", type=click.IntRange(min=1), default=1, show_default=True, help="How many at once.")
 @click.option(
     "--notebooks", metavar="DIR", type=click.Path(path_type=Path),
     help="Folder of the course's notebooks; the course's own without it.",
 )  # fmt: skip
-def grade(folder, parameters, given, out, timeout, jobs, notebooks) -> None:
+def grade(folder, parameters, given, out, timeout, memory, jobs, notebooks) -> None:
     """Run the students' notebooks in DIR with strict checks, and print a table of who passed what.
 
-    DIR holds ada/01_patching.ipynb, 01_patching_ada.ipynb or the like; no original is changed. Students' code runs with
-    your rights: use a container for people you do not know. The exit code is 0 when every notebook ran to its end,
-    whatever the marks, 1 when one did not, 2 for a wrong command, 130 after Ctrl-C (grades.csv keeps what was done).
+    DIR holds ada/01_patching.ipynb, 01_patching_ada.ipynb or the like. The first lines say what students' code is kept
+    from on this machine, and what not; use a container for people you do not know. The exit code is 0 when every
+    notebook ran to its end, whatever the marks, 1 when one did not, 2 for a wrong command, 130 after Ctrl-C (grades.csv
+    keeps what was done).
     """
     from vitlib.course import grade as grading
 
     found = grading.grade_folder(
         folder, out, notebooks=notebooks or grading.COURSE_FOLDER, parameters=parameters, given=dict(given),
-        timeout=timeout, jobs=jobs, say=click.echo,
+        timeout=timeout, memory=memory, jobs=jobs, say=click.echo,
     )  # fmt: skip
     click.echo(f"\n{grading.tables(found, folder)}\ngrades.csv and the executed copies are in {out}.")
     sys.exit(1 if any(one.note for one in found) else 0)

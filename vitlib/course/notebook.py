@@ -3,6 +3,7 @@
 Without torch, so that a process which only starts kernels starts quickly and stays small.
 """
 
+import functools
 import logging
 import platform
 import subprocess
@@ -24,6 +25,9 @@ from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
 
 from vitlib.course.figures import recorded_figures
+
+STARTS = 3  # times that a kernel is started which dies before its first word
+NOT_STARTED = "Kernel died before replying"  # jupyter_client's words for it
 
 
 @dataclass
@@ -52,7 +56,8 @@ def run_notebook(
     progress_bar: bool | dict = False,
     log: TextIO | None = None,
     end: Callable[[], str] = lambda: "",
-    **kernel,
+    folder: Path | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> Outcome:
     """Run one notebook to ``out/<name>.ipynb``, or ``out/<name>.failed.ipynb``; an earlier good one is left alone then.
 
@@ -66,9 +71,9 @@ def run_notebook(
         defaults: the values that the notebook's own parameters cell has; for the record.
         cell_timeout: longest time for one cell, in seconds; None for no limit.
         progress_bar: papermill's, over the cells.
-        log: gets what the cells print, as they print it.
+        log: gets what the cells and the kernel itself print, as they print it.
         end: asked a few times a second; a text ends the kernel at once and is the reason.
-        kernel: further arguments of :func:`kernel_manager`.
+        folder, environment: see :func:`kernel_manager`.
     """
     partial, failed = out / f"{name}.partial.ipynb", out / f"{name}.failed.ipynb"
     in_full = {**defaults, **parameters}
@@ -77,19 +82,22 @@ def run_notebook(
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # the outcome says it, in one line
     start = time.perf_counter()
     with Watch(end) as watch:
+        manager = kernel_manager(watch.kernel_started, folder=folder, environment=environment, log=log)
+        execute = functools.partial(
+            papermill.execute_notebook,
+            _verbatim(notebook) if isinstance(notebook, Path) else notebook,
+            _verbatim(partial),
+            dict(parameters),
+            kernel_name="python3",
+            language="python",
+            kernel_manager_class=manager,
+            execution_timeout=cell_timeout,
+            progress_bar=progress_bar,
+            stdout_file=log,
+            stderr_file=log,
+        )
         try:
-            papermill.execute_notebook(
-                _verbatim(notebook) if isinstance(notebook, Path) else notebook,
-                _verbatim(partial),
-                dict(parameters),
-                kernel_name="python3",
-                language="python",
-                kernel_manager_class=kernel_manager(watch.kernel_started, **kernel),
-                execution_timeout=cell_timeout,
-                progress_bar=progress_bar,
-                stdout_file=log,
-                stderr_file=log,
-            )
+            _with_a_kernel_that_starts(execute)
         except KeyboardInterrupt:
             outcome.status, outcome.error = "interrupted", "Ctrl-C"
         except Exception as error:  # whatever stops one notebook must not stop the others
@@ -106,6 +114,17 @@ def run_notebook(
             outcome.error = f"{last_cell(executed)}{outcome.error}"
             partial.replace(failed)
     return outcome
+
+
+def _with_a_kernel_that_starts(execute: Callable[[], object]) -> None:
+    """Jupyter picks free ports before the kernel binds them: another that starts at the same moment may be quicker."""
+    for attempt in range(STARTS):
+        try:
+            execute()
+            return
+        except RuntimeError as error:
+            if attempt == STARTS - 1 or NOT_STARTED not in str(error):
+                raise
 
 
 def kernel_manager(
@@ -129,7 +148,7 @@ def kernel_manager(
     from jupyter_client.kernelspec import KernelSpec
 
     class ThisInterpreter(AsyncKernelManager):
-        kernel_spec = KernelSpec(resource_dir=RESOURCES, **get_kernel_dict())
+        kernel_spec = KernelSpec(resource_dir=RESOURCES, **get_kernel_dict(["--log-level=ERROR"]))
 
         async def _async_launch_kernel(self, *arguments, **options):
             options["stderr"] = log or subprocess.DEVNULL

@@ -7,7 +7,7 @@ name is whole: notebooks are executed under a temporary name and moved when they
 import ast
 import json
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import yaml
 from vitlib.course.figures import format_figure
 from vitlib.course.notebook import Outcome, run_notebook
 from vitlib.course.parameters import PARAMETERS, Parameter, near_match
+from vitlib.course.tables import aligned
 from vitlib.files import written_whole
 
 COURSE_FOLDER = Path(__file__).parents[2] / "notebooks"
@@ -114,6 +115,8 @@ def read_lesson(path: Path) -> Lesson:
         notebook = nbformat.read(path, as_version=4)
     except nbformat.reader.NotJSONError as error:
         raise ValueError(f"{path} is not a notebook; restore it or move it out of the folder.") from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"There is no notebook {path}; the course's own are in notebooks/.") from error
     # papermill asks the notebook for its language, which one saved by some editors does not have
     notebook.metadata["kernelspec"] = {"name": "python3", "language": "python", "display_name": "Python 3"}
     notebook.metadata["language_info"] = {"name": "python"}
@@ -247,16 +250,3 @@ def summary(outcomes: Mapping[str, Outcome]) -> str:
         )
     failures = [f"{name}: {o.error}" for name, o in outcomes.items() if o.status in ("failed", "interrupted")]
     return "\n".join([*aligned(rows, right=(2, 3)), *failures])
-
-
-def aligned(rows: Iterable[tuple[str, ...]], right: Collection[int] = ()) -> list[str]:
-    """Rows of a table as lines of text, the columns numbered in ``right`` to the right."""
-    rows = list(rows)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            f"{text:>{width}}" if number in right else f"{text:<{width}}"
-            for number, (text, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

@@ -1,0 +1,248 @@
+"""The engine of a sweep: jobs on Dask workers, on this machine or on a cluster, with retries and a live display."""
+
+import contextlib
+import logging
+import queue
+import sys
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from datetime import datetime, timedelta
+from importlib.metadata import version
+
+import dask
+from dask.system import CPU_COUNT
+from distributed import Client, Future, KilledWorker, LocalCluster
+from distributed.system import MEMORY_LIMIT
+
+from vitlib.course.notebook import Outcome
+from vitlib.course.worker import Job, Result, facts, run_job
+from vitlib.progress import progress_bar
+
+RUN_MEMORY = 2**30  # bytes that one run may take; the course's kernels stay below with the class parameters
+PATIENCE = 10  # seconds for a scheduler to answer, and for its first worker to be there
+UNCOUNTED = 3  # times that a run is sent again after its worker died before the run had begun
+
+LOCAL_SETTINGS = {
+    "distributed.scheduler.allowed-failures": 0,  # retries are counted here, not by the scheduler
+    "distributed.scheduler.worker-saturation": 1.0,  # a run waits at the scheduler, not at a worker that may die
+    "distributed.worker.multiprocessing-method": "spawn",
+    "distributed.comm.timeouts.connect": f"{PATIENCE}s",
+}
+
+
+def local_size(runs: int, workers: int | None = None, threads: int | None = None) -> tuple[int, int]:
+    """How many workers this machine should have for so many runs, and how many threads each run.
+
+    Small models gain little from a second thread, and processes that compute on more threads than there are cores wait
+    for each other: so as many runs at once as there are cores, and memory of ``RUN_MEMORY`` for each; threads for what
+    cores are left. Cores and memory are those that a container allows.
+    """
+    if workers is None:
+        cores = CPU_COUNT // threads if threads else CPU_COUNT
+        workers = max(1, min(cores, int(MEMORY_LIMIT // RUN_MEMORY), runs))
+    return workers, threads or max(1, CPU_COUNT // workers)
+
+
+@contextlib.contextmanager
+def local_workers(count: int) -> Iterator[Client]:
+    """A scheduler and ``count`` worker processes on this machine, reachable from nowhere else; they end with it."""
+    with (
+        dask.config.set(LOCAL_SETTINGS),
+        LocalCluster(
+            n_workers=count,
+            threads_per_worker=1,
+            host="127.0.0.1",
+            dashboard_address=None,
+            memory_limit=None,  # it would count the worker, not the kernel that the worker starts
+            silence_logs=logging.CRITICAL,
+        ) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        yield client
+
+
+@contextlib.contextmanager
+def cluster_workers(address: str) -> Iterator[Client]:
+    """The workers of the scheduler at ``address``.
+
+    Raises:
+        ValueError: if the address is not one.
+        ConnectionError: if no scheduler answers there, it has no worker, or a worker lacks this version of vitlib.
+    """
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what it would say is said here, in one line
+    try:
+        client = Client(address, timeout=PATIENCE, set_as_default=False)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"scheduler={address!r} is not an address; give one such as tcp://10.0.0.5:8786.") from error
+    except OSError as error:
+        raise ConnectionError(
+            f"No scheduler answers at {address} within {PATIENCE} s; start one with `dask scheduler`, or leave "
+            "--scheduler out to use this machine."
+        ) from error
+    with client:
+        _check_workers(client, address)
+        yield client
+
+
+def _check_workers(client: Client, address: str) -> None:
+    try:
+        client.wait_for_workers(1, timeout=PATIENCE)
+    except TimeoutError as error:
+        raise ConnectionError(
+            f"The scheduler at {address} has no worker; start some with `dask worker {address} --nthreads 1`."
+        ) from error
+    own = version("vitlib")
+    for worker, answer in client.run(facts, on_error="return").items():
+        if isinstance(answer, Exception):
+            problem = f"cannot run it ({type(answer).__name__}: {answer})"
+        elif answer["vitlib"] != own:
+            problem = f"has vitlib {answer['vitlib']}"
+        else:
+            continue
+        raise ConnectionError(f"The worker {worker} {problem}; install vitlib {own} with its extra `sweep` there.")
+
+
+class Sender:
+    """Sends jobs to workers and gives back what comes of each.
+
+    Args:
+        client: of the scheduler.
+        retries: how often a run that failed is tried again.
+    """
+
+    def __init__(self, client: Client, retries: int):
+        self.starts: Counter[str] = Counter()  # by key, how often a run has begun
+        self.hosts: dict[str, str] = {}  # by key, where it began last
+        self._client = client
+        self._retries = retries
+        self._topic = f"vitlib-sweep-{uuid.uuid4().hex}"
+        self._failures: Counter[str] = Counter()
+        self._seen: Counter[str] = Counter()  # starts that have been followed by an end
+        self._sent: Counter[str] = Counter()
+        self._order: dict[str, int] = {}
+        self._open: dict[Future, Job] = {}
+        self._events: queue.SimpleQueue = queue.SimpleQueue()
+        client.subscribe_topic(self._topic, self._note_start)
+
+    @property
+    def running(self) -> int:
+        return sum(self.starts[job.key] > self._seen[job.key] for job in self._open.values())
+
+    def send(self, job: Job) -> None:
+        self._sent[job.key] += 1
+        key = f"{job.key}-{self._sent[job.key]}-{self._topic[-8:]}"
+        # the earlier in the plan, the sooner, and what is tried again at once
+        order = -self._order.setdefault(job.key, len(self._order))
+        future = self._client.submit(run_job, replace(job, topic=self._topic), key=key, pure=False, priority=order)
+        self._open[future] = job
+        future.add_done_callback(self._events.put)
+
+    def results(self, every: Callable[[], None]) -> Iterator[tuple[Job, Result]]:
+        """Each job with its last result, as they come; ``every`` is called about once a second.
+
+        Raises:
+            ConnectionError: if the scheduler is gone.
+        """
+        while self._open:
+            try:
+                future = self._events.get(timeout=1)
+            except queue.Empty:
+                self._check_connection()
+            else:
+                if future in self._open:
+                    yield from self._ended(future)
+            every()
+
+    def give_up(self) -> None:
+        """Tell the workers that nobody waits any longer: they end what they run."""
+        with contextlib.suppress(Exception):  # the connection may be what is broken
+            self._client.cancel(list(self._open), force=True)
+
+    def _note_start(self, event: tuple[float, dict]) -> None:
+        _, message = event
+        self.hosts[message["key"]] = message["host"]
+        self.starts[message["key"]] += 1
+
+    def _check_connection(self) -> None:
+        if self._client.status != "running" or any(future.status == "lost" for future in self._open):
+            raise ConnectionError("The scheduler is gone; the same command again goes on with what is missing.")
+
+    def _ended(self, future: Future) -> Iterator[tuple[Job, Result]]:
+        job = self._open.pop(future)
+        has_begun = self.starts[job.key] > self._seen[job.key]
+        result = _result_of(future, self.hosts.get(job.key, ""))
+        self._seen[job.key] = self.starts[job.key]
+        future.release()
+        is_innocent = future.status == "error" and not has_begun and self._sent[job.key] <= UNCOUNTED
+        if result.outcome.status == "failed" and not is_innocent:
+            self._failures[job.key] += 1
+        if result.outcome.status == "failed" and self._failures[job.key] <= self._retries:
+            self.send(job)
+        else:
+            yield job, result
+
+
+def _result_of(future: Future, host: str) -> Result:
+    if future.status == "cancelled":
+        return Result(Outcome("not run", "the scheduler has dropped it"), host)
+    try:
+        return future.result()
+    except KilledWorker:
+        error = "its worker died (killed, or no memory left)"
+    except Exception as failure:  # of the worker, not of the notebook: a full disk, another version of a package
+        error = f"its worker failed with {type(failure).__name__}: {failure}"
+    return Result(Outcome("failed", error), host)
+
+
+class Display:
+    """One line for a sweep under way: how many are done, running and failed, and when it will end."""
+
+    def __init__(self, total: int, show: bool = True):
+        self._bar = progress_bar(description="sweep", total=total, unit="run", show=show)
+        self._start = time.monotonic()
+        self._failed = 0
+        self._is_live = sys.stdout.isatty()
+        self._last = ""
+
+    def ended(self, line: str, failed: bool) -> None:
+        self._failed += failed
+        self._bar.write(line, file=sys.stdout)
+        self._bar.update()
+
+    def show(self, running: int) -> None:
+        """Called once a second; where the line cannot be overwritten, only what has changed is printed."""
+        text = ", ".join(filter(None, (f"{running} running", self._failed and f"{self._failed} failed", self._end())))
+        if self._is_live or text != self._last:
+            self._bar.set_postfix_str(text, refresh=self._is_live)
+        self._last = text
+
+    def _end(self) -> str:
+        done, total = self._bar.n, self._bar.total
+        if not 0 < done < total:
+            return ""
+        left = (time.monotonic() - self._start) / done * (total - done)
+        return f"ends about {datetime.now() + timedelta(seconds=left):%H:%M}"
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def run_jobs(
+    client: Client, jobs: Sequence[Job], retries: int, done: Callable[[Job, Result, int], str], show: bool = True
+) -> None:
+    """Run all jobs. ``done`` gets each with its last result and the number of times it was begun, and returns the line
+    to print. However this ends, no worker goes on with what it was sent.
+    """
+    sender, display = Sender(client, retries), Display(len(jobs), show)
+    try:
+        for job in jobs:
+            sender.send(job)
+        for job, result in sender.results(lambda: display.show(sender.running)):
+            line = done(job, result, sender.starts[job.key])
+            display.ended(line, result.outcome.status != "ok")
+    finally:
+        sender.give_up()
+        display.close()
