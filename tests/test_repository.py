@@ -123,7 +123,7 @@ def joined(*parts):
         joined("AIza", "a1B2c" * 7),
         joined("sk", "-ant-api-", "a1B2" * 6),
         joined("eyJhbGciOiJIUzI1NiJ9.", "eyJzdWIiOiIxMjM0NTY3ODkwIn0.", "abcdefghijkl"),
-        joined("https://ada:", "lovelace@github.com/a/b"),
+        joined("https:/", "/ada:lovelace@github.com/a/b"),
         joined("API_KEY = ", "'abcdefgh12345'"),
         joined('"password": ', '"correct-horse"'),
         joined("http://127.0.0.1:8888/lab?", "token=", "0a1b" * 12),
