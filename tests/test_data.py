@@ -1,15 +1,22 @@
 """Labelled images: from named sources and folders, checked, split, measured and cached."""
 
+import errno
+import io
 import os
+import struct
 import subprocess
 import sys
 import threading
+import time
+import zlib
 from pathlib import Path
 
+import children
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitlib import cifar, data, folders
@@ -142,7 +149,9 @@ def test_a_mistyped_source_lists_the_names_and_the_near_match(typo, meant):
     assert meant in text.partition("did you mean ")[2].partition("?")[0]
 
 
-@pytest.mark.parametrize("source", ["no/such/folder", None, 5, ["shapes10"]])
+@pytest.mark.parametrize(
+    "source", ["no/such/folder", None, 5, ["shapes10"], "", "a\0b", "~nobody-of-this-name", 300 * "x"]
+)
 def test_what_is_neither_name_nor_folder_is_refused_by_check_and_load(source, data_dir):
     for call in (check_source, lambda source: load_images(source, data_dir=data_dir)):
         with pytest.raises(ValueError) as error:
@@ -161,7 +170,16 @@ def test_a_folder_is_checked_for_class_folders_in_train(folder, tmp_path):
 
 @pytest.mark.parametrize(
     "option",
-    [{"split": "val"}, {"image_size": 0}, {"image_size": 32.0}, {"image_size": "32"}, {"num_channels": 2}],
+    [
+        {"split": "val"},
+        {"image_size": 0},
+        {"image_size": 32.0},
+        {"image_size": "32"},
+        {"image_size": True},
+        {"num_channels": 2},
+        {"num_channels": 3.0},
+        {"num_channels": True},
+    ],
 )
 def test_a_bad_option_names_its_value(option):
     with pytest.raises(ValueError) as error:
@@ -357,6 +375,253 @@ def test_decoding_shows_a_progress_bar_unless_told_not_to(folder, data_dir, caps
     assert "decoding images: 100%" in capsys.readouterr().out
 
 
+# --- images that cannot be read ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def herd(tmp_path):
+    """A folder of 20 images in each of two classes and splits: a tenth of it may be left out, which is 4 images."""
+    return make_folder(tmp_path / "herd", per_class=20)[0]
+
+
+def content_of(picture, **options):
+    buffer = io.BytesIO()
+    picture.save(buffer, **options)
+    return buffer.getvalue()
+
+
+COLOURS = Image.fromarray(noise(8, 8, 3))
+PNG, JPEG = (content_of(COLOURS, format=name) for name in ("PNG", "JPEG"))
+MIDDLE = len(PNG) // 2
+UNREADABLE = {
+    "a PNG cut short": (PNG[:MIDDLE], "is damaged"),
+    "a JPEG cut short": (JPEG[:-20], "is damaged"),
+    "a PNG with a flipped bit": (PNG[:MIDDLE] + bytes([PNG[MIDDLE] ^ 1]) + PNG[MIDDLE + 1 :], "is damaged"),
+    "a page": (b"<html>404 not found</html>", "is not an image"),
+    "nothing": (b"", "is empty"),
+    "zeros": (bytes(1000), "is not an image"),
+    "too many pixels": (content_of(Image.new("1", (20_000, 10_000)), format="PNG"), "too many pixels"),
+    "fractions": (content_of(Image.fromarray(np.ones((8, 8), np.float32)), format="TIFF"), "32 bits"),
+    "numbers of 32 bits": (content_of(Image.fromarray(np.ones((8, 8), np.int32)), format="TIFF"), "32 bits"),
+    "EPS": (content_of(COLOURS, format="EPS"), "is not an image"),
+    "a rare format": (content_of(COLOURS, format="PCX"), "is not an image"),
+}
+
+
+@pytest.mark.parametrize(("content", "reason"), UNREADABLE.values(), ids=UNREADABLE)
+def test_an_image_that_cannot_be_read_is_left_out_counted_and_named_each_time(herd, data_dir, capsys, content, reason):
+    whole = load_images(herd, data_dir=data_dir, progress=False)
+    bad = herd / "train" / "cat" / "3.png"
+    number = sorted(bad.parent.iterdir()).index(bad)
+    bad.write_bytes(content)
+    for _ in ("decoded", "from the cache"):
+        assert capsys.readouterr().out == ""
+        rest = load_images(herd, data_dir=data_dir, progress=False)
+        (line,) = capsys.readouterr().out.splitlines()
+        assert line.startswith(f"1 of 40 images cannot be read: {bad} (the first ") and reason in line
+        assert torch.equal(rest.images, torch.cat([whole.images[:number], whole.images[number + 1 :]]))
+        assert rest.labels.tolist() == 19 * [0] + 20 * [1] and rest.classes == whole.classes
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no named pipes among its files")
+def test_pipes_and_links_to_nothing_are_left_out_too(herd, data_dir, capsys):
+    (herd / "train" / "cat" / "no.png").symlink_to(herd / "nowhere.png")
+    (herd / "train" / "cat" / "self.png").symlink_to(herd / "train" / "cat" / "self.png")
+    os.mkfifo(herd / "train" / "dog" / "pipe.png")
+    for _ in range(2):
+        assert len(load_images(herd, data_dir=data_dir, progress=False)) == 40
+        said = capsys.readouterr().out
+        assert said.startswith("3 of 43 images cannot be read") and "no.png" in said and "pipe.png" in said
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_more_than_one_in_ten_is_an_error_that_counts_and_names_them(herd, data_dir, split):
+    for number in range(4):
+        (herd / split / "cat" / f"{number}.png").write_bytes(b"damaged")
+    assert len(load_images(herd, split, data_dir=data_dir, progress=False)) == 36
+    (herd / split / "dog" / "7.png").write_bytes(b"damaged")
+    with pytest.raises(ValueError) as error:
+        load_images(herd, split, data_dir=data_dir, progress=False)
+    named = [herd / split / "cat" / f"{number}.png" for number in range(4)] + [herd / split / "dog" / "7.png"]
+    message_of(error, "5 of 40 images", *named, "convert it to JPEG or PNG", "at most 10% may be left out")
+
+
+def test_a_training_class_of_which_nothing_can_be_read_is_an_error_but_a_test_class_is_not(herd, data_dir):
+    for split in ("train", "test"):
+        save_picture(herd / split / "emu" / "0.png", noise(8, 8, 3))
+        (herd / split / "emu" / "0.png").write_bytes(b"damaged")
+    with pytest.raises(ValueError) as error:
+        load_images(herd, data_dir=data_dir, progress=False)
+    message_of(error, "1 of 41 images", herd / "train" / "emu" / "0.png", "no image of emu is left")
+    loaded = load_images(herd, "test", data_dir=data_dir, progress=False)
+    assert len(loaded) == 40 and loaded.classes == ("cat", "dog", "emu")
+
+
+def test_of_many_unreadable_images_ten_are_named_and_all_counted(tmp_path, data_dir, capsys):
+    root, _ = make_folder(tmp_path / "crowd", size=(2, 2), classes=("a",), per_class=120)
+    for number in range(100, 112):
+        (root / "train" / "a" / f"{number}.png").write_bytes(b"")
+    load_images(root, data_dir=data_dir, progress=False)
+    line = capsys.readouterr().out
+    assert line.startswith("12 of 120 images") and line.count(".png") == 10 and " and 2 others " in line
+
+
+def test_an_image_that_can_be_read_again_is_used_again(herd, data_dir, monkeypatch, capsys):
+    """What made it unreadable need not show in its size and time: permissions, a network folder that was not there."""
+    read, shut = folders.read_picture, herd / "train" / "cat" / "3.png"
+
+    def refuse(path, *options):
+        if path == shut:
+            raise PermissionError(f"{path} may not be read; change its permissions.")
+        return read(path, *options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "read_picture", refuse)
+        assert len(load_images(herd, data_dir=data_dir, progress=False)) == 39
+        assert "the first may not be read; change its permissions)" in capsys.readouterr().out
+    assert len(load_images(herd, data_dir=data_dir, progress=False)) == 40 and capsys.readouterr().out == ""
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="there names of files are always printable text")
+def test_names_cannot_break_the_line_or_command_the_terminal(herd, data_dir, capsys):
+    for name in (b"line\nbreak.png", b"\x1b[2Jclear.png", b"caf\xe9.png"):
+        Path(os.fsdecode(os.fsencode(herd / "train" / "cat") + b"/" + name)).write_bytes(b"damaged")
+    load_images(herd, data_dir=data_dir, progress=False)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "line\\nbreak.png" in line and "\\x1b[2Jclear.png" in line and "caf\ufffd.png" in line
+    assert line[:-1].isprintable()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the trap is a shell script")
+def test_a_picture_that_pillow_would_hand_to_another_program_is_refused(herd, data_dir, tmp_path, monkeypatch):
+    trap = tmp_path / "bin" / "gs"
+    trap.parent.mkdir()
+    trap.write_text(f"#!/bin/sh\ntouch '{tmp_path / 'sprung'}'\n")
+    trap.chmod(0o755)
+    monkeypatch.setenv("PATH", str(trap.parent), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    bad = herd / "train" / "cat" / "3.png"
+    bad.write_bytes(content_of(COLOURS, format="EPS"))
+    assert len(load_images(herd, data_dir=data_dir, progress=False)) == 39
+    assert not (tmp_path / "sprung").exists()
+    with pytest.raises(Exception), Image.open(bad) as picture:  # noqa: B017 (whatever comes of an empty answer)
+        picture.load()
+    assert (tmp_path / "sprung").exists(), "the trap of this test must work"
+
+
+def test_folders_that_would_not_fit_into_memory_are_refused(folder, data_dir, monkeypatch):
+    monkeypatch.setattr(os, "sysconf", lambda name: 20, raising=False)  # 20 pages of 20 bytes
+    with pytest.raises(ValueError) as error:
+        load_images(folder, data_dir=data_dir, progress=False)
+    message_of(error, "6 decoded images of 8x8 pixels", "GB", "image_size=224")
+    assert len(load_images(folder, data_dir=data_dir, image_size=4, progress=False)) == 6
+
+
+# --- images of unusual kinds ---------------------------------------------------------------------------------------
+
+
+def png_of_16_bits(pixels):
+    """uint16 [H, W, 3] as a PNG file, which Pillow reads but does not write."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    height, width, _ = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def test_images_of_16_bits_give_their_upper_8_in_every_format(tmp_path, data_dir):
+    deep = np.random.default_rng(0).integers(2**16, size=(8, 8, 3), dtype=np.uint16)
+    grey = deep[:, :, 0]
+    contents = {
+        "0.png": content_of(Image.fromarray(grey), format="PNG"),
+        "1.tif": content_of(Image.fromarray(grey), format="TIFF"),
+        "2.tif": content_of(Image.frombytes("I;16B", (8, 8), grey.astype(">u2").tobytes()), format="TIFF"),
+        "3.pgm": b"P5 8 8 65535\n" + grey.astype(">u2").tobytes(),
+        "4.png": png_of_16_bits(np.repeat(grey[:, :, None], 3, axis=2)),
+    }
+    (tmp_path / "deep" / "train" / "a").mkdir(parents=True)
+    for name, content in contents.items():
+        (tmp_path / "deep" / "train" / "a" / name).write_bytes(content)
+    images = load_images(tmp_path / "deep", data_dir=data_dir, num_channels=1, progress=False).images[:, 0]
+    for name, image in zip(contents, images.numpy(), strict=True):
+        np.testing.assert_array_equal(image, grey >> 8, err_msg=name)
+
+
+def test_of_animations_pages_and_pairs_the_first_picture_is_taken(tmp_path, data_dir):
+    first, second = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
+    (tmp_path / "moving" / "train" / "a").mkdir(parents=True)
+    kinds = {"0.png": "GIF", "1.png": "PNG", "2.tif": "TIFF", "3.webp": "WEBP", "4.jpg": "MPO"}
+    for name, kind in kinds.items():
+        path = tmp_path / "moving" / "train" / "a" / name
+        lossless = {"lossless": True} if kind == "WEBP" else {}
+        first.save(path, format=kind, save_all=True, append_images=[second], **lossless)
+        with Image.open(path) as picture:
+            assert picture.n_frames == 2
+    images = load_images(tmp_path / "moving", data_dir=data_dir, progress=False).images
+    assert len(images) == 5
+    assert images[:, 0].min() > 250 and images[:, 1:].max() < 5
+
+
+def test_cmyk_is_converted_to_the_colours_it_means(tmp_path, data_dir):
+    (tmp_path / "print" / "train" / "a").mkdir(parents=True)
+    for number, kind in enumerate(("JPEG", "TIFF")):
+        picture = Image.new("CMYK", (8, 8), (0, 255, 255, 0))  # magenta and yellow on paper are red
+        picture.save(tmp_path / "print" / "train" / "a" / f"{number}.{kind.lower()}", format=kind)
+    images = load_images(tmp_path / "print", data_dir=data_dir, progress=False).images
+    assert images[:, 0].min() > 250 and images[:, 1:].max() < 5
+
+
+# --- links, and folders that may not be read -----------------------------------------------------------------------
+
+
+def test_linked_images_and_classes_are_loaded_and_linked_folders_in_a_class_are_not(tmp_path, folder, data_dir):
+    make_folder(tmp_path / "elsewhere", classes=("emu",))
+    whole = load_images(folder, data_dir=data_dir, progress=False)
+    (folder / "train" / "emu").symlink_to(tmp_path / "elsewhere" / "train" / "emu", target_is_directory=True)
+    (folder / "train" / "cat" / "9.png").symlink_to(tmp_path / "elsewhere" / "train" / "emu" / "0.png")
+    inside = folder / "train" / "dog" / "inside"
+    inside.mkdir()
+    for number, place in enumerate((folder, folder / "test", folder / "train" / "dog", inside, Path("/"))):
+        (inside / f"link {number}").symlink_to(place, target_is_directory=True)
+    save_picture(inside / "0.png", noise(8, 8, 3))
+    loaded = load_images(folder, data_dir=data_dir, progress=False)
+    assert loaded.labels.tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2] and loaded.classes == ("cat", "dog", "emu")
+    assert torch.equal(loaded.images[[0, 1, 2, 4, 5, 6]], whole.images)
+    assert torch.equal(loaded.images[3], loaded.images[8])
+
+
+@pytest.mark.parametrize("place", [".", "..", "../.."])
+def test_a_class_that_is_a_link_back_up_is_refused(folder, data_dir, place):
+    (folder / "train" / "loop").symlink_to(folder / "train" / place, target_is_directory=True)
+    with pytest.raises(ValueError) as error:
+        load_images(folder, data_dir=data_dir, progress=False)
+    message_of(error, folder / "train" / "loop", "leads back up", "remove it")
+
+
+@pytest.mark.parametrize("shut", ["train", "train/cat", "train/cat/inside"])
+def test_a_folder_that_may_not_be_read_is_no_empty_folder(folder, data_dir, monkeypatch, shut):
+    """root may read everything, so reading is made to fail."""
+    (folder / "train" / "cat" / "inside").mkdir()
+    scan, names = os.scandir, os.listdir
+
+    def refuse(call):
+        def refusing(path="."):
+            if Path(path) == folder / shut:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return call(path)
+
+        return refusing
+
+    monkeypatch.setattr(os, "scandir", refuse(scan))
+    monkeypatch.setattr(os, "listdir", refuse(names))
+    with pytest.raises(OSError) as error:
+        load_images(folder, data_dir=data_dir, progress=False)
+    message_of(error, folder / shut, "change its permissions")
+
+
 # --- cache ---------------------------------------------------------------------------------------------------------
 
 
@@ -459,6 +724,95 @@ def test_a_failed_load_leaves_nothing_in_the_cache(folder, data_dir):
     with pytest.raises(ValueError):
         load_images(folder, data_dir=data_dir, progress=False)
     assert not list(data_dir.rglob("*"))
+
+
+def test_of_several_states_of_a_folder_the_last_is_kept_and_other_caches_stay(tmp_path, data_dir):
+    root, _ = make_folder(tmp_path / "one" / "pets [of *]")
+    other, _ = make_folder(tmp_path / "two" / "pets [of *]")
+    for options in ({}, {"image_size": 4}, {"split": "test"}):
+        load_images(root, data_dir=data_dir, progress=False, **options)
+    load_images(other, data_dir=data_dir, progress=False)
+    cache = data_dir / "cache"
+    others = {file.name for file in cache.iterdir()}
+    for number in range(3):
+        save_picture(root / "train" / "cat" / f"new {number}.png", noise(8, 8, 3))
+        assert len(load_images(root, data_dir=data_dir, progress=False)) == 7 + number
+        assert len(list(cache.iterdir())) == 4
+    assert len(others & {file.name for file in cache.iterdir()}) == 3
+
+
+def test_what_a_killed_process_left_of_a_cache_file_is_removed_but_not_what_another_is_writing(
+    cached, folder, data_dir
+):
+    file = only_cache_file(data_dir)
+    left, written = (file.with_name(f".{file.name}.{number}-1.part") for number in (7, 8))
+    left.write_bytes(b"half")
+    written.write_bytes(b"half")
+    os.utime(left, (time.time() - 7200,) * 2)
+    file.unlink()
+    assert cached()[1] and file.exists()
+    assert written.exists() and not left.exists()
+
+
+def test_a_cache_file_that_does_not_fit_is_rebuilt_even_if_its_checksum_is_right(cached, data_dir):
+    file = only_cache_file(data_dir)
+    good = load_file(file)
+    for change in (
+        {"images": good["images"][1:]},
+        {"images": good["images"].float()},
+        {"images": good["images"].flatten(1)},
+        {"kept": good["kept"].long()},
+        {"kept": good["kept"][1:], "images": good["images"][1:]},
+        {"kept": torch.zeros(6, dtype=torch.bool), "images": good["images"][:0]},
+        {"more": torch.zeros(1)},
+    ):
+        tensors = {name: tensor.contiguous() for name, tensor in (good | change).items()}
+        checksum = str(zlib.crc32(tensors["kept"].numpy(), zlib.crc32(tensors["images"].numpy())))
+        save_file(tensors, file, metadata={"crc32": checksum})
+        again, _ = cached()
+        assert torch.equal(again.images, cached.first.images), change
+        assert torch.equal(again.labels, cached.first.labels)
+
+
+@pytest.mark.parametrize("size", [0, 500])
+def test_a_full_disk_leaves_no_half_cache_file_and_the_one_before(cached, folder, data_dir, capsys, size):
+    resource = pytest.importorskip("resource", reason="Windows has no limits on the size of files")
+    file, limits = only_cache_file(data_dir), resource.getrlimit(resource.RLIMIT_FSIZE)
+    save_picture(folder / "train" / "cat" / "9.png", noise(8, 8, 3))
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        again, decoded = cached()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert decoded and len(again) == 7
+    assert "not cached" in capsys.readouterr().out and only_cache_file(data_dir) == file
+    assert cached()[1] and not cached()[1], "with room again it is cached"
+
+
+def load_apart(folder, data_dir):
+    load_images(folder, data_dir=data_dir, progress=False)
+
+
+def test_processes_and_threads_that_decode_the_same_folder_at_once_do_not_spoil_it(herd, data_dir, tmp_path):
+    logs = [tmp_path / f"{number}.log" for number in range(2)]
+    processes = [children.start(load_apart, herd, data_dir, log=log) for log in logs]
+    results = []
+    threads = [
+        threading.Thread(target=lambda: results.append(load_images(herd, data_dir=data_dir, progress=False)))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0], [log.read_text() for log in logs]
+    assert [log.read_text() for log in logs] == ["", ""], "each has been able to cache what it decoded"
+    first = results[0]
+    assert len(results) == 4 and all(torch.equal(other.images, first.images) for other in results)
+    only_cache_file(data_dir)
+    assert torch.equal(load_images(herd, data_dir=data_dir, progress=False).images, first.images)
 
 
 # --- validation split ----------------------------------------------------------------------------------------------
