@@ -76,7 +76,7 @@ def cluster_workers(address: str) -> Iterator[Client]:
     try:
         client = Client(address, timeout=PATIENCE, set_as_default=False)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"scheduler={address!r} is not an address; give one such as tcp://10.0.0.5:8786.") from error
+        raise ValueError(f"scheduler={address!r} is not an address; give one such as tcp://192.0.2.1:8786.") from error
     except OSError as error:
         raise ConnectionError(
             f"No scheduler answers at {address} within {PATIENCE} s; start one with `dask scheduler`, or leave "
