@@ -1,17 +1,23 @@
 """Checkpoints: what goes in comes out, nothing half-written, nothing unpickled, only the encoder is moved."""
 
+import ast
 import math
 import os
 import pickle
+import re
 import runpy
 
+import nbformat
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
+from conftest import ROOT
 from safetensors.torch import save_file
 from torch import distributed, nn
 
 from vitlib import checkpoint
+from vitlib.__main__ import main
 from vitlib.checkpoint import (
     Card,
     ResumeFile,
@@ -64,11 +70,6 @@ def test_a_failed_write_leaves_the_earlier_file(model, tmp_path):
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
-class Trap:
-    def __reduce__(self):
-        return (pytest.fail, ("a checkpoint was unpickled",))
-
-
 def damage(path, kind, model):
     save_checkpoint(path, model, CARD)
     if kind == "truncated":
@@ -82,19 +83,142 @@ def damage(path, kind, model):
             with safe_open(path, framework="pt") as file:
                 metadata, names = file.metadata(), list(file.keys())[1:]
                 save_file({name: file.get_tensor(name) for name in names}, temporary, metadata=metadata)
-    elif kind == "pickle":
-        path.write_bytes(pickle.dumps(Trap()))
     elif kind == "empty":
         path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("kind", ["truncated", "no card", "weights missing", "pickle", "empty"])
+@pytest.mark.parametrize("kind", ["truncated", "no card", "weights missing", "empty"])
 def test_a_damaged_or_foreign_file_is_refused_in_one_sentence(model, tmp_path, kind):
     path = tmp_path / "a.safetensors"
     damage(path, kind, model)
     with pytest.raises(ValueError, match="a.safetensors is not a whole checkpoint of vitlib") as error:
         load_checkpoint(path)
     assert "\n" not in str(error.value)
+
+
+# Files that run code when they are unpickled, wherever a file of weights is taken.
+
+
+class Trap:
+    """Its pickle makes a folder when it is opened."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def a_pickle(path, sprung):
+    path.write_bytes(pickle.dumps(Trap(sprung), protocol=2))
+
+
+def a_torch_file(path, sprung):
+    torch.save({"vit_encoder.layernorm.weight": torch.ones(16), "card": Trap(sprung)}, path)
+
+
+def an_old_torch_file(path, sprung):
+    torch.save({"card": Trap(sprung)}, path, _use_new_zipfile_serialization=False)
+
+
+TRAPS = pytest.mark.parametrize("trap", [a_pickle, a_torch_file, an_old_torch_file])
+
+
+@TRAPS
+def test_the_traps_work(tmp_path, trap):
+    trap(tmp_path / "file", tmp_path / "sprung")
+    if trap is a_pickle:
+        pickle.loads((tmp_path / "file").read_bytes())
+    else:
+        torch.load(tmp_path / "file", weights_only=False)
+    assert (tmp_path / "sprung").is_dir()
+
+
+@TRAPS
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt", "a.pkl", "a"])
+@pytest.mark.parametrize("load", [load_checkpoint, load_weights])
+def test_a_checkpoint_that_would_run_code_is_refused_and_not_run(tmp_path, trap, name, load):
+    trap(tmp_path / name, tmp_path / "sprung")
+    with pytest.raises(ValueError) as error:
+        load(tmp_path / name)
+    assert str(error.value).startswith(f"{tmp_path / name} is not a whole checkpoint of vitlib (")
+    assert "\n" not in str(error.value) and not (tmp_path / "sprung").exists()
+
+
+@TRAPS
+@pytest.mark.parametrize("words", [["predict", "FILE", "image.png"], ["export", "FILE", "out.onnx"]])
+def test_the_command_line_refuses_it_in_one_sentence(tmp_path, monkeypatch, trap, words):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "a.pt"
+    trap(path, tmp_path / "sprung")
+    result = CliRunner().invoke(main, [str(path) if word == "FILE" else word for word in words])
+    assert result.exit_code == 2 and result.stderr.startswith(f"Error: {path} is not a whole checkpoint of vitlib (")
+    assert len(result.stderr.splitlines()) == 1 and {file.name for file in tmp_path.iterdir()} == {"a.pt"}
+
+
+@TRAPS
+@pytest.mark.parametrize("last", [True, False])
+def test_a_resume_file_that_would_run_code_is_refused_and_not_run(tmp_path, trap, last):
+    file = ResumeFile(tmp_path / "a-resume.pt", {})
+    path = file.path if last else file.previous
+    trap(path, tmp_path / "sprung")
+    with pytest.raises(ValueError) as error:
+        file.load()
+    assert str(error.value).startswith(f"{path} is not a whole resume file of vitlib (")
+    assert "\n" not in str(error.value) and not (tmp_path / "sprung").exists()
+
+
+# What opens a file, or text, and may run code from it: never, or only with the argument that forbids it.
+ALWAYS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+UNLESS = {"torch.load": ("weights_only", True), "np.load": ("allow_pickle", False)}
+NEVER = {"torch.jit.load", "torch.export.load", "torch.hub.load", "yaml.load", "yaml.unsafe_load"}
+KNOWN = {
+    ("vitlib/cifar.py", "pickle"),  # of bytes whose md5 was compared with torchvision's just before (test_download.py)
+    ("vitlib/export.py", "torch.export.load"),  # of the file that it has just written itself
+}
+
+
+def loopholes(source):
+    """Names in a program's source by which opening a file may run code."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names if name.name.partition(".")[0] in ALWAYS)
+        elif isinstance(node, ast.ImportFrom):
+            full = {f"{node.module}.{name.name}" for name in node.names}
+            yield from full & (NEVER | UNLESS.keys() | {"numpy.load"})
+            yield from {node.module} if (node.module or "").partition(".")[0] in ALWAYS else ()
+        elif isinstance(node, ast.Call):
+            name = ast.unparse(node.func).replace("numpy.", "np.")
+            given = [(word.arg, getattr(word.value, "value", None)) for word in node.keywords]
+            if name in NEVER or (name in UNLESS and UNLESS[name] not in given):
+                yield name
+
+
+SOURCES = sorted(path for folder in ("vitlib", "benchmarks", "docs") for path in (ROOT / folder).rglob("*.py"))
+NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *NOTEBOOKS], ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_of_ours_runs_code_out_of_a_file(path):
+    sources = [path.read_text()]
+    if path.suffix == ".ipynb":
+        cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+        sources = [re.sub(r"^(\s*)[%!].*", r"\1pass", source, flags=re.MULTILINE) for source in cells]
+    found = {(path.relative_to(ROOT).as_posix(), name) for source in sources for name in loopholes(source)}
+    assert found - KNOWN == set()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pickle", "import os, joblib", "from pickle import load", "from torch import load",
+        "from numpy import load", "torch.load(path)", "torch.load(path, weights_only=False)",
+        "torch.load(path, weights_only=choice)", "np.load(path)", "numpy.load(path, allow_pickle=True)",
+        "yaml.load(text)", "torch.jit.load(path)",
+    ],
+)  # fmt: skip
+def test_the_search_for_such_names_finds_them(line):
+    assert list(loopholes(f"if True:\n    {line}"))
 
 
 def test_a_missing_file_says_what_to_do(tmp_path):
