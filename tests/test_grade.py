@@ -6,8 +6,10 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from click.testing import CliRunner
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from vitlib.__main__ import main
-from vitlib.course import checks, execution, grade
+from vitlib.course import checks, contain, execution, grade
 from vitlib.course.grade import grade_folder, tables
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
@@ -259,21 +261,215 @@ def test_the_table_has_a_row_for_each_student_and_names_what_was_not_graded(grad
 
 
 def test_endless_loops_and_endless_printing_end_at_the_time_limit(tmp_path, monkeypatch):
-    begun = [tmp_path / name for name in ("loop", "print")]
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+
+    def now():
+        saved = [path.read_text() for path in tmp_path.glob("scratch/vitlib-grade-*/executed.ipynb")]
+        over.extend([True] * (sum('"check": "two"' in text for text in saved) == 2))
+        return 1000.0 if over else 0.0
+
     # time stands still until both are in their loops, and is over then: a slow machine makes no difference
-    monkeypatch.setattr(execution, "clock", lambda: 1000.0 if all(path.exists() for path in begun) else 0.0)
-    loops = ("while True: pass", "while True: print('x' * 1000)")
-    for path, loop in zip(begun, loops, strict=True):
-        cell = f"checks.two(1)\nopen({str(path)!r}, 'w').close()\n{loop}"
-        write(tmp_path / "class" / path.name / "01_first.ipynb", "checks.one(1)", cell, "checks.three(1)")
-    found = grade_folder(
+    over = []
+    monkeypatch.setattr(execution, "clock", now)
+    for name, loop in {"loop": "while True: pass", "print": "while True: print('x' * 1000)"}.items():
+        cell = f"checks.two(1)\n{loop}"
+        write(tmp_path / "class" / name / "01_first.ipynb", "checks.one(1)", cell, "checks.three(1)")
+    write(tmp_path / "class" / "zoe" / "01_first.ipynb", *RIGHT)
+    *endless, zoe = grade_folder(
         tmp_path / "class", tmp_path / "out", notebooks=write_course(tmp_path / "course"), timeout=9, jobs=2
     )
-    for one in found:
+    for one in endless:
         assert one.note == "stopped after 9 s"
         assert [status for status, _ in one.verdicts.values()] == ["correct", "correct", "not reached"]
         assert nbformat.read(one.copy, as_version=4).cells[-1].execution_count is None
-    assert "2 notebooks of 2 students; 2 could not be run to the end." in tables(found, tmp_path / "class")
+    assert (zoe.passed, zoe.note) == (3, "")
+    assert "3 notebooks of 3 students; 2 could not be run to the end." in tables([*endless, zoe], tmp_path / "class")
+
+
+# What a notebook may not do, and what becomes of one that does it. Each tries and says what came of it.
+
+TRY = """
+import glob, os, signal, socket, subprocess, sys, time
+def attempt(name, act):
+    try:
+        print(f"{name}: {act()}")
+    except OSError as error:
+        print(f"{name}: refused by {type(error).__name__}")
+"""
+ATTEMPTS = {
+    "secret": """
+attempt("variable", lambda: os.environ.get("API_TOKEN"))
+attempt("of another process", lambda: open("/proc/@pid@/environ").read())
+""",
+    "writer": """
+attempt("home", lambda: open(os.path.expanduser("~/planted"), "w").write("x"))
+attempt("home by its name", lambda: open("@top@/home/planted", "w").write("x"))
+attempt("temporary file", lambda: __import__("tempfile").NamedTemporaryFile().write(b"x"))
+attempt("work of another", lambda: open("@top@/class/ada/01_first.ipynb", "w").write("x"))
+attempt("removed work", lambda: os.remove("@top@/class/ada/01_first.ipynb"))
+attempt("moved folder", lambda: os.rename("@top@/class/ada", "@top@/class/eve"))
+attempt("marks", lambda: open("@top@/out/grades.csv", "a").write("x"))
+attempt("own copy", lambda: open("../../executed.ipynb", "a").write("x"))
+attempt("beside the notebook", lambda: open("here.txt", "w").write("x"))
+attempt("very large file", lambda: open("large", "w").truncate(2**40))
+""",
+    "reader": """
+attempt("work of another", lambda: open("@top@/class/ada/01_first.ipynb").read())
+attempt("solutions", lambda: open(glob.glob("@notebooks@/solutions/*.ipynb")[0]).read())
+attempt("vitlib", lambda: len(open(__import__("vitlib").__file__).read()) > 0)
+""",
+    "caller": """
+attempt("connection", lambda: socket.create_connection(("127.0.0.1", @port@), timeout=5))
+attempt("signal", lambda: os.kill(@pid@, signal.SIGTERM))
+attempt("shell", lambda: None)
+!echo the shell answers
+""",
+    "forks": """
+for _ in range(8):
+    os.fork()
+time.sleep(300)
+""",
+    "memory": """
+held = []
+while len(held) < 40:
+    held.append(bytearray(64 * 2**20))
+    time.sleep(0.05)
+print("all of it")
+""",
+    "leaver": """
+line = "env -i setsid sleep 300 > /dev/null 2>&1 & echo $!"
+print("left behind", subprocess.run(["sh", "-c", line], capture_output=True, text=True).stdout)
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def contained(tmp_path_factory):
+    """A class of notebooks that try everything, graded once: (folder, what was printed, what was found)."""
+    if sys.platform != "linux":
+        pytest.skip("only Linux contains notebooks")
+    top = tmp_path_factory.mktemp("c")
+    (top / "home").mkdir()
+    (top / "class").mkdir()
+    bystander = subprocess.Popen(["sleep", "300"], env={"API_TOKEN": "hunter2"})
+    said = []
+    with socket.socket() as server, pytest.MonkeyPatch.context() as patch:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        server.settimeout(0)
+        patch.setenv("API_TOKEN", "hunter2")
+        patch.setenv("HOME", str(top / "home"))
+        words = {"@pid@": bystander.pid, "@top@": top, "@port@": server.getsockname()[1], "@notebooks@": FOLDER}
+        write(top / "class" / "ada" / "01_first.ipynb", *RIGHT)
+        for student, cell in ATTEMPTS.items():
+            for word, value in words.items():
+                cell = cell.replace(word, str(value))
+            write(top / "class" / student / "01_first.ipynb", "checks.one(1)", TRY + cell, "checks.two(1)")
+        before = contents(top / "class")
+        found = grade_folder(
+            top / "class", top / "out", notebooks=write_course(top / "course"), timeout=300, memory=0.75, jobs=2,
+            say=said.append,
+        )  # fmt: skip
+        assert contents(top / "class") == before, "an original was changed"
+        with pytest.raises(BlockingIOError):  # nobody called
+            server.accept()
+    yield top, said, {one.student: one for one in found}
+    assert bystander.poll() is None, "a notebook ended another process"
+    bystander.kill()
+    bystander.wait()
+
+
+def came_of(contained, student):
+    """What each attempt of a student came to."""
+    one = contained[2][student]
+    assert (one.passed, one.note) == (2, ""), "the rest of its notebook was run and checked"
+    return dict(re.findall(r"^(.+?): (.*)$", printed_by(one.copy), re.MULTILINE))
+
+
+def landlock(version):
+    """Skips a test where the system's Landlock is older than this version."""
+    found = contain.landlock_version()
+    return pytest.mark.skipif(found < version, reason=f"needs Landlock {version}, this system has {found or 'none'}")
+
+
+def test_a_notebook_sees_no_secret_of_the_environment(contained):
+    assert came_of(contained, "secret")["variable"] == "None"
+
+
+@landlock(1)
+def test_nor_the_environment_of_another_process(contained):
+    assert came_of(contained, "secret")["of another process"] == "refused by PermissionError"
+
+
+@landlock(3)
+def test_a_notebook_writes_into_its_own_copy_and_nowhere_else(contained):
+    attempts = came_of(contained, "writer")
+    allowed = {name: attempts.pop(name) for name in ("home", "temporary file", "beside the notebook")}
+    assert set(allowed.values()) == {"1"}, "it has a home and temporary files of its own"
+    assert attempts.pop("very large file") == "refused by OSError"
+    assert len(attempts) == 6 and set(attempts.values()) == {"refused by PermissionError"}
+    assert not list((contained[0] / "home").iterdir()) and not (contained[0] / "class" / "writer" / "here.txt").exists()
+
+
+@landlock(1)
+def test_a_notebook_reads_neither_the_work_of_others_nor_the_solutions(contained):
+    attempts = came_of(contained, "reader")
+    assert attempts["work of another"] == attempts["solutions"] == "refused by PermissionError"
+    assert attempts["vitlib"] == "True"
+
+
+@landlock(6)
+def test_a_notebook_reaches_no_address_and_no_process_but_has_a_shell(contained):
+    attempts = came_of(contained, "caller")
+    assert attempts["connection"] == attempts["signal"] == "refused by PermissionError"
+    assert "the shell answers" in printed_by(contained[2]["caller"].copy)
+
+
+@pytest.mark.parametrize(
+    ("student", "said"),
+    [
+        ("forks", r"stopped with \d{3} processes at once, of which it may have 100"),
+        ("memory", r"stopped with \d\.\d GiB of memory, of which it may have 0\.75"),
+    ],
+)
+def test_a_notebook_that_takes_too_much_is_ended_and_keeps_what_was_checked(contained, student, said):
+    one = contained[2][student]
+    assert re.fullmatch(said, one.note)
+    assert [status for status, _ in one.verdicts.values()] == ["correct", "not reached", "missing"]
+    assert "all of it" not in printed_by(one.copy)
+
+
+def test_what_a_notebook_cuts_loose_from_itself_is_killed(contained):
+    assert contained[2]["leaver"].note == ""
+    pid = int(re.search(r"left behind (\d+)", printed_by(contained[2]["leaver"].copy)).group(1))
+    assert has_ended(pid)
+
+
+def test_the_others_are_graded_all_the_same(contained):
+    _, said, found = contained
+    assert found["ada"].passed == 3 and len(found) == len(ATTEMPTS) + 1
+    assert said[0] == contain.in_words(contain.landlock_version())
+
+
+def test_where_the_system_cannot_contain_it_says_so_and_home_and_environment_are_still_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(contain, "landlock_version", lambda: 0)
+    monkeypatch.setenv("API_TOKEN", "hunter2")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    cell = f"attempt('a', lambda: open({str(tmp_path / 'reached')!r}, 'w').write(str(os.environ.get('API_TOKEN'))))"
+    write(
+        tmp_path / "class" / "eve" / "01_first.ipynb", f"{TRY}\n{cell}\nos.mkdir(os.path.expanduser('~/new'))", *RIGHT
+    )
+    said = []
+    (one,) = grade_folder(
+        tmp_path / "class", tmp_path / "out", notebooks=write_course(tmp_path / "course"), say=said.append
+    )
+    assert said[0].splitlines()[:2] == [
+        "Notebooks are NOT kept from (this system has no Landlock; Linux 6.12 does it all):",
+        "  writing outside a copy of their folder",
+    ]
+    assert (one.passed, one.note) == (3, "")
+    assert (tmp_path / "reached").read_text() == "None" and not (tmp_path / "home").exists()
 
 
 @pytest.fixture
@@ -394,56 +590,52 @@ def test_a_folder_that_is_absent_or_without_chapters_is_one_sentence(no_kernel, 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send Ctrl-C to one process")
 def test_ctrl_c_kills_what_runs_and_keeps_what_is_done(tmp_path):
-    pid, out, course = tmp_path / "pid", tmp_path / "out", write_course(tmp_path / "course")
+    (tmp_path / "scratch").mkdir()
     write(tmp_path / "class" / "ada" / "01_first.ipynb", *RIGHT)
-    sleep = f"import os, time\nopen({str(pid)!r}, 'w').write(str(os.getpid()))\ntime.sleep(300)"
-    write(tmp_path / "class" / "bob" / "01_first.ipynb", sleep, *RIGHT)
-    line = [
-        sys.executable,
-        "-m",
-        "vitlib",
-        "grade",
-        str(tmp_path / "class"),
-        "--out",
-        str(out),
-        "--notebooks",
-        str(course),
-    ]
+    write(tmp_path / "class" / "bob" / "01_first.ipynb", WAIT, *RIGHT)
+    out, course = tmp_path / "out", write_course(tmp_path / "course")
+    arguments = ["grade", str(tmp_path / "class"), "--out", str(out), "--notebooks", str(course)]
     process = subprocess.Popen(
-        line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [sys.executable, "-m", "vitlib", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path / "scratch")},
         # whoever starts the tests in the background (nohup, a shell's &) has Ctrl-C ignored, and children inherit that
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
-    wait_for(pid)
+    pid = waited_for(tmp_path, "scratch/vitlib-grade-*/own/folder/pid")
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert printed.splitlines()[-1] == "Interrupted." and "Traceback" not in printed
     assert {row["student"] for row in rows_of(out)} == {"ada"}
-    assert has_ended(int(pid.read_text()))
+    assert has_ended(pid)
+    assert not list((tmp_path / "scratch").iterdir())
 
 
 def test_when_the_grader_is_gone_the_process_of_a_notebook_ends(tmp_path):
-    pid = tmp_path / "pid"
-    cell = f"import os, time\nopen({str(pid)!r}, 'w').write(str(os.getpid()))\ntime.sleep(300)"
+    rights = tmp_path / "rights.json"
+    rights.write_text(json.dumps({"version": 0, "writable": [], "readable": []}))
     job = {
-        "notebook": str(write(tmp_path / "a.ipynb", cell)), "folder": str(tmp_path),
+        "notebook": str(write(tmp_path / "a.ipynb", WAIT)), "folder": str(tmp_path), "rights": str(rights),
         "executed": str(tmp_path / "b.ipynb"), "parameters": {"seed": 1}, "verdict": checks.VERDICT,
     }  # fmt: skip
     line = [sys.executable, "-m", "vitlib.course.execution", json.dumps(job)]
     process = subprocess.Popen(line, stdin=subprocess.PIPE)
-    wait_for(pid)
-    kernel = psutil.Process(int(pid.read_text()))
+    pid = waited_for(tmp_path, "pid")
     process.stdin.close()
     assert process.wait(timeout=60) == 1
-    kernel.wait(timeout=60)  # it looks for its parent once a second
+    assert has_ended(pid)
 
 
-def wait_for(path):
+WAIT = "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(300)"
+
+
+def waited_for(folder, pattern):
+    """The process number in the file that fits the pattern, once it is there."""
     deadline = time.monotonic() + 120
-    while not (path.exists() and path.read_text()):
+    while not (found := [path.read_text() for path in folder.glob(pattern)]) or not found[0]:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    return int(found[0])
 
 
 def test_an_untouched_chapter_is_all_open(tmp_path):

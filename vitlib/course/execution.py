@@ -1,6 +1,7 @@
-"""For the grader: one notebook executed to its end, whatever is in it, in a process of its own.
+"""For the grader: one notebook executed to its end, whatever is in it, by a process of its own under limits.
 
-As a program this module is that process. It does without torch, so that it starts quickly.
+As a program this module is that process. It does without torch, so that it starts quickly. The notebook's kernel has
+fewer rights than it: see :mod:`vitlib.course.contain`.
 """
 
 import contextlib
@@ -14,7 +15,8 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
@@ -25,14 +27,31 @@ from nbformat.v4 import new_output
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, papermill_engines
 
+from vitlib.course import contain
 from vitlib.course.notebook import kernel_manager, reason
-from vitlib.files import written_whole
+from vitlib.files import data_folder, written_whole
 
+PROCESSES = 100  # that a notebook may have at once
 KEPT = 10_000_000  # characters of output in one notebook, and again as many of verdicts
 STOPPED = "stopped"  # the notebook's metadata key for why it did not run to its end
 MARK = "VITLIB_GRADING"  # environment variable by which a notebook's processes are known, even those it cut loose
 
 clock = time.monotonic
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one notebook may use.
+
+    Args:
+        timeout: longest time for the whole notebook, in seconds.
+        memory: most memory of its kernel and all that this has started, in GiB.
+        one_thread: whether it should compute on one thread.
+    """
+
+    timeout: float
+    memory: float
+    one_thread: bool = False
 
 
 def execute_apart(
@@ -41,8 +60,7 @@ def execute_apart(
     without: set[Path],
     parameters: Mapping[str, object],
     verdict: str,
-    timeout: float,
-    one_thread: bool,
+    limits: Limits,
     stopped: threading.Event,
 ) -> tuple[NotebookNode | None, str]:
     """Execute a notebook to its end, whatever is in it, in a process of its own and in a copy of its folder.
@@ -51,39 +69,60 @@ def execute_apart(
         notebook: what to execute; the copy of the folder need not have it.
         folder: what the notebook expects beside it.
         without: files and folders that stay out of the copy.
-        parameters: values for papermill to inject.
+        parameters: values for papermill to inject; a file or folder that one names by its whole path can be read.
         verdict: the MIME type of outputs that are kept when other output is left out for being too much.
-        timeout: longest time for the whole notebook, in seconds.
-        one_thread: whether it should compute on one thread.
+        limits: what ends it.
         stopped: ends the execution when it is set.
 
     Returns:
         the executed notebook as far as it got (None: not to its first cell), and why it got no further, or "".
     """
     with tempfile.TemporaryDirectory(prefix="vitlib-grade-", ignore_cleanup_errors=True) as scratch:
-        source, executed, home = (Path(scratch, name) for name in ("notebook.ipynb", "executed.ipynb", "folder"))
-        _copy_folder(folder, home, without)
+        source, executed, rights, own = (
+            Path(scratch, name) for name in ("notebook.ipynb", "executed.ipynb", "rights.json", "own")
+        )
+        environment = _environment(own, limits, mark := uuid.uuid4().hex)
+        _copy_folder(folder, own / "folder", without)
         nbformat.write(notebook, source)
+        named = [value for value in parameters.values() if isinstance(value, str) and os.path.isabs(value)]
+        readable = [*contain.readable(), environment["VITLIB_DATA"], *named]
+        version = contain.landlock_version()
+        rights.write_text(json.dumps({"version": version, "writable": [str(own)], "readable": readable}))
         job = {
-            "notebook": str(source), "folder": str(home), "executed": str(executed),
+            "notebook": str(source), "folder": str(own / "folder"), "executed": str(executed), "rights": str(rights),
             "parameters": parameters, "verdict": verdict,
         }  # fmt: skip
-        mark = uuid.uuid4().hex
-        # one notebook must not leave the next one a file that every kernel reads at its start
-        own = {MARK: mark, "JUPYTER_RUNTIME_DIR": f"{scratch}/runtime", "IPYTHONDIR": f"{scratch}/ipython"}
         process = subprocess.Popen(
-            [sys.executable, "-m", "vitlib.course.execution", json.dumps(job)],
+            [sys.executable, "-P", "-m", "vitlib.course.execution", json.dumps(job)],
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-            env={**os.environ, **own, **({"OMP_NUM_THREADS": "1"} if one_thread else {})},
+            env=environment,
         )  # fmt: skip
         try:
-            note = _wait(process, timeout, stopped)
+            note = _wait(process, limits, stopped)
         finally:
             _kill(process, mark)
         if not executed.exists():
             return None, note or "it ended before its first cell"
         result = nbformat.read(executed, as_version=4)
         return result, note or result.metadata.get(STOPPED, "")
+
+
+def _environment(own: Path, limits: Limits, mark: str) -> dict[str, str]:
+    """The environment variables of a notebook, and the folders below ``own`` that they name."""
+    environment = contain.own_environment(os.environ, own)
+    for folder in (path for path in environment.values() if Path(path).is_relative_to(own)):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    for fonts in _font_lists():  # to make another takes seconds
+        shutil.copy(fonts, environment["MPLCONFIGDIR"])
+    threads = {"OMP_NUM_THREADS": "1"} if limits.one_thread else {}
+    return {**environment, **threads, MARK: mark, "VITLIB_DATA": str(data_folder())}
+
+
+def _font_lists() -> Iterable[Path]:
+    """What matplotlib has found out about the fonts of this machine."""
+    import matplotlib
+
+    return Path(matplotlib.get_cachedir()).glob("fontlist-*.json")
 
 
 def _copy_folder(source: Path, target: Path, without: set[Path]) -> None:
@@ -98,36 +137,83 @@ def _copy_folder(source: Path, target: Path, without: set[Path]) -> None:
                     shutil.copyfile(path, copied / path.name)
 
 
-def _wait(process: subprocess.Popen, timeout: float, stopped: threading.Event) -> str:
+def _wait(process: subprocess.Popen, limits: Limits, stopped: threading.Event) -> str:
     """Until the process ends or has to be ended; why, if it did not end well by itself."""
-    deadline = clock() + timeout
+    deadline = clock() + limits.timeout
     while process.poll() is None:
         if clock() > deadline:
-            return f"stopped after {timeout:g} s"
+            return f"stopped after {limits.timeout:g} s"
+        started = _started_by(process.pid)
+        if len(started) > PROCESSES:
+            return f"stopped with {len(started)} processes at once, of which it may have {PROCESSES}"
+        if (used := _memory(started, limits.memory * 2**30)) > limits.memory * 2**30:
+            return f"stopped with {used / 2**30:.1f} GiB of memory, of which it may have {limits.memory:g}"
         if stopped.wait(0.1):
             return "interrupted"
     return f"its process ended with exit code {process.returncode}" if process.returncode else ""
 
 
+def _started_by(pid: int) -> list[psutil.Process]:
+    """What a process has started, and what this has started, and so on; without what has ended."""
+    found = []
+    with contextlib.suppress(psutil.Error):
+        for process in psutil.Process(pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+    return found
+
+
+def _memory(processes: Iterable[psutil.Process], enough: float) -> int:
+    """Bytes that processes have in memory. If that is more than ``enough``, pages that they share are shared out among
+    them where the system can say so (Linux), which takes longer."""
+    resident = sum(_of(process, "memory_info", "rss") for process in processes)
+    return resident if resident <= enough else sum(_of(process, "memory_full_info", "pss") for process in processes)
+
+
+def _of(process: psutil.Process, method: str, value: str) -> int:
+    try:
+        usage = getattr(process, method)()
+    except (psutil.Error, OSError):  # it has ended
+        return 0
+    return getattr(usage, value, usage.rss)
+
+
 def _kill(process: subprocess.Popen, mark: str) -> None:
-    """End a notebook's process, its kernel, and whatever that has started, in sessions of their own too."""
-    for _ in range(50):  # while they are being killed, they may start others
-        victims = [other for other in psutil.process_iter() if _has_mark(other, mark)]
-        if process.poll() is None:
-            victims += [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        if not victims:
-            break
-        for victim in victims:
-            with contextlib.suppress(psutil.Error):  # it has ended
-                victim.kill()
-        time.sleep(0.05)
+    """End a notebook's process, its kernel, and whatever that has started, in sessions of their own too.
+
+    The process itself goes last, since on Linux all that the notebook has cut loose is below it.
+    """
+    alive = process.poll() is None
+    if alive:
+        with contextlib.suppress(psutil.Error):
+            psutil.Process(process.pid).suspend()
+    _end(lambda: [*(_started_by(process.pid) if alive else ()), *_marked(mark, process.pid)])
+    process.kill()
     process.stdin.close()
     process.wait()
 
 
+def _end(find: Callable[[], Collection[psutil.Process]]) -> None:
+    """Kill what ``find`` finds until it finds nothing more. What is halted first starts no others meanwhile."""
+    for _ in range(50):
+        victims = find()
+        if not victims:
+            break
+        for act in (psutil.Process.suspend, psutil.Process.kill):
+            for victim in victims:
+                with contextlib.suppress(psutil.Error):  # it has ended
+                    act(victim)
+        time.sleep(0.05)
+
+
+def _marked(mark: str, without: int) -> list[psutil.Process]:
+    return [other for other in psutil.process_iter() if other.pid != without and _has_mark(other, mark)]
+
+
 def _has_mark(process: psutil.Process, mark: str) -> bool:
     try:
-        return process.environ().get(MARK) == mark
+        return process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE
     except (psutil.Error, OSError):  # it has ended, or is another user's
         return False
 
@@ -135,12 +221,13 @@ def _has_mark(process: psutil.Process, mark: str) -> bool:
 class ToItsEnd(NBClientEngine):
     """A papermill engine that goes on behind errors, and saves before each cell, so that whoever ends it loses little.
 
-    Its options beyond papermill's: ``executed``, where to save, and ``verdict``, the MIME type that is always kept.
+    Its options beyond papermill's: ``executed``, where to save, ``verdict``, the MIME type that is always kept, and
+    ``rights``, the file that says what the kernel may read and write.
     """
 
     @classmethod
-    def execute_managed_notebook(cls, nb_man, kernel_name, executed, verdict, **_):
-        client = _Client(nb_man, Path(executed), verdict, kernel_name)
+    def execute_managed_notebook(cls, nb_man, kernel_name, executed, verdict, rights, **_):
+        client = _Client(nb_man, Path(executed), verdict, rights, kernel_name)
         try:
             client.execute()
         except Exception as error:  # a dead kernel, or messages that nbclient cannot read
@@ -151,11 +238,11 @@ class ToItsEnd(NBClientEngine):
 class _Client(PapermillNotebookClient):
     """Keeps a limited amount of output; endless printing would otherwise fill the memory."""
 
-    def __init__(self, nb_man, executed: Path, verdict: str, kernel_name: str):
+    def __init__(self, nb_man, executed: Path, verdict: str, rights: str, kernel_name: str):
         super().__init__(
             nb_man,
             kernel_name=kernel_name,
-            kernel_manager_class=kernel_manager(lambda pid: None),
+            kernel_manager_class=_contained(kernel_manager(lambda pid: None), rights),
             allow_errors=True,
             on_cell_execute=lambda **_: self.save(),
             # messages lost in a flood, or still on their way
@@ -185,10 +272,21 @@ class _Client(PapermillNotebookClient):
         return output
 
 
+def _contained(manager: type, rights: str) -> type:
+    """A kernel manager whose kernels start through the door of :mod:`vitlib.course.contain`."""
+    command = list(manager.kernel_spec.argv)
+    at = command.index("ipykernel_launcher")
+    # -P: a module beside the notebook must not take the place of one that runs before the door is shut
+    command[at - 1 : at + 1] = ["-P", "-m", contain.__name__, rights]
+    spec = type(manager.kernel_spec)(**{**manager.kernel_spec.to_dict(), "argv": command})
+    return type("Contained", (manager,), {"kernel_spec": spec})
+
+
 def main(job: str) -> None:
-    """Execute a notebook. ``job`` is JSON: notebook, folder to run in, parameters, executed and verdict."""
+    """Execute a notebook. ``job`` is JSON: notebook, folder to run in, parameters, executed, verdict and rights."""
     options = json.loads(job)
     logging.disable(logging.CRITICAL)
+    contain.adopt_orphans()
     threading.Thread(target=_end_with_the_grader, daemon=True).start()
     papermill_engines.register("to its end", ToItsEnd)
     with contextlib.suppress(papermill.PapermillExecutionError):  # papermill's summary of errors in the cells
@@ -203,12 +301,16 @@ def main(job: str) -> None:
             cwd=options["folder"],
             executed=options["executed"],
             verdict=options["verdict"],
+            rights=options["rights"],
         )
+    _end(lambda: _started_by(os.getpid()))
 
 
 def _end_with_the_grader() -> None:
-    """The grader holds the other end of standard input open: when it is gone, however it ended, this process ends."""
+    """The grader holds the other end of standard input open: when it is gone, however it ended, this process ends, and
+    all that the notebook has started."""
     os.read(sys.stdin.fileno(), 1)
+    _end(lambda: _started_by(os.getpid()))
     os._exit(1)
 
 

@@ -1,10 +1,11 @@
 """Grades students' notebooks: runs each through papermill with strict checks, and says who passed what.
 
-Each notebook has a process of its own, a time limit and a scratch copy of its folder, and all that it started is killed
-afterwards. That guards against accidents, not against intent: grading runs students' code with the rights of whoever
-grades, so it can read, change and send whatever they can. And the verdicts are what the student's kernel says: a
-notebook that redefines ``checks`` or shows a verdict of its own making is believed. For an examination, grade in a
-container without a network, and read the executed copies of whoever passed.
+Each notebook has a process of its own, limits of time and memory, a scratch copy of its folder and none of the grader's
+environment, and all that it started is killed afterwards; where the system can do it, it reaches no other files and
+processes (:mod:`vitlib.course.contain`; docs/teaching.md, section 6.3, says what stays open). For an examination, or
+people you do not trust, grade in a container without a network. The verdicts are what the student's kernel says: a
+notebook that redefines ``checks`` or shows a verdict of its own making is believed. Read the executed copies of whoever
+passed.
 """
 
 import csv
@@ -22,19 +23,20 @@ import nbformat
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_raw_cell
 
+from vitlib.course import contain
 from vitlib.course.checks import VERDICT
 from vitlib.course.checks.frame import CORRECT, NOT_ATTEMPTED, NOT_YET
-from vitlib.course.execution import execute_apart
+from vitlib.course.execution import Limits, execute_apart
 from vitlib.course.notebook import reason
 from vitlib.course.parameters import PARAMETERS
 from vitlib.course.runner import (
     COURSE_FOLDER,
     Lesson,
-    aligned,
     checked_values,
     parameters_from_file,
     read_lessons,
 )
+from vitlib.course.tables import aligned, defused
 from vitlib.files import written_whole
 
 WORDS = {CORRECT: "correct", NOT_YET: "not yet", NOT_ATTEMPTED: "open"}  # a verdict's status to the table's word
@@ -80,6 +82,7 @@ def grade_folder(
     parameters: str | Path | None = None,
     given: Mapping[str, object] | None = None,
     timeout: float = 600,
+    memory: float = 4,
     jobs: int = 1,
     say: Callable[[str], None] = print,
 ) -> list[Submission]:
@@ -93,8 +96,9 @@ def grade_folder(
             minutes and no check depends on it.
         given: values that win over those of the file. Texts are parsed.
         timeout: longest time for one notebook, in seconds.
+        memory: most memory for one notebook, in GiB: of its kernel and of all that this has started.
         jobs: how many to run at once; with more than one, each computes on one thread.
-        say: gets one line as each notebook is done.
+        say: gets what the notebooks are kept from and what not, then one line as each is done.
 
     Raises:
         ValueError: for unknown or wrong parameters, an ``out`` that would overwrite originals, or if there is no
@@ -112,11 +116,12 @@ def grade_folder(
     if not graded:
         raise ValueError(f"No notebook in {folder} belongs to the course, which has {', '.join(chapters)}.")
     _write_grades(out, [])  # better that it fails now than after the first notebook
-    stopped = threading.Event()
+    say(contain.in_words(contain.landlock_version()))
+    limits, stopped = Limits(timeout, memory, one_thread=jobs > 1), threading.Event()
     pool = ThreadPoolExecutor(jobs)
     try:
         others = {submission.path for submission in found}
-        futures = {pool.submit(_grade, one, others - {one.path}, out, timeout, jobs, stopped): one for one in graded}
+        futures = {pool.submit(_grade, one, others - {one.path}, out, limits, stopped): one for one in graded}
         for count, future in enumerate(as_completed(futures), start=1):
             future.result()
             done = futures[future]
@@ -246,7 +251,7 @@ def _free(path: Path, taken: set[str]) -> Path:
     return candidate
 
 
-def _grade(one: Submission, others: set[Path], out: Path, timeout: float, jobs: int, stopped: threading.Event) -> None:
+def _grade(one: Submission, others: set[Path], out: Path, limits: Limits, stopped: threading.Event) -> None:
     """Run one notebook and fill in its verdicts. Nothing is raised: one bad notebook must not stop the rest."""
     executed, start = None, time.monotonic()
     try:
@@ -254,7 +259,7 @@ def _grade(one: Submission, others: set[Path], out: Path, timeout: float, jobs: 
         if one.notebook:
             left_out, parameters = {*others, out}, one.chapter.parameters
             executed, note = execute_apart(
-                one.notebook, one.path.parent, left_out, parameters, VERDICT, timeout, jobs > 1, stopped
+                one.notebook, one.path.parent, left_out, parameters, VERDICT, limits, stopped
             )
             one.note = _plain(note)
         if executed:
@@ -304,12 +309,7 @@ def _write_grades(out: Path, graded: Iterable[Submission]) -> None:
         for one in graded:
             for exercise, (status, message) in one.verdicts.items():
                 texts = (one.student, one.chapter.name, exercise, status, message, f"{one.seconds:.1f}", one.note)
-                rows.writerow(map(_defused, texts))
-
-
-def _defused(text: str) -> str:
-    """Spreadsheets take a cell that begins like this for a formula, and run it."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+                rows.writerow(map(defused, texts))
 
 
 def _in_one_line(one: Submission) -> str:
