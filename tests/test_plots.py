@@ -37,6 +37,27 @@ BUDGETS = {
     "chance": 0.1,
     "about": "made-up trainings",
 }
+
+
+def grid(patch_sizes, positions, top1=lambda size, position, seed: 0.5, seeds=(0, 1)) -> list[dict]:
+    """Runs of a sweep, in the order of the grid."""
+    return [
+        {
+            "parameters": {
+                "patch_size": size,
+                "position": position,
+                "seed": seed,
+                "run_dir": f"{size}{position}{seed}",
+            },
+            "figures": {"top1": top1(size, position, seed), "loss": 1 + seed, "chance": 0.01, "winner": "fine-tuning"},
+        }
+        for size in patch_sizes
+        for position in positions
+        for seed in seeds
+    ]
+
+
+RUNS = grid([4, 8], [True, False], lambda size, position, seed: 0.8 - size / 20 - 0.1 * (not position) + seed / 50)
 B16 = preset_config("B/16", 1000, drop=0)
 
 # every public function that draws, with arguments that make it draw all it can
@@ -65,6 +86,7 @@ FIGURES = {
     ),
     "comparison": lambda: plots.comparison({"ours": [0.5, 0.6], "theirs": [0.3, 0.3]}, 0.1, "arms"),
     "label_budget": lambda: plots.label_budget(BUDGETS, 20),
+    "sweep": lambda: plots.sweep(RUNS, "top1", "patch_size", "a grid"),
     "cost_breakdown": lambda: plots.cost_breakdown(IMAGES[0], costs(B16), costs(B16), "ViT-B/16", "a model"),
 }
 
@@ -134,6 +156,7 @@ def test_every_figure_has_a_title(name):
         ("confident_mistakes", {"mistakes", "true: dog\n88% cat", "true: cat\n73% dog"}),
         ("comparison", {"top-1 accuracy (%): a dot per seed, a bar at the mean", "ours", "theirs", "chance"}),
         ("cost_breakdown", {"MLP", "197 tokens", "86.6 M parameters, 1.4 GB in training", "35.1 GFLOPs forward"}),
+        ("sweep", {"a grid", "top1 (%)", "patch_size", "4", "8", "position", "True", "False", "chance"}),
         ("label_budget", {"labelled images (logarithmic)", "top-1 accuracy (%)", "20", "2,000", "chance"}),
     ],
 )
@@ -496,6 +519,153 @@ def test_label_budget_reads_every_arm_at_the_chosen_budget(budget, readings):
 def test_label_budget_refuses_a_budget_that_was_not_measured():
     with pytest.raises(ValueError, match="budget=30 was not measured; choose one of 20, 2000"):
         plots.label_budget(BUDGETS, 30)
+
+
+def test_sweep_draws_a_line_per_combination_a_dot_per_run_and_a_band_from_the_lowest_to_the_highest():
+    ax = plots.sweep(RUNS, "top1", "patch_size").axes[0]
+    on, on_dots, off, off_dots, chance = ax.lines
+    for line, dots, means in ((on, on_dots, [61, 41]), (off, off_dots, [51, 31])):
+        assert list(line.get_xdata()) == [4, 8] and list(line.get_ydata()) == pytest.approx(means)
+        assert list(dots.get_xdata()) == [4, 4, 8, 8]
+        assert list(dots.get_ydata()) == pytest.approx([means[0] - 1, means[0] + 1, means[1] - 1, means[1] + 1])
+        assert line.get_color() == dots.get_color()
+    assert on.get_color() != off.get_color() and on.get_marker() != off.get_marker()
+    band = ax.collections[0].get_paths()[0].vertices
+    assert sorted({round(y) for x, y in band if x == 4}) == [60, 62]
+    assert set(chance.get_ydata()) == {1} and ax.get_ylim()[0] == 0
+    assert ax.get_title() == "" and ax.figure.get_suptitle() == "top1 against patch_size"
+
+
+def test_sweep_names_the_lines_below_them_if_there_is_more_than_one():
+    (legend,) = plots.sweep(RUNS, "top1", "patch_size", words={"position": "position embedding"}).legends
+    assert legend.get_title().get_text() == "position embedding"
+    assert [text.get_text() for text in legend.get_texts()] == ["True", "False"]
+    assert not plots.sweep(grid([4, 8], [True]), "top1", "patch_size").legends
+
+
+def test_sweep_names_combinations_of_several_parameters_in_full():
+    runs = [{**run, "parameters": {**run["parameters"], "rate": rate}} for run in RUNS for rate in (0.1, 3e-4)]
+    (legend,) = plots.sweep(runs, "top1", "patch_size").legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        f"position={on}, rate={rate}" for on in (True, False) for rate in ("0.1", "0.0003")
+    ]
+    colours = [handle.get_color() for handle in legend.legend_handles]
+    assert colours == [line.get_color() for line in plots.sweep(runs, "top1", "patch_size").axes[0].lines[:8:2]]
+
+
+@pytest.mark.parametrize(
+    ("values", "scale", "ticks"),
+    [
+        ([16, 2, 4], "linear", ["2", "4", "16"]),  # eightfold and no more
+        ([1, 2, 9], "log", ["1", "2", "9"]),
+        ([0, 1, 100], "linear", ["0", "", "100"]),
+        ([20, 2000, 200], "log", ["20", "200", "2,000"]),
+        ([3e-4, 1e-4, 1e-3], "log", ["0.0001", "0.0003", "0.001"]),
+    ],
+)
+def test_sweep_spaces_numbers_as_numbers_and_names_them_where_there_is_room(values, scale, ticks):
+    ax = plots.sweep(grid(values, [True]), "top1", "patch_size").axes[0]
+    assert ax.get_xscale() == scale and list(ax.lines[0].get_xdata()) == sorted(values)
+    assert list(ax.get_xticks()) == sorted(values) and [tick.get_text() for tick in ax.get_xticklabels()] == ticks
+    assert ax.get_xlabel() == ("patch_size (logarithmic)" if scale == "log" else "patch_size")
+
+
+@pytest.mark.parametrize("values", [["b", "a"], [True, False], [None, 8], [[1], [0]], [4]])
+def test_sweep_puts_values_that_are_no_numbers_side_by_side_in_the_order_of_the_grid(values):
+    ax = plots.sweep(grid(values, [True]), "loss", "patch_size").axes[0]
+    assert list(ax.lines[0].get_xdata()) == list(range(len(values)))
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == [str(value) for value in values]
+    (bars,) = ax.collections  # of no width a band could not be seen
+    assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [[1, 2]] * len(values)
+
+
+def test_sweep_puts_the_lines_beside_each_other_where_the_axis_has_names():
+    first, first_dots, second, second_dots, _ = plots.sweep(RUNS, "top1", "position").axes[0].lines
+    assert not set(first_dots.get_xdata()) & set(second_dots.get_xdata())
+    for line in (first, second):
+        assert [round(x) for x in line.get_xdata()] == [0, 1]
+
+
+def test_sweep_averages_more_combinations_than_one_can_tell_apart_and_says_so():
+    runs = grid([4, 8], list(range(plots.MOST_LINES + 1)), lambda size, position, seed: position / 10)
+    figure = plots.sweep(runs, "top1", "patch_size")
+    assert figure.get_suptitle() == "top1 against patch_size\nmeans over 9 combinations of position"
+    line, dots = figure.axes[0].lines[:2]
+    assert list(line.get_ydata()) == pytest.approx([40, 40]) and len(dots.get_ydata()) == len(runs)
+    assert not figure.legends
+    fewer = plots.sweep(runs[:16] + runs[18:34], "top1", "patch_size")
+    assert len(fewer.legends[0].get_texts()) == plots.MOST_LINES
+
+
+def test_sweep_leaves_out_runs_without_a_number_and_refuses_to_draw_nothing():
+    runs = grid([4, 8], [True], lambda size, position, seed: {4: 0.5, 8: 0.9}[size] if seed or size == 4 else None)
+    line, dots = plots.sweep(runs, "top1", "patch_size").axes[0].lines[:2]
+    assert list(line.get_ydata()) == [50, 90] and list(dots.get_xdata()) == [4, 4, 8]
+    for name in ("topl", "winner"):
+        with pytest.raises(ValueError, match=f"No run has recorded a number named '{name}'; choose one of .*top1"):
+            plots.sweep(runs, name, "patch_size")
+    with pytest.raises(ValueError, match="axis='patch' is not a parameter of these runs; choose one of patch_size, "):
+        plots.sweep(runs, "top1", "patch")
+
+
+def test_sweep_over_a_zipped_parameter_has_one_line():
+    runs = [
+        {**run, "parameters": {**run["parameters"], "preset": f"p{run['parameters']['patch_size']}"}} for run in RUNS
+    ]
+    assert not plots.sweep([run for run in runs if run["parameters"]["position"]], "top1", "patch_size").legends
+
+
+@pytest.mark.parametrize(("lowest", "begins_at_zero", "lines"), [(0.2, True, 3), (0.45, False, 2)])
+def test_sweep_begins_at_zero_and_shows_chance_where_small_differences_do_not_need_the_room(
+    lowest, begins_at_zero, lines
+):
+    ax = plots.sweep(grid([4, 8], [True], lambda size, *_: 0.5 if size == 4 else lowest), "top1", "patch_size").axes[0]
+    assert (ax.get_ylim()[0] == 0) == begins_at_zero and len(ax.lines) == lines
+
+
+def test_sweep_draws_no_chance_where_the_runs_disagree_about_it():
+    runs = grid([4, 8], [True], lambda size, *_: 1 / size)
+    runs[0]["figures"]["chance"] = 0.1
+    assert len(plots.sweep(runs, "top1", "patch_size").axes[0].lines) == 2
+
+
+def test_sweep_by_seed_has_a_row_of_dots_and_a_bar_at_the_mean_for_each_combination():
+    ax = plots.sweep(RUNS[:4], "top1", "seed").axes[0]
+    bar, dots, other_bar, other_dots = ax.lines
+    assert list(bar.get_xdata()) == pytest.approx([61, 61]) and list(other_bar.get_xdata()) == pytest.approx([51, 51])
+    assert list(dots.get_xdata()) == pytest.approx([60, 62]) and list(other_dots.get_ydata()) == [1, 1]
+    names = [tick.get_text() for tick in ax.get_yticklabels()]
+    assert names == ["position=True\n61.0 % (60.0 to 62.0)", "position=False\n51.0 % (50.0 to 52.0)"]
+    (name,) = plots.sweep(RUNS[:2], "loss", "seed").axes[0].get_yticklabels()
+    assert name.get_text() == "1.5 (1 to 2)"
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+@pytest.mark.parametrize("width", [5, 8])
+@pytest.mark.parametrize("axis", ["patch_size", "position", "seed"])
+def test_long_names_neither_overlap_nor_leave_the_figure_of_a_sweep(axis, width):
+    runs = grid(LONG[:6], LONG[6:8])
+    for run in runs:
+        run["figures"] = {LONG[1]: run["parameters"]["seed"]}
+    figure = plots.sweep(runs, LONG[1], axis, width=width)
+    figure.draw_without_rendering()
+    ax = figure.axes[0]
+    names = ax.get_yticklabels() if axis == "seed" else ax.get_xticklabels()
+    legend = [text for legend in figure.legends for text in (legend.get_title(), *legend.get_texts())]
+    texts = [figure._suptitle, ax.xaxis.label, ax.yaxis.label, *names, *legend]
+    boxes = [text.get_window_extent() for text in texts if text.get_text()]
+    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 <= figure.bbox.y1 for box in boxes)
+    turned = names[0].get_rotation() == 60  # their boxes overlap where they themselves do not
+    boxes = [text.get_window_extent() for text in texts if text.get_text() and not (turned and text in names)]
+    assert not any(a.overlaps(b) for n, a in enumerate(boxes) for b in boxes[:n])
+    assert ax.get_window_extent().height > 0.25 * figure.bbox.height
+
+
+def test_sweep_shortens_names_that_differ_at_their_ends_where_they_begin():
+    names = [f"/a/long/path/to/many/folders/of/images/number-{n}" for n in range(3)]
+    ticks = plots.sweep(grid(names, [True]), "top1", "patch_size").axes[0].get_xticklabels()
+    assert [tick.get_text()[-8:] for tick in ticks] == ["number-0", "number-1", "number-2"]
+    assert {tick.get_text()[0] for tick in ticks} == {"…"}
 
 
 def test_cost_breakdown_cuts_the_image_into_the_patches_that_are_counted():

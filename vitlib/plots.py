@@ -5,6 +5,7 @@ colour-blind readers can tell apart; maps of numbers use viridis and cividis, wh
 """
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from functools import wraps
 
@@ -19,6 +20,18 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from torch import Tensor
 
 from .costs import Costs
+from .spread import (
+    Cell,
+    are_shares,
+    combination_in_words,
+    measured_cells,
+    number_of,
+    on_one_line,
+    parameter_in_words,
+    spread_in_words,
+    varied,
+    varied_beside,
+)
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLE = {
@@ -499,11 +512,16 @@ def confident_mistakes(
 
 def _shortened(text: str, width: float) -> str:
     """The text, or as much of it as is at most ``width`` points wide in letters of 10 points."""
-    font, kept = FontProperties(size=10), text
-    while text_to_path.get_text_width_height_descent(kept, font, ismath=False)[0] > width:
+    kept = text
+    while _points_wide(kept) > width:
         text = text[:-1]
         kept = f"{text}…"
     return kept
+
+
+def _points_wide(text: str) -> float:
+    """The width of a text in letters of 10 points."""
+    return text_to_path.get_text_width_height_descent(text, FontProperties(size=10), ismath=False)[0]
 
 
 @_styled
@@ -515,8 +533,7 @@ def comparison(accuracies: Mapping[str, Sequence[float]], chance: float, title: 
         colour = COLOURS[row % len(COLOURS)]
         percent = [100 * value for value in values]
         mean = sum(percent) / len(percent)
-        ax.plot([mean, mean], [row - 0.28, row + 0.28], color=colour, linewidth=4)
-        ax.plot(percent, [row] * len(percent), "o", color=colour, markersize=9, alpha=0.6)
+        _dots_and_mean(ax, row, percent, colour)
         spread = f"{mean:.1f} % ({min(percent):.1f} to {max(percent):.1f})"
         ax.annotate(spread, (max(percent), row), xytext=(12, 0), textcoords="offset points", va="center")
     ax.axvline(100 * chance, color=COLOURS[6], linestyle=":")
@@ -564,6 +581,207 @@ def label_budget(record: Mapping, budget: int) -> Figure:
     read_at = f"with {budget:,} labelled images: mean (lowest to highest)"
     figure.legend(loc="outside lower center", ncols=2, title=read_at, frameon=False)  # there it hides no curve
     return figure
+
+
+MOST_LINES = 8  # what a reader can still tell apart
+
+
+@_styled
+def sweep(
+    runs: Sequence[Mapping], figure: str, axis: str, title: str = "", width: float = 8, words: Mapping | None = None
+) -> Figure:
+    """One recorded figure of many runs against one of their parameters: a dot per run, a line through the means over
+    seeds, a band from the lowest to the highest, and a line for each combination of the other parameters that vary.
+
+    Numbers are spaced as numbers, logarithmically where they differ more than eightfold; the values of any other
+    parameter stand side by side. More combinations than ``MOST_LINES`` are averaged, and the title says so. Shares of
+    images are drawn in percent, with a line at chance if all runs have recorded the same ``chance``. What the figure
+    says in words is :func:`vitlib.spread.sweep_summary`.
+
+    Args:
+        runs: as in results.json of a sweep, each with ``parameters`` and ``figures``; one that lacks the figure is
+            left out.
+        figure: name of the figure.
+        axis: name of the parameter, or ``"seed"`` for a row of dots with a bar at the mean for each combination.
+        title: in place of one made of the names.
+        width: of the drawing, in inches.
+        words: what to call parameters and figures, by their names; by default as they are named.
+
+    Raises:
+        ValueError: for a figure that no run has as a number, or a parameter that no run has.
+    """
+    known = dict.fromkeys(name for run in runs for name in run["parameters"])
+    if axis not in known:
+        raise ValueError(f"axis={axis!r} is not a parameter of these runs; choose one of {', '.join(known)}.")
+    words = {name: on_one_line(name) for name in (*known, figure)} | dict(words or {})
+    others = varied(runs) if axis == "seed" else varied_beside(runs, axis)
+    lines = measured_cells(runs, figure, others)
+    title = title or f"{words[figure]} {'of every run' if axis == 'seed' else f'against {words[axis]}'}"
+    if len(lines) > MOST_LINES:
+        title += f"\nmeans over {len(lines)} combinations of {', '.join(words[name] for name in others)}"
+        lines = measured_cells(runs, figure, [])
+    shares = are_shares(runs, figure)
+    quantity = f"{words[figure]} (%)" if shares else words[figure]
+    height = 1.6 + 0.7 * len(lines) if axis == "seed" else 1.5 + 0.35 * width
+    shown, ax = plt.subplots(figsize=(width, height))
+    if axis == "seed":
+        _rows_of_runs(ax, lines, words, shares)
+        quantity = _shortened(quantity, 20 * width)
+        ax.set_xlabel(f"{quantity}: a dot per run, a bar at the mean", parse_math=False)
+        ax.locator_params(axis="x", nbins=max(2, int(0.8 * width)))
+        _from_zero_and_chance(ax, lines, shares, upright=True)
+    else:
+        curves = _lines_of_runs(ax, lines, figure, axis, shares)
+        scale = " (logarithmic)" if ax.get_xscale() == "log" else ""
+        ax.set_xlabel(_shortened(words[axis], 50 * width) + scale, parse_math=False)
+        ax.set_ylabel(_shortened(quantity, 40 * height), parse_math=False)
+        _from_zero_and_chance(ax, lines, shares, upright=False)
+        if len(lines) > 1:
+            _legend_below(shown, curves, [words[name] for name in others], lines)
+    _title_over(shown, title)
+    return shown
+
+
+def _percent(values: Sequence[float], shares: bool) -> list[float]:
+    return [100 * value if shares else value for value in values]
+
+
+def _rows_of_runs(ax, lines: Sequence[Cell], words: Mapping, shares: bool) -> None:
+    """A row for each combination: a dot per run, a bar at the mean, and the numbers under the combination's name."""
+    names = []
+    for row, cell in enumerate(lines):
+        _dots_and_mean(ax, row, _percent(cell.values, shares), COLOURS[row % len(COLOURS)])
+        named = combination_in_words({words[name]: value for name, value in cell.parameters.items()})
+        names.append(f"{_shortened(named, 200)}\n{spread_in_words(cell, shares)}".strip())
+    ax.set_yticks(range(len(lines)), names, parse_math=False)
+    ax.set_ylim(len(lines) - 0.5, -0.5)
+    ax.margins(x=0.1)
+
+
+def _dots_and_mean(ax, row: int, values: Sequence[float], colour: str) -> None:
+    mean = sum(values) / len(values)
+    ax.plot([mean, mean], [row - 0.28, row + 0.28], color=colour, linewidth=4)
+    ax.plot(values, [row] * len(values), "o", color=colour, markersize=9, alpha=0.6)
+
+
+def _lines_of_runs(ax, lines: Sequence[Cell], figure: str, axis: str, shares: bool) -> list:
+    """For each line its means, runs and ranges; numbers where they belong, other values of ``axis`` side by side.
+    The curves of means come back."""
+    values, curves = [], []
+    for run in (run for line in lines for run in line.runs):
+        value = run["parameters"].get(axis)
+        if value not in values:
+            values.append(value)
+    numbers = len(values) > 1 and all(type(value) in (int, float) and math.isfinite(value) for value in values)
+    for row, line in enumerate(lines):
+        points = measured_cells(line.runs, figure, [axis])
+        if numbers:
+            points.sort(key=lambda cell: cell.parameters[axis])
+            x = [cell.parameters[axis] for cell in points]
+        else:  # beside each other, or dots would hide dots
+            points.sort(key=lambda cell: values.index(cell.parameters[axis]))
+            shift = min(0.15, 0.6 / len(lines)) * (row - (len(lines) - 1) / 2)
+            x = [values.index(cell.parameters[axis]) + shift for cell in points]
+        curves.append(_line_of_runs(ax, x, points, shares, row, band=numbers))
+    if numbers:
+        _ticks_at_numbers(ax, sorted(values))
+    else:
+        _ticks_at_names(ax, _told_apart([parameter_in_words(value) for value in values], 110))
+    return curves
+
+
+def _line_of_runs(ax, x: Sequence[float], points: Sequence[Cell], shares: bool, row: int, band: bool):
+    colour, marker, dashes = COLOURS[row % len(COLOURS)], "os^DvPX*"[row], ("-", "--")[row // 4]
+    lowest, highest = (_percent([getattr(cell, end) for cell in points], shares) for end in ("lowest", "highest"))
+    dots = [(place, value) for place, cell in zip(x, points, strict=True) for value in _percent(cell.values, shares)]
+    means = _percent([cell.mean for cell in points], shares)
+    (curve,) = ax.plot(x, means, dashes, marker=marker, color=colour, markersize=8, markeredgecolor="white", zorder=3)
+    ax.plot(*zip(*dots, strict=True), "o", color=colour, markersize=5, alpha=0.5, markeredgewidth=0)
+    if band:
+        ax.fill_between(x, lowest, highest, color=colour, alpha=0.15, linewidth=0)
+    else:
+        ax.vlines(x, lowest, highest, color=colour, alpha=0.25, linewidth=6)
+    return curve
+
+
+def _ticks_at_numbers(ax, values: Sequence[float]) -> None:
+    """A tick at every value, named where the name has room; at round numbers where the values are many."""
+    if values[0] > 0 and values[-1] > 8 * values[0]:
+        ax.set_xscale("log")
+    elif len(values) > 12:
+        return
+    ax.autoscale_view()
+    places = ax.transAxes.inverted().transform(ax.transData.transform([(value, 0) for value in values]))[:, 0]
+    points = 0.85 * 72 * ax.figure.get_figwidth()  # what the axis leaves for its names
+    names, free = [], -math.inf
+    for place, value in zip(places, values, strict=True):
+        name = f"{value:,}" if isinstance(value, int) else f"{value:g}"
+        half = 1.1 * _points_wide(name) / 2 + 3  # ticks have letters of 11 points
+        names.append(name if place * points - half >= free else "")
+        free = place * points + half if names[-1] else free
+    ax.set_xticks(values, names)
+    ax.set_xticks([], minor=True)
+
+
+def _ticks_at_names(ax, names: Sequence[str]) -> None:
+    """Names side by side, turned where they would not fit, and only some of them where they are many."""
+    room, widest, turned = 0.8 * 72 * ax.figure.get_figwidth() / len(names), max(map(_points_wide, names)), {}
+    if widest > room:
+        turned = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
+        ax.figure.set_figheight(ax.figure.get_figheight() + 0.85 * widest / 72)  # they take nothing from the drawing
+    every = math.ceil(18 / room)
+    kept = [name if place % every == 0 else "" for place, name in enumerate(names)]
+    ax.set_xticks(range(len(names)), kept, fontsize=10, parse_math=False, **turned)
+    ax.set_xlim(-0.5, len(names) - 0.5)
+
+
+def _from_zero_and_chance(ax, lines: Sequence[Cell], shares: bool, upright: bool) -> None:
+    """The axis of values begins at 0, where small differences would not drown on it, with a line at chance."""
+    values = _percent([value for line in lines for value in line.values], shares)
+    if min(values) < 0 or max(values) - min(values) < max(values) / 4:
+        return
+    chances = {number_of(run, "chance") for line in lines for run in line.runs}
+    ax.set(**{"xlim" if upright else "ylim": (0, None)})
+    if not shares or len(chances) > 1 or None in chances:
+        return
+    chance = 100 * chances.pop()
+    (ax.axvline if upright else ax.axhline)(chance, color=COLOURS[6], linestyle=":")
+    where = {"xy": (chance, 1), "xycoords": ax.get_xaxis_transform(), "xytext": (4, 0), "va": "top"}
+    if not upright:
+        where = {"xy": (1, chance), "xycoords": ax.get_yaxis_transform(), "xytext": (0, 3), "ha": "right"}
+    ax.annotate("chance", textcoords="offset points", fontsize=10, path_effects=[HALO], **where)
+
+
+def _told_apart(texts: Sequence[str], width: float) -> list[str]:
+    """Texts that are shortened where they begin, if they would be the same when shortened where they end."""
+    shortened = [_shortened(text, width) for text in texts]
+    if len(set(shortened)) == len(set(texts)):
+        return shortened
+    return [_shortened(text[::-1], width)[::-1] for text in texts]
+
+
+def _legend_below(figure: Figure, curves: list, names: Sequence[str], lines: Sequence[Cell]) -> None:
+    """A legend that hides no line; where one parameter tells the lines apart, its name is the legend's title."""
+    values = [dict(zip(names, line.parameters.values(), strict=True)) for line in lines]
+    if len(names) == 1:
+        texts = [parameter_in_words(value[names[0]]) for value in values]
+    else:
+        texts = [combination_in_words(value) for value in values]
+    room = 72 * figure.get_figwidth() - 40
+    texts = _told_apart(texts, min(room - 40, 400))
+    columns = max(1, min(len(texts), int(room // (1.1 * max(map(_points_wide, texts)) + 50))))
+    legend = figure.legend(curves, texts, loc="outside lower center", ncols=columns, frameon=False)
+    if len(names) == 1:
+        legend.set_title(_shortened(names[0], room))
+    for text in (legend.get_title(), *legend.get_texts()):
+        text.set_parse_math(False)
+    figure.set_figheight(figure.get_figheight() + 0.25 * -(-len(texts) // columns))
+
+
+def _title_over(figure: Figure, title: str) -> None:
+    width = int(10.5 * figure.get_figwidth())  # letters of 12 points in a line
+    lines = [line for part in title.splitlines() for line in textwrap.wrap(part, width)]
+    figure.suptitle("\n".join(lines), parse_math=False)
 
 
 COST_PARTS = {  # as they are drawn, from the image to the classifier: sums of fields of vitlib.costs.Parts
