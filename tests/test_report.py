@@ -149,11 +149,11 @@ def test_the_means_are_those_of_the_runs_that_differ_in_the_seed_alone(page, dra
 
 
 def test_all_runs_are_listed_with_what_varies_and_what_came_out(page, drawn):
-    rows = page(sweep(recorded, **GRID)).table("run")
+    rows = page(sweep(recorded, **GRID)).table("status")
     assert [row["run"] for row in rows] == [f"r{number:03d}" for number in range(8)]
     assert rows[5] == {
-        "run": "r005", "status": "ok", "patch_size": "8", "position": "True", "seed": "1", "chance": "1.0 %",
-        "top1": "42.0 %", "loss": "10", "winner": "ours", "seconds": "12.3", "peak memory": "700 MiB",
+        "status": "ok", "patch_size": "8", "position": "True", "seed": "1", "chance": "1.0 %",
+        "top1": "42.0 %", "loss": "10", "winner": "ours", "seconds": "12.3", "peak memory": "700 MiB", "run": "r005",
     }  # fmt: skip
 
 
@@ -166,7 +166,7 @@ def test_failures_are_listed_and_do_not_count(page, drawn):
     }  # fmt: skip
     results["runs"][2] |= {"host": "beta"}
     said = page(results)
-    failed, missing, other = said.table("run")[:3]
+    failed, missing, other = said.table("status")[:3]
     assert (failed["status"], failed["error"], failed["attempts"]) == (
         "failed",
         'In [3] "1 / 0": ZeroDivisionError',
@@ -178,7 +178,7 @@ def test_failures_are_listed_and_do_not_count(page, drawn):
     first = said.table("patch_size")[0]
     assert (first["runs"], first["top1"]) == ("0", "–")
     assert "patch_size=4, position=True" not in " ".join(said.texts)
-    assert said.texts[2].startswith("8 runs, 1 failed, 1 not run, 6 ok; 86 seconds in all")
+    assert said.texts[2].startswith("8 runs, 1 failed, 1 not run, 6 ok; together they ran for 86 seconds")
 
 
 def test_how_it_was_made(page, drawn):
@@ -195,7 +195,7 @@ def test_how_it_was_made(page, drawn):
 
 def test_where_a_run_ran_is_no_difference_between_runs(page, drawn):
     said = page(sweep(recorded, **GRID))
-    assert "run_dir" not in said.table("run")[0] and "here/" not in " ".join(said.texts)
+    assert "run_dir" not in said.table("status")[0] and "here/" not in " ".join(said.texts)
 
 
 @pytest.mark.filterwarnings("error")
@@ -213,7 +213,7 @@ def test_foreign_text_is_shown_as_it_is_and_means_nothing(page):
     assert {tag for tag, _ in said.tags} == {tag for tag, _ in plain.tags}
     assert len(said.elements("img")) == len(plain.elements("img")) == 1
     assert not [name for _, attributes in said.tags for name in attributes if name.startswith("on")]
-    row = said.table("run")[0]
+    row = said.table("status")[0]
     assert row["run"] == row["status"] == row["error"] == row["host"] == row[HOSTILE] == HOSTILE
     assert said.texts.count(HOSTILE) == 1 and f"Sweep of {HOSTILE}" in said.texts  # the command; title and heading
 
@@ -225,7 +225,7 @@ def test_foreign_text_is_shown_as_it_is_and_means_nothing(page):
 )
 def test_without_a_number_nothing_is_compared(page, drawn, figures):
     said = page(sweep(figures, patch_size=[4, 8], seed=[0, 1]))
-    assert drawn == [] and len(said.table("run")) == 4 and len(said.tables) == 2
+    assert drawn == [] and len(said.table("status")) == 4 and len(said.tables) == 2
     assert "No run that is ok has recorded a number, so there is nothing to compare." in said.texts
 
 
@@ -234,18 +234,18 @@ def test_with_no_run_that_is_ok_the_failures_are_there(page, drawn):
     for one in results["runs"]:
         one |= {"status": "failed", "error": "the kernel died"}
     said = page(results)
-    assert drawn == [] and {row["error"] for row in said.table("run")} == {"the kernel died"}
+    assert drawn == [] and {row["error"] for row in said.table("status")} == {"the kernel died"}
 
 
 def test_an_empty_sweep_has_a_report_too(page):
     said = page({**sweep(recorded, **GRID), "runs": []})
-    assert said.table("run") == [] and "0 runs. The same rows are in results.csv and results.json." in said.texts
+    assert said.table("status") == [] and "0 runs. The same rows are in results.csv and results.json." in said.texts
 
 
 def test_one_run_is_shown_as_it_is(page):
     said = page(sweep(lambda: {"top1": 0.5}))
     (image,) = said.elements("img")
-    assert image["alt"] == "top1 is 50.0 % in one run." and len(said.table("run")) == 1
+    assert image["alt"] == "top1 is 50.0 % in one run." and len(said.table("status")) == 1
 
 
 def test_figures_that_only_some_runs_have_are_compared_among_these(page):
@@ -256,13 +256,13 @@ def test_figures_that_only_some_runs_have_are_compared_among_these(page):
     )
     assert [row["top1"] for row in said.table("size")] == ["10.0 %", "20.0 %"]
     assert [row["runs"] for row in said.table("size")] == ["1", "1"]
-    assert [row["top1"] for row in said.table("run")] == ["–", "10.0 %", "–", "20.0 %"]
+    assert [row["top1"] for row in said.table("status")] == ["–", "10.0 %", "–", "20.0 %"]
 
 
 def test_a_report_of_200_runs_has_them_all(page):
     results = sweep(recorded, patch_size=[2, 4, 8, 16, 32], position=[True, False], seed=list(range(20)))
     said = page(results)
-    assert [row["run"] for row in said.table("run")] == [run["run"] for run in results["runs"]]
+    assert [row["run"] for row in said.table("status")] == [run["run"] for run in results["runs"]]
     assert len(said.table("patch_size")) == 10 and {row["runs"] for row in said.table("patch_size")} == {"20"}
 
 

@@ -48,7 +48,7 @@ caption { text-align: left; color: var(--quiet); padding-bottom: 0.4rem; }
 th, td { text-align: left; vertical-align: top; padding: 0.25rem 0.5rem; border-bottom: 1px solid var(--line); }
 thead th { border-bottom-width: 2px; }
 tbody th { font-weight: normal; }
-tbody th, .status { white-space: nowrap; }
+.status { white-space: nowrap; }
 tbody tr:nth-child(even) { background: var(--soft); }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 td.number { white-space: nowrap; }
@@ -123,9 +123,9 @@ def _counts(runs: Sequence[Mapping]) -> Element:
     """How many runs there are, how they ended and how long they took."""
     by_status = Counter(run["status"] for run in runs)
     text = ", ".join([_plural(len(runs), "run"), *(f"{count} {status}" for status, count in by_status.items())])
-    seconds = [run["seconds"] for run in runs if run["seconds"] is not None]
+    seconds = [run["seconds"] for run in runs if run.get("seconds") is not None]
     if seconds:
-        text += f"; {_plural(round(sum(seconds)), 'second')} in all, one after another"
+        text += f"; together they ran for {_plural(round(sum(seconds)), 'second')}"
     return _element("p", f"{text}. The same rows are in results.csv and results.json.")
 
 
@@ -221,27 +221,36 @@ def _all_runs(runs: Sequence[Mapping], varied: Sequence[str]) -> list[Element]:
     """A row for each run; columns that would be empty or the same all the way down are left out."""
     figures = _figure_names(runs)[:FIGURES_IN_TABLE]
     shares = {name: are_shares(runs, name) for name in figures}
-    hosts = len({run["host"] for run in runs} - {None}) > 1
-    attempts = any(run["attempts"] > 1 for run in runs)
-    errors = any(run["error"] for run in runs)
+    hosts = len({run.get("host") for run in runs} - {None}) > 1
+    attempts = any(run.get("attempts", 1) > 1 for run in runs)
+    errors = any(run.get("error") for run in runs)
     headings = [
-        *map(_heading, ("run", "status", *varied)),
+        *map(_heading, ("status", *varied)),
         *(_heading(name, "number") for name in (*figures, "seconds", "peak memory")),
         *([_heading("attempts", "number")] if attempts else []),
         *([_heading("host")] if hosts else []),
         *([_heading("error")] if errors else []),
+        _heading("run"),
     ]
     rows = []
     for run in runs:
-        row = [_element("th", run["run"], scope="row"), _status(run["status"])]
+        row = [_status(run["status"])]
         row += [_text(parameter_in_words(value)) for value in parameters_of(run, varied).values()]
         row += [_recorded(run["figures"].get(name), share) for name, share in shares.items()]
-        row += [_number(_shown(run["seconds"], "{:.1f}")), _number(_memory(run["peak_memory_bytes"]))]
-        row += [_number(str(run["attempts"]))] if attempts else []
-        row += [_text(run["host"] or NOTHING)] if hosts else []
-        row += [_text(run["error"] or "")] if errors else []
+        row += [_number(_shown(run.get("seconds"), "{:.1f}")), _number(_memory(run.get("peak_memory_bytes")))]
+        row += [_number(str(run.get("attempts", NOTHING)))] if attempts else []
+        row += [_text(run.get("host") or NOTHING)] if hosts else []
+        row += [_text(run.get("error") or "")] if errors else []
+        row.append(_element("th", run["run"], scope="row", **_classes("", run["run"])))
         rows.append(row)
-    return [_element("h2", "All runs"), _table("In the order of the grid.", headings, rows)]
+    return [
+        _element("h2", "All runs"),
+        _table(
+            "In the order of the grid. A run's name is that of its folder, which has its notebook and its log.",
+            headings,
+            rows,
+        ),
+    ]
 
 
 def _status(status: str) -> Element:
@@ -276,8 +285,8 @@ def _origin(results: Mapping) -> list[Element]:
             for run in runs
             if run["versions"]
         ),
-        "hosts": _counted(run["host"] for run in runs if run["host"]),
-        "first run begun": min((run["started"] for run in runs if run["started"]), default=NOTHING),
+        "hosts": _counted(run["host"] for run in runs if run.get("host")),
+        "first run begun": min((run["started"] for run in runs if run.get("started")), default=NOTHING),
     }
     rows = [[_element("th", name, scope="row"), _text(value)] for name, value in facts.items()]
     return [
