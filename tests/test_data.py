@@ -745,13 +745,16 @@ def test_what_a_killed_process_left_of_a_cache_file_is_removed_but_not_what_anot
     cached, folder, data_dir
 ):
     file = only_cache_file(data_dir)
-    left, written = (file.with_name(f".{file.name}.{number}-1.part") for number in (7, 8))
-    left.write_bytes(b"half")
-    written.write_bytes(b"half")
-    os.utime(left, (time.time() - 7200,) * 2)
+    left, written = (
+        (file.with_name(f".{file.name}.{number}-1.part"), file.with_name(f".tmp{number}")) for number in "78"
+    )
+    for unfinished in (*left, *written):
+        unfinished.write_bytes(b"half")
+    for unfinished in left:
+        os.utime(unfinished, (time.time() - 7200,) * 2)
     file.unlink()
-    assert cached()[1] and file.exists()
-    assert written.exists() and not left.exists()
+    assert cached()[1]
+    assert set(file.parent.iterdir()) == {file, *written}
 
 
 def test_a_cache_file_that_does_not_fit_is_rebuilt_even_if_its_checksum_is_right(cached, data_dir):

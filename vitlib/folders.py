@@ -149,7 +149,8 @@ def _list_pictures(folder: Path, split: str) -> tuple[list[Path], Tensor, tuple[
     unknown = sorted(set(class_names(folder / split)) - set(classes))
     if unknown:
         raise ValueError(
-            f"{folder / split} holds classes that train/ lacks: {', '.join(unknown)}; add them there or remove them."
+            f"{folder / split} holds classes that train/ lacks: {', '.join(map(shown, unknown))}; "
+            "add them there or remove them."
         )
     extensions = import_torchvision().datasets.folder.IMG_EXTENSIONS
     paths, targets = [], []
@@ -162,7 +163,7 @@ def _list_pictures(folder: Path, split: str) -> tuple[list[Path], Tensor, tuple[
     empty = sorted(set(classes) - {classes[target] for target in targets})
     if empty == sorted(classes) or (empty and split == "train"):
         raise ValueError(
-            f"{folder / split} holds no images of {', '.join(empty)}; "
+            f"{folder / split} holds no images of {', '.join(map(shown, empty))}; "
             f"add files that end in {', '.join(extensions)}, or remove the class."
         )
     return paths, torch.tensor(targets), classes
@@ -227,7 +228,8 @@ def _room(count: int, shape: tuple[int, ...]) -> np.ndarray:
     """Memory for so many decoded images. A system that has less often gives it all the same and ends the process later,
     without a word."""
     size = count * math.prod(shape)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    known = "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ())  # not under Windows, whose numpy refuses by itself
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if known else math.inf
     try:
         if size < memory:
             return np.empty((count, *shape), np.uint8)
@@ -246,7 +248,7 @@ def _check_left_out(left_out: dict[int, str], paths: list[Path], labels: Tensor,
     readable = {label for index, label in enumerate(labels.tolist()) if index not in left_out}
     lost = [name for label, name in enumerate(needed) if label not in readable]
     if lost:
-        raise ValueError(f"{_summary(left_out, paths)}; no image of {', '.join(lost)} is left.")
+        raise ValueError(f"{_summary(left_out, paths)}; no image of {', '.join(map(shown, lost))} is left.")
 
 
 def _summary(left_out: dict[int, str], paths: list[Path]) -> str:
@@ -329,13 +331,12 @@ def _write_cache(cache: Path, images: Tensor, kept: Tensor) -> None:
 
 def _remove_earlier(cache: Path) -> None:
     """Remove what the same call cached of an earlier state of the folder, and what a killed process left behind."""
-    same_call, files = cache.stem.rsplit("-", 1)
-    same_call = glob.escape(same_call)
-    for file in cache.parent.glob(f"{same_call}-{'?' * len(files)}{cache.suffix}"):
+    same_call = glob.escape(cache.stem.rsplit("-", 1)[0])
+    for file in cache.parent.glob(f"{same_call}-*{cache.suffix}"):
         if file != cache:
             with suppress(OSError):  # in use under Windows, or another user's
                 file.unlink()
-    for file in cache.parent.glob(f".{same_call}-*.part"):
+    for file in cache.parent.glob(".*"):  # written_whole's and safetensors' own
         with suppress(OSError):
             if time.time() - file.stat().st_mtime > 3600:  # no other process is writing it at this moment
                 file.unlink()
