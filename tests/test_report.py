@@ -78,7 +78,14 @@ def sweep(figures=lambda **_: {"top1": 0.5}, **grid) -> dict:
 
 def recorded(patch_size, position, seed) -> dict:
     top1 = 0.8 - patch_size / 20 - 0.1 * (not position) + seed / 50
-    return {"chance": 0.01, "top1": top1, "loss": 2 + patch_size, "winner": "ours", "steps": 100 * patch_size}
+    return {
+        "chance": 0.01,
+        "top1": top1,
+        "loss": 2 + patch_size,
+        "winner": "ours",
+        "steps": 100 * patch_size,
+        "more": seed,
+    }
 
 
 GRID = {"patch_size": [4, 8], "position": [True, False], "seed": [0, 1]}
@@ -209,7 +216,9 @@ def test_foreign_text_is_shown_as_it_is_and_means_nothing(page):
         "run": HOSTILE, "status": HOSTILE, "error": HOSTILE, "host": HOSTILE, "started": HOSTILE,
         "versions": {HOSTILE: HOSTILE},
     }  # fmt: skip
+    results["runs"][1]["error"] = "a file named \ud800"
     said = page(results)
+    assert said.table("status")[1]["error"] == "a file named ?"
     assert {tag for tag, _ in said.tags} == {tag for tag, _ in plain.tags}
     assert len(said.elements("img")) == len(plain.elements("img")) == 1
     assert not [name for _, attributes in said.tags for name in attributes if name.startswith("on")]
