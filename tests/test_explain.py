@@ -75,7 +75,7 @@ def test_query_attention_carries_no_gradient():
 
 @pytest.mark.parametrize("query", [-1, 10])
 def test_query_attention_refuses_what_is_not_a_token_and_says_what_is(query):
-    with pytest.raises(ValueError, match=rf"query={query} is not a token; choose 0 \(CLS\) to 9"):
+    with pytest.raises(ValueError, match=rf"query={query} is not allowed; .* a token, from 0 \(CLS\) to 9"):
         query_attention(torch.eye(10), query)
 
 
@@ -112,7 +112,7 @@ def test_a_share_of_zero_stays_zero_at_any_temperature(temperature):
 
 @pytest.mark.parametrize("temperature", [0, -1, math.nan])
 def test_with_temperature_refuses_what_is_not_above_zero(temperature):
-    with pytest.raises(ValueError, match=f"temperature={temperature} is not allowed; choose a number above 0"):
+    with pytest.raises(ValueError, match=f"temperature={temperature} is not allowed; give a number above 0"):
         with_temperature(torch.eye(3), temperature)
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .arguments import brief, check, check_number, check_whole, is_number
 from .randaugment import MAGNITUDES, draw_operations, randaugment
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)  # the published system normalises with these, whatever the data set
@@ -25,11 +26,19 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     """uint8 ``[B, C, H, W]`` to float32 with (x / 255 - mean) / std, channel by channel.
 
     ``mean`` and ``std`` are in [0, 1]. A channel whose std is 0 never varies, and is only centred.
+
+    Raises:
+        ValueError: for images of another dtype or numbers that do not go with their channels.
     """
+    is_uint8 = isinstance(images, Tensor) and images.dtype == torch.uint8 and images.ndim == 4
+    check("images", images, is_uint8, "uint8 [B, C, H, W] with values from 0 to 255")
+    for name, numbers in (("mean", mean), ("std", std)):
+        is_sequence = isinstance(numbers, tuple | list) and all(map(is_number, numbers))
+        check(name, numbers, is_sequence, "one number per channel")
     if not len(mean) == len(std) == images.shape[1]:
         raise ValueError(
-            f"The images have {images.shape[1]} channels, but the normalisation has {len(mean)} means and "
-            f"{len(std)} standard deviations; give one of each per channel."
+            f"mean={brief(mean)} and std={brief(std)} do not go with images of {images.shape[1]} channels; "
+            "give one of each per channel."
         )
     mean = _per_channel(tuple(float(m) for m in mean), images.device)
     std = _per_channel(tuple(float(s) or 1.0 for s in std), images.device)
@@ -150,20 +159,13 @@ class Augmentation:
     cutmix: float = 1.0
 
     def __post_init__(self):
-        if self.padding < 0 or self.hole < 0 or not 0 <= self.flip <= 1:
-            raise ValueError(f"{self} is not possible; padding and hole are pixels, flip is a share from 0 to 1.")
-        if not isinstance(self.randaugment, int) or self.randaugment < 0:
-            raise ValueError(f"randaugment={self.randaugment!r} is no number of operations; give 0, 1, 2 or more.")
-        if not isinstance(self.magnitude, int) or not 0 <= self.magnitude < MAGNITUDES:
-            raise ValueError(
-                f"magnitude={self.magnitude!r} is not allowed; give a whole number from 0 to {MAGNITUDES - 1}."
-            )
-        for name in ("erase", "mixing"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} is no probability; give a number from 0 to 1.")
+        for name in ("padding", "hole", "randaugment"):
+            check_whole(name, getattr(self, name), 0)
+        check_whole("magnitude", self.magnitude, 0, MAGNITUDES - 1)
+        for name in ("flip", "erase", "mixing"):
+            check_number(name, getattr(self, name), least=0, most=1, noun="a probability")
         for name in ("mixup", "cutmix"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} is no alpha; give a positive number, or 0 for none.")
+            check_number(name, getattr(self, name), least=0)
         if self.mixing and not (self.mixup or self.cutmix):
             raise ValueError(f"mixing={self.mixing} needs mixup or cutmix above 0; give one of them, or mixing=0.")
 

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .files import written_whole
+from .arguments import brief, check, check_number, check_path, check_text, check_type, check_whole, is_number
+from .files import shown, written_whole
 from .model import ViTModel, interpolate_positions
 
 PRETRAINED = Path(__file__).parent / "pretrained"
@@ -33,6 +34,9 @@ class Card:
         mean, std: the normalisation the model was trained with, one number per channel, in [0, 1].
         preset: name of the model's size, if it has one.
         record: how the weights came about: data set, recipe, seed, history, versions.
+
+    Raises:
+        ValueError: one sentence, for a value that is not allowed.
     """
 
     classes: tuple[str, ...]
@@ -43,7 +47,15 @@ class Card:
 
     def __post_init__(self):
         for name in ("classes", "mean", "std"):  # JSON has no tuples
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            kind, words = (str, "names") if name == "classes" else (int | float, "numbers, one per channel")
+            values = getattr(self, name)
+            is_list = isinstance(values, tuple | list) and all(isinstance(value, kind) for value in values)
+            is_list = is_list and (kind is str or len(values) > 0)
+            check(name, values, is_list and (kind is str or all(map(is_number, values))), f"a tuple of {words}")
+            object.__setattr__(self, name, tuple(values))
+        check("std", self.std, len(self.std) == len(self.mean), f"{len(self.mean)} numbers, as many as mean has")
+        check_text("preset", self.preset, optional=True)
+        check_type("record", self.record, dict, "a dict")
 
 
 @functools.cache
@@ -74,15 +86,16 @@ def without_wrappers(model: nn.Module) -> nn.Module:
             return model
 
 
-def unwrap(model: nn.Module) -> ViTModel:
-    """The ViT inside the wrappers that :func:`without_wrappers` knows.
+def unwrap(model: nn.Module, name: str = "model") -> ViTModel:
+    """The ViT inside the wrappers that :func:`without_wrappers` knows; ``name`` is the argument's, for the sentence.
 
     Raises:
         ValueError: if there is no :class:`ViTModel` inside.
     """
     inner = without_wrappers(model)
     if not isinstance(inner, ViTModel):
-        raise ValueError(f"{type(model).__name__} holds no ViTModel; give a ViTModel, wrapped or not.")
+        value = type(model).__name__ if isinstance(model, nn.Module) else brief(model)
+        raise ValueError(f"{name}={value} holds no ViTModel; give a ViTModel, wrapped or not.")
     return inner
 
 
@@ -97,8 +110,12 @@ def transfer_encoder(pretrained: nn.Module, num_classes: int, **overrides) -> Vi
         pretrained: a :class:`ViTModel`, possibly wrapped; it is left as it is.
         overrides: arguments of :class:`ViTModel` that may differ without changing a weight's shape, such as ``drop``,
             and ``image_size``.
+
+    Raises:
+        ValueError: for a model that holds no ViT, or a value that it cannot have.
     """
-    source = unwrap(pretrained)
+    source = unwrap(pretrained, "pretrained")
+    check_whole("num_classes", num_classes)
     if "image_size" in overrides:
         source = resized(source, overrides["image_size"])
     model = ViTModel(**{**source.config, "num_classes": num_classes, "pre_logits": None, **overrides})
@@ -116,6 +133,8 @@ def resized(model: ViTModel, image_size: int) -> ViTModel:
     Raises:
         ValueError: if the patch size does not divide ``image_size``.
     """
+    check_type("model", model, ViTModel, "a ViTModel")
+    check_whole("image_size", image_size)
     if image_size == model.config["image_size"]:
         return model
     other = ViTModel(**{**model.config, "image_size": image_size})
@@ -126,9 +145,17 @@ def resized(model: ViTModel, image_size: int) -> ViTModel:
 
 
 def save_checkpoint(path: str | Path, model: nn.Module, card: Card, dtype: torch.dtype = torch.float32) -> None:
-    """Write weights and card to ``path``, whole or not at all. float16 halves the file and loads as float32 again."""
+    """Write weights and card to ``path``, whole or not at all. float16 halves the file and loads as float32 again.
+
+    Raises:
+        ValueError: for a model that holds no ViT, or another argument that is not what it should be.
+    """
     from safetensors.torch import save_file
 
+    check_path("path", path)
+    check_type("card", card, Card, "a Card")
+    is_float = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    check("dtype", dtype, is_float, "a floating point dtype, such as torch.float16")
     model = unwrap(model)
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
     description = {"config": model.config, "card": dataclasses.asdict(card)}
@@ -145,9 +172,12 @@ def load_checkpoint(path: str | Path) -> tuple[ViTModel, Card]:
     """
     from safetensors import SafetensorError, safe_open
 
+    check_path("path", path)
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"There is no checkpoint at {path}; train one first (notebook 03), or check the path.")
+        raise FileNotFoundError(
+            f"There is no checkpoint at {shown(path)}; train one first (notebook 03), or check the path."
+        )
     try:
         with safe_open(path, framework="pt") as file:
             description = json.loads((file.metadata() or {})["vitlib"])
@@ -171,8 +201,8 @@ def load_pretrained(name: str) -> tuple[ViTModel, Card]:
         ValueError: for an unknown name, or a file that is not the one that shipped.
     """
     index = json.loads((PRETRAINED / "index.json").read_text())
-    if name not in index:
-        raise ValueError(f"There are no pretrained weights named {name!r}; choose one of {', '.join(index)}.")
+    if not isinstance(name, str) or name not in index:
+        raise ValueError(f"There are no pretrained weights named {brief(name)}; choose one of {', '.join(index)}.")
     path = PRETRAINED / f"{name}.safetensors"
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != index[name]:
         raise ValueError(f"The weights {path.name} are missing or not the ones that shipped; install vitlib again.")
@@ -181,7 +211,9 @@ def load_pretrained(name: str) -> tuple[ViTModel, Card]:
 
 def load_weights(weights: str | Path, image_size: int | None = None) -> tuple[ViTModel, Card]:
     """Weights by whatever names them: a file of :func:`save_checkpoint`, or a name of :func:`load_pretrained`; with
-    ``image_size``, :func:`resized` to it."""
+    ``image_size``, :func:`resized` to it. Errors are theirs."""
+    check_path("weights", weights)
+    check_whole("image_size", image_size, optional=True)
     is_file = str(weights).endswith(".safetensors") or Path(weights).exists()
     model, card = load_checkpoint(weights) if is_file else load_pretrained(str(weights))
     return (model if image_size is None else resized(model, image_size)), card
@@ -210,6 +242,9 @@ class ResumeFile:
     FORMAT = "vitlib resume 1"
 
     def __init__(self, path: str | Path, settings: dict, minutes: float = 5.0):
+        check_path("path", path)
+        check_type("settings", settings, dict, "a dict")
+        check_number("minutes", minutes, least=0)
         self.path = Path(path)
         self.previous = self.path.with_name(f"{self.path.stem}-previous{self.path.suffix}")
         self.settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file

@@ -24,9 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .arguments import brief, check, check_choice, check_flag, check_path, check_whole
 from .checkpoint import unwrap
 from .compat import import_torchvision
-from .files import written_whole
+from .files import shown, written_whole
 from .model import ViTModel
 
 PATCH, POSITIONS = "vit_encoder.embedding.patch_embedding.", "vit_encoder.embedding.position_embedding"
@@ -145,6 +146,9 @@ def names(layout: str, num_layers: int = 12, *, head: bool = True, pre_logits: b
     ('class_token', 'vit_encoder.embedding.cls_token')
     """
     table = _table(layout)
+    check_whole("num_layers", num_layers)
+    check_flag("head", head)
+    check_flag("pre_logits", pre_logits)
     if pre_logits and not _has_pre_logits(layout, head):
         raise ValueError(f"layout={layout!r} with head={head} has no pre_logits; leave it out.")
     left_out = {HEAD: not head, PRE_LOGITS: not pre_logits}
@@ -159,8 +163,7 @@ def names(layout: str, num_layers: int = 12, *, head: bool = True, pre_logits: b
 
 
 def _table(layout: str) -> tuple[tuple[str, str], ...]:
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r} is not known; choose one of {', '.join(LAYOUTS)}.")
+    check_choice("layout", layout, LAYOUTS)
     return _TABLES[layout]
 
 
@@ -190,6 +193,9 @@ def from_state_dict(
         ValueError: listing the entries that are missing, unknown or of a shape that does not go with the others.
     """
     theirs_of = {ours: theirs for theirs, ours in _table(layout)}
+    is_state = isinstance(state, Mapping) and all(isinstance(value, Tensor) for value in state.values())
+    check("state", state, is_state, "a state dict: tensors by their names")
+    check_whole("num_heads", num_heads)
     # "vit." is in front of Hugging Face's names only where a classifier stands beside
     head = any(name.startswith((theirs_of[HEAD], "vit.")) for name in state)
     pre_logits = _has_pre_logits(layout, head) and any(name.startswith(theirs_of[PRE_LOGITS]) for name in state)
@@ -590,13 +596,14 @@ def from_npz(path: str | os.PathLike) -> ViTModel:
 
     import numpy as np
 
+    check_path("path", path)
     try:
         with np.load(path, allow_pickle=False) as file:
             state = {name: torch.from_numpy(file[name]) for name in file.files}
-    except FileNotFoundError:
-        raise
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"There is no file at {shown(path)}; check the path.") from error
     except (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not a whole .npz file of arrays ({error}); download it again.") from error
+        raise ValueError(f"{shown(path)} is not a whole .npz file of arrays ({error}); download it again.") from error
     queries = [value for name, value in state.items() if name.endswith("_1/query/bias") and value.ndim]
     heads = mode(query.shape[0] for query in queries) if queries else 1  # without queries the error lists them
     return from_state_dict(state, "npz", num_heads=heads)
@@ -611,6 +618,7 @@ def to_npz(model: nn.Module, path: str | os.PathLike) -> None:
     """
     import numpy as np
 
+    check_path("path", path)
     state = to_state_dict(model, "npz")
     if any(tensor.is_meta for tensor in state.values()):
         raise ValueError("A model on the meta device has no weights to write; build it on the CPU.")
@@ -637,9 +645,8 @@ def _library(module: str) -> ModuleType:
 def _check_class(module: nn.Module, *classes: type) -> None:
     if type(module) not in classes:  # a subclass may compute anything
         expected = " or ".join(f"{kind.__name__} of {kind.__module__.partition('.')[0]}" for kind in classes)
-        raise ValueError(
-            f"{type(module).__module__}.{type(module).__name__} cannot be converted; give the class {expected}."
-        )
+        named = f"{type(module).__module__}.{type(module).__name__}" if isinstance(module, nn.Module) else brief(module)
+        raise ValueError(f"module={named} cannot be converted; give the class {expected}.")
 
 
 def _check_parts(library: str, parts: list[str]) -> None:

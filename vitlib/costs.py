@@ -22,7 +22,8 @@ from dataclasses import astuple, dataclass, replace
 
 import torch
 
-from .model import ViTModel, create_model
+from .arguments import check_type, check_whole
+from .model import ViTModel, check_configuration, create_model
 
 FLOAT = 4  # bytes of a float32
 
@@ -77,18 +78,16 @@ def costs(config: Mapping, batch_size: int = 1) -> Costs:
         batch_size: images that are computed at once.
 
     Raises:
-        ValueError: for sizes that do not divide or are less than 1.
+        ValueError: for values that :class:`vitlib.model.ViTModel` refuses, or a batch of no images.
         TypeError: for an argument that the model does not have, or without ``num_classes``, as the model itself.
     """
+    check_type("config", config, Mapping, "a mapping of arguments of ViTModel, such as a model's config")
+    check_whole("batch_size", batch_size)
     arguments = inspect.signature(ViTModel).bind(**config)
     arguments.apply_defaults()
     config = arguments.arguments
+    check_configuration(config)
     S, P, D, H = (config[name] for name in ("image_size", "patch_size", "em_dim", "num_heads"))
-    if min(S, P, D, H, batch_size) < 1 or S % P or D % H:
-        raise ValueError(
-            f"image_size={S}, patch_size={P}, em_dim={D}, num_heads={H}, batch_size={batch_size} cannot be counted; "
-            "choose a patch size that divides the image, heads that divide the width, and at least one image."
-        )
     N = (S // P) ** 2
     letters = {
         "B": batch_size, "S": S, "P": P, "C": config["num_channels"], "N": N, "T": N + 1, "L": config["num_layers"],

@@ -12,6 +12,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .arguments import (
+    brief,
+    check,
+    check_choice,
+    check_flag,
+    check_number,
+    check_path,
+    check_seed,
+    check_type,
+    check_whole,
+)
 from .cifar import load_cifar, prepare_cifar
 from .folders import class_names, load_folder, refit
 from .shapes import draw_shapes
@@ -42,13 +53,16 @@ class LabelledImages:
 
     def __post_init__(self):
         _check_images(self.images)
-        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
+        is_tensor = isinstance(self.labels, Tensor)
+        if not is_tensor or self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
             raise ValueError(
-                f"labels are {_describe(self.labels)} but must be int64 [{len(self)}], one for each image; "
+                f"labels are {brief(self.labels)} but must be int64 [{len(self)}], one for each image; "
                 "convert them with .long()."
             )
         if not isinstance(self.classes, tuple) or not all(isinstance(name, str) for name in self.classes):
-            raise ValueError(f"classes are {self.classes!r} but must be a tuple of names; convert them with tuple().")
+            raise ValueError(
+                f"classes are {brief(self.classes)} but must be a tuple of names; convert them with tuple()."
+            )
         if len(self) and not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
             raise ValueError(
                 f"labels run from {self.labels.min()} to {self.labels.max()} but must be indices into the "
@@ -103,12 +117,11 @@ def load_images(
         OSError: for a missing folder or a failed download.
     """
     check_source(source)
-    if split not in ("train", "test"):
-        raise ValueError(f"split is {split!r} but must be 'train' or 'test'.")
-    if image_size is not None and (type(image_size) is not int or image_size < 1):
-        raise ValueError(f"image_size is {image_size!r} but must be a positive whole number, or None.")
-    if type(num_channels) is not int or num_channels not in (1, 3):
-        raise ValueError(f"num_channels is {num_channels!r} but must be 3 (RGB) or 1 (grey).")
+    check_choice("split", split, ("train", "test"))
+    check_path("data_dir", data_dir, optional=True)
+    check_whole("image_size", image_size, optional=True)
+    check("num_channels", num_channels, type(num_channels) is int and num_channels in (1, 3), "3 (RGB) or 1 (grey)")
+    check_flag("progress", progress)
 
     name = str(source)
     if name not in SOURCES:
@@ -121,24 +134,25 @@ def load_images(
     return LabelledImages(refit(images, image_size, num_channels), labels, classes)
 
 
-def check_source(source: str | os.PathLike) -> None:
-    """Check that ``source`` is one of ``SOURCES`` or a folder of images, without loading anything.
+def check_source(source: str | os.PathLike, name: str = "source") -> None:
+    """Check that ``source`` is one of ``SOURCES`` or a folder of images, without loading anything; ``name`` is the
+    argument's, for the sentence.
 
     Raises:
         ValueError: if it is neither; the message lists the names, and first those that look alike.
         FileNotFoundError: if it is a folder without class folders in train/.
     """
-    name = str(source)
-    if name in SOURCES:
+    text = str(source)
+    if text in SOURCES:
         return
-    folder = os.path.expanduser(name)
+    folder = os.path.expanduser(text)
     if os.path.isdir(folder):  # unlike pathlib's, it takes any text
         class_names(Path(folder, "train"))
         return
-    alike = difflib.get_close_matches(name.lower(), SOURCES)
+    alike = difflib.get_close_matches(text.lower(), SOURCES)
     hint = f" (did you mean {' or '.join(alike)}?)" if alike else ""
     raise ValueError(
-        f"{name!r} is neither a data set nor a folder{hint}; "
+        f"{name}={text!r} is neither a data set nor a folder{hint}; "
         f"give one of {', '.join(SOURCES)}, or a folder with train/<class>/* and test/<class>/*."
     )
 
@@ -150,7 +164,8 @@ def download(name: str, data_dir: str | os.PathLike | None = None, *, progress: 
         ValueError: for an unknown source.
         OSError: if the download fails or is not what it should be; the message says what to do.
     """
-    check_source(name)
+    check_source(name, "name")
+    check_path("data_dir", data_dir, optional=True)
     if name in SOURCES and not name.startswith("shapes"):
         prepare_cifar(name, data_dir, progress)
 
@@ -168,8 +183,9 @@ def train_validation_split(
     Raises:
         ValueError: if fraction is not between 0 and 1, or if no class has two images.
     """
-    if not 0 < fraction < 1:
-        raise ValueError(f"fraction is {fraction!r} but must lie between 0 and 1, for instance 0.1.")
+    check_type("data", data, LabelledImages, "LabelledImages")
+    check_number("fraction", fraction, above=0, below=1, noun="a share")
+    check_seed("seed", seed)
     generator = torch.Generator().manual_seed(seed)
     labels = data.labels.cpu()
     held_out = torch.zeros(len(data), dtype=torch.bool)
@@ -193,7 +209,7 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     """
     _check_images(images)
     if images.numel() == 0:
-        raise ValueError(f"images are {_describe(images)}, which holds no pixels; give at least one image.")
+        raise ValueError(f"images are {brief(images)}, which holds no pixels; give at least one image.")
     values = torch.linspace(0, 1, 256, dtype=torch.float64)
     means, deviations = [], []
     for channel in images.unbind(1):
@@ -206,12 +222,8 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
 
 
 def _check_images(images: Tensor) -> None:
-    if images.dtype != torch.uint8 or images.dim() != 4:
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.dim() != 4:
         raise ValueError(
-            f"images are {_describe(images)} but must be uint8 [N, C, H, W] with values from 0 to 255; "
+            f"images are {brief(images)} but must be uint8 [N, C, H, W] with values from 0 to 255; "
             "convert floats between 0 and 1 with (images * 255).round().to(torch.uint8)."
         )
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from .model import ViTModel, patchify
+from .arguments import brief, check, check_choice, check_number, check_tensor, check_type, check_whole
+from .model import POOLINGS, ViTModel, patchify
 
 
 def position_similarity(position_embedding: Tensor) -> Tensor:
@@ -20,8 +21,9 @@ def position_similarity(position_embedding: Tensor) -> Tensor:
         ``[g, g, g, g]`` in [-1, 1]; ``result[i, j]`` is the map of similarities between the patch in row i, column j
         and all patches.
     """
+    check_tensor("position_embedding", position_embedding, "1 T D")
     patches = F.normalize(position_embedding[0, 1:].detach(), dim=-1)  # [N, D], CLS has no place in the image
-    grid = math.isqrt(len(patches))
+    grid = _grid("position_embedding", position_embedding, len(patches))
     return (patches @ patches.T).unflatten(1, (grid, grid)).unflatten(0, (grid, grid))
 
 
@@ -38,10 +40,11 @@ def query_attention(weights: Tensor, query: int) -> tuple[float, Tensor]:
     Raises:
         ValueError: for a query that is not a token.
     """
-    if not 0 <= query < len(weights):
-        raise ValueError(f"query={query} is not a token; choose 0 (CLS) to {len(weights) - 1} (the last patch).")
+    check_tensor("weights", weights, "T T")
+    grid = _grid("weights", weights, weights.shape[1] - 1)
+    last = len(weights) - 1
+    check("query", query, _is_among(query, last), f"the number of a token, from 0 (CLS) to {last} (the last patch)")
     row = weights[query].detach()
-    grid = math.isqrt(len(row) - 1)
     return row[0].item(), row[1:].unflatten(0, (grid, grid))
 
 
@@ -63,8 +66,8 @@ def with_temperature(weights: Tensor, temperature: float) -> Tensor:
     Raises:
         ValueError: for a temperature that is not above 0.
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature} is not allowed; choose a number above 0 (1 changes nothing).")
+    check_type("weights", weights, Tensor, "a tensor [..., T]")
+    check_number("temperature", temperature, above=0)
     return (weights.log() / temperature).softmax(dim=-1)
 
 
@@ -78,7 +81,13 @@ def attention_of(model: ViTModel, images: Tensor, batch: int = 64) -> Tensor:
 
     Returns:
         ``[L, B, H, T, T]``; row i of a matrix says where token i takes from, and sums to 1.
+
+    Raises:
+        ValueError: for images that do not fit the model.
     """
+    check_type("model", model, ViTModel, "a ViTModel")
+    check_tensor("images", images, "B C S S")
+    check_whole("batch", batch)
     with torch.no_grad():
         return torch.cat([model.intermediates(part)["attention"] for part in images.split(batch)], dim=1)
 
@@ -97,14 +106,18 @@ def attention_distance(attention: Tensor, patch_size: int) -> Tensor:
     Returns:
         ``[L, H]``, in pixels.
     """
+    check_tensor("attention", attention, "L B H T T")
+    check_whole("patch_size", patch_size)
     among_patches = attention[..., 1:, 1:]  # [L, B, H, N, N]
+    grid = _grid("attention", attention, among_patches.shape[-1])
     among_patches = among_patches / among_patches.sum(dim=-1, keepdim=True)
-    distances = patch_distances(math.isqrt(among_patches.shape[-1])).to(attention.device) * patch_size
+    distances = patch_distances(grid).to(attention.device) * patch_size
     return (among_patches * distances).sum(dim=-1).mean(dim=(1, 3))
 
 
 def patch_distances(grid: int) -> Tensor:
     """Distances between the centres of all patches of a ``grid x grid`` image, ``[N, N]``, in patches."""
+    check_whole("grid", grid)
     along = torch.arange(grid, dtype=torch.float32)
     places = torch.cartesian_prod(along, along)  # [N, 2]: row and column of each patch
     return torch.cdist(places, places)
@@ -124,6 +137,7 @@ def rollout(attention: Tensor) -> Tensor:
         ``[B, T, T]``; row i says how much of token i, behind the last layer, stems from each token before the first.
         Rows sum to 1.
     """
+    check_tensor("attention", attention, "L B H T T")
     residual = torch.eye(attention.shape[-1], device=attention.device)
     mixed = residual.expand(attention.shape[1], -1, -1)
     for layer in attention:  # [B, H, T, T]
@@ -142,12 +156,16 @@ def delete_patches(images: Tensor, relevance: Tensor, count: int) -> Tensor:
     Raises:
         ValueError: for a count beyond N, or a number of patches that does not fit the image.
     """
+    check_tensor("images", images, "B C S S")
+    check_tensor("relevance", relevance, "B N")
     patches = relevance.shape[1]
     grid = math.isqrt(patches)
-    if grid**2 != patches or images.shape[-1] % grid:
-        raise ValueError(f"{patches} patches are no square grid on images of {images.shape[-1]} pixels; leave CLS out.")
-    if not 0 <= count <= patches:
-        raise ValueError(f"count={count} is not possible with {patches} patches; give 0 to {patches}.")
+    if not patches or grid**2 != patches or images.shape[-1] % grid:
+        raise ValueError(
+            f"relevance={brief(relevance)}: {patches} patches are no square grid on images of {images.shape[-1]} "
+            "pixels; leave CLS out."
+        )
+    check("count", count, _is_among(count, patches), f"0 to {patches}, the number of patches")
     order = relevance.argsort(dim=1, descending=True)
     kept = torch.ones_like(relevance).scatter(1, order[:, :count], 0)  # [B, N]
     side = images.shape[-1] // grid
@@ -168,6 +186,11 @@ def deletion_curve(model: ViTModel, images: Tensor, relevance: Tensor, counts: S
     Returns:
         ``[len(counts), B]``: the probability of the class that the model predicts for the whole image.
     """
+    check_type("model", model, nn.Module, "a model that takes images to logits")
+    check_tensor("relevance", relevance, "B N")
+    last = relevance.shape[1]
+    are_counts = isinstance(counts, Sequence) and len(counts) > 0 and all(_is_among(count, last) for count in counts)
+    check("counts", counts, are_counts, f"a list of numbers of patches, each from 0 to {last}")
     with torch.no_grad():
         predicted = model(images).argmax(dim=1, keepdim=True)  # [B, 1]
         points = [model(delete_patches(images, relevance, count)).softmax(dim=1) for count in counts]
@@ -184,7 +207,9 @@ def share_on_mask(relevance: Tensor, masks: Tensor) -> Tensor:
     Returns:
         ``[B]`` in [0, 1]. Relevance spread evenly gives the share of the image that the object covers.
     """
-    side = masks.shape[-1] // math.isqrt(relevance.shape[1])
+    check_tensor("relevance", relevance, "B N")
+    check_tensor("masks", masks, "B S S")
+    side = masks.shape[-1] // _grid("relevance", relevance, relevance.shape[1])
     covered = patchify(masks[:, None].float(), side).mean(dim=2)  # [B, N]
     return (relevance * covered).sum(dim=1) / relevance.sum(dim=1)
 
@@ -199,5 +224,19 @@ def patch_relevance(matrix: Tensor, pooling: str = "cls") -> Tensor:
     Returns:
         ``[B, N]``, without the share that goes to CLS.
     """
+    check_tensor("matrix", matrix, "B T T")
+    check_choice("pooling", pooling, POOLINGS)
     seen = matrix[:, 0] if pooling == "cls" else matrix[:, 1:].mean(dim=1)  # [B, T]
     return seen[:, 1:]
+
+
+def _grid(name: str, tensor: Tensor, patches: int) -> int:
+    """Patches along a side of a square image of so many ``patches``, as ``tensor`` has them."""
+    grid = math.isqrt(max(0, patches))
+    fits = patches > 0 and grid**2 == patches
+    check(name, tensor, fits, "one for the patches of a square image: a square number of them, beside CLS if it counts")
+    return grid
+
+
+def _is_among(number: object, last: int) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and 0 <= number <= last

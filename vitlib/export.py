@@ -29,8 +29,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .arguments import check_path, check_type
 from .checkpoint import Card, unwrap
-from .files import written_whole
+from .files import shown, written_whole
 from .train import predict
 
 TOLERANCE = 1e-4  # the largest difference of a logit; the order of the sums is the runtime's own, so some there is
@@ -73,9 +74,12 @@ def export_model(model: nn.Module, card: Card, path: str | Path) -> float:
             nothing is written and what stood at ``path`` is still there.
         ModuleNotFoundError: for ONNX without the packages that it needs.
     """
+    check_path("path", path)
+    check_type("card", card, Card, "a Card, as load_weights gives one")
+    unwrap(model)  # one without a ViT is refused first
     path = Path(path)
     if path.suffix not in FORMATS or path.is_dir():
-        raise ValueError(f"{path} cannot be written; name a file that ends in {' or '.join(FORMATS)}.")
+        raise ValueError(f"path={shown(path)} cannot be written; name a file that ends in {' or '.join(FORMATS)}.")
     write, load = FORMATS[path.suffix]
     if path.suffix == ".onnx":
         _need_onnx()

@@ -11,10 +11,24 @@ One letter per dimension, used in every shape comment of this file:
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .arguments import (
+    brief,
+    check,
+    check_choice,
+    check_flag,
+    check_multiple,
+    check_number,
+    check_tensor,
+    check_type,
+    check_whole,
+)
 
 # What a preset leaves out keeps the default of ViTModel, which is ViT-B/16 of the paper's Table 1.
 PRESETS: dict[str, dict] = {
@@ -46,6 +60,7 @@ PRESETS: dict[str, dict] = {
     },
 }
 
+LARGEST = 2**20  # of any size of a model: what is beyond can only be a slip
 POOLINGS = ("cls", "mean")  # what the classifier sees: the CLS token, or the mean of all patch tokens
 
 
@@ -60,8 +75,7 @@ def create_model(preset: str, num_classes: int, **overrides) -> "ViTModel":
     Raises:
         ValueError: for an unknown preset or a configuration that cannot be built.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"preset={preset!r} is not known; choose one of {', '.join(PRESETS)}.")
+    check_choice("preset", preset, PRESETS)
     return ViTModel(num_classes, **{**PRESETS[preset], **overrides})
 
 
@@ -71,6 +85,8 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     Patches are numbered row by row, like words on a page. Within a patch the order is channel, row, column, the order
     in which a convolution stores its weights; so ``patchify(x, P) @ W.flatten(1).T`` is ``conv(x)``.
     """
+    check_tensor("images", images, "B C S S")
+    check_whole("patch_size", patch_size)
     if images.shape[-1] % patch_size or images.shape[-2] % patch_size:
         raise ValueError(
             f"Images of {images.shape[-2]}x{images.shape[-1]} pixels cannot be cut into patches of {patch_size}; "
@@ -83,6 +99,9 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 def unpatchify(patches: Tensor, patch_size: int, num_channels: int = 3) -> Tensor:
     """Put the patches of square images back together, the exact inverse of :func:`patchify`: ``[B, N, C * P * P]`` to
     ``[B, C, S, S]``."""
+    check_tensor("patches", patches, "B N C*P*P")
+    check_whole("patch_size", patch_size)
+    check_whole("num_channels", num_channels)
     grid = math.isqrt(patches.shape[1])
     if grid**2 != patches.shape[1] or patches.shape[2] != num_channels * patch_size**2:
         raise ValueError(
@@ -120,8 +139,10 @@ def interpolate_positions(
     Raises:
         ValueError: if the positions do not fill ``old_grid``, or a side is less than one patch.
     """
+    check_tensor("position_embedding", position_embedding, "1 T D")
     cls, patches = position_embedding[:, :1], position_embedding[:, 1:]
-    old, new = _sides(old_grid or math.isqrt(patches.shape[1])), _sides(grid)
+    old = _sides("old_grid", math.isqrt(patches.shape[1]) if old_grid is None else old_grid)
+    new = _sides("grid", grid)
     if math.prod(old) != patches.shape[1] or min(new) < 1:
         raise ValueError(
             f"{patches.shape[1]} patch positions cannot go from a {old[0]}x{old[1]} to a {new[0]}x{new[1]} grid; "
@@ -134,8 +155,11 @@ def interpolate_positions(
     return torch.cat([cls, resized.flatten(2).transpose(1, 2)], dim=1)
 
 
-def _sides(grid: int | tuple[int, int]) -> tuple[int, int]:
-    return (grid, grid) if isinstance(grid, int) else tuple(grid)
+def _sides(name: str, grid: int | tuple[int, int]) -> tuple[int, int]:
+    sides = (grid, grid) if isinstance(grid, int) else grid
+    is_pair = isinstance(sides, tuple | list) and [type(side) for side in sides] == [int, int]
+    check(name, grid, is_pair, "a whole number, or two: (rows, columns)")
+    return tuple(sides)
 
 
 class ViTEmbeddings(nn.Module):
@@ -147,11 +171,7 @@ class ViTEmbeddings(nn.Module):
 
     def __init__(self, image_size=224, patch_size=16, num_channels=3, em_dim=768, drop=0.1, patch_bias=False):
         super().__init__()
-        if image_size % patch_size:
-            raise ValueError(
-                f"image_size={image_size} is not a multiple of patch_size={patch_size}; "
-                f"choose a patch size that divides {image_size}."
-            )
+        check_multiple("image_size", image_size, "patch_size", patch_size)
         self.image_shape = (num_channels, image_size, image_size)
         num_patches = (image_size // patch_size) ** 2
         self.patch_embedding = nn.Conv2d(num_channels, em_dim, patch_size, stride=patch_size, bias=patch_bias)
@@ -161,16 +181,26 @@ class ViTEmbeddings(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """``[B, C, S, S]`` to ``[B, T, D]``."""
+        self._check_images(images)
+        patches = self.patch_embedding(images).flatten(2).transpose(1, 2)  # [B, N, D]
+        cls = self.cls_token.expand(images.shape[0], -1, -1)  # [B, 1, D]; len() would fix B in an exported model
+        tokens = torch.cat([cls, patches], dim=1)  # [B, T, D]
+        return self.dropout(tokens + self.position_embedding)
+
+    def _check_images(self, images: Tensor) -> None:
+        check_type("images", images, Tensor, "a tensor [B, C, S, S]")
         if images.ndim != 4 or tuple(images.shape[1:]) != self.image_shape:
             expected = ", ".join(map(str, self.image_shape))
             raise ValueError(
                 f"The model takes images of shape [B, {expected}], not {list(images.shape)}; "
                 "resize them, or build the model with another image_size or num_channels."
             )
-        patches = self.patch_embedding(images).flatten(2).transpose(1, 2)  # [B, N, D]
-        cls = self.cls_token.expand(images.shape[0], -1, -1)  # [B, 1, D]; len() would fix B in an exported model
-        tokens = torch.cat([cls, patches], dim=1)  # [B, T, D]
-        return self.dropout(tokens + self.position_embedding)
+        due = self.position_embedding.dtype
+        if images.dtype != due and not (images.is_floating_point() and torch.is_autocast_enabled(images.device.type)):
+            raise ValueError(
+                f"images={brief(images)} are not of the dtype of the model's weights; normalise uint8 images first "
+                f"(vitlib.augment.normalise), then convert them with .to({due})."
+            )
 
 
 class SelfAttention(nn.Module):
@@ -182,11 +212,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, em_dim: int, num_heads: int, drop: float = 0.0):
         super().__init__()
-        if em_dim % num_heads:
-            raise ValueError(
-                f"em_dim={em_dim} cannot be split evenly over num_heads={num_heads}; "
-                f"choose a number of heads that divides {em_dim}."
-            )
+        check_multiple("em_dim", em_dim, "num_heads", num_heads)
         self.num_heads = num_heads
         self.drop = drop
         self.qkv = nn.Linear(em_dim, 3 * em_dim)  # one matrix product for queries, keys and values of all heads
@@ -335,24 +361,15 @@ class ViTModel(nn.Module):
     ):
         super().__init__()
         self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        _check_configuration(self.config)
-        self.vit_encoder = ViTEncoder(
-            num_layers,
-            image_size,
-            patch_size,
-            num_channels,
-            em_dim,
-            drop,
-            num_heads,
-            ff_dim,
-            norm_first,
-            patch_bias,
-            drop_path,
-            norm_eps,
-        )
+        check_configuration(self.config)
         self.pooling = pooling
-        self.pre_logits = nn.Sequential(nn.Linear(em_dim, pre_logits), nn.Tanh()) if pre_logits else nn.Identity()
-        self.linear_classifier = nn.Linear(pre_logits or em_dim, num_classes) if num_classes else nn.Identity()
+        with _named_if_too_large(self.config):
+            self.vit_encoder = ViTEncoder(
+                num_layers, image_size, patch_size, num_channels, em_dim, drop, num_heads, ff_dim,
+                norm_first, patch_bias, drop_path, norm_eps,
+            )  # fmt: skip
+            self.pre_logits = nn.Sequential(nn.Linear(em_dim, pre_logits), nn.Tanh()) if pre_logits else nn.Identity()
+            self.linear_classifier = nn.Linear(pre_logits or em_dim, num_classes) if num_classes else nn.Identity()
         self.apply(_initialise)
         if num_classes:  # nearly equal logits, so a first loss near ln C
             nn.init.trunc_normal_(self.linear_classifier.weight, std=0.02)
@@ -406,24 +423,28 @@ def _initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def _check_configuration(config: dict) -> None:
+@contextmanager
+def _named_if_too_large(config: dict) -> Iterator[None]:
+    """Weights that memory cannot hold are named by the sizes that ask for them, not by bytes."""
+    try:
+        yield
+    except RuntimeError as error:
+        sizes = ", ".join(f"{name}={value}" for name, value in config.items() if type(value) is int)
+        raise ValueError(f"A model of {sizes} does not fit into memory; choose smaller sizes.") from error
+
+
+def check_configuration(config: dict) -> None:
+    """Raise ValueError, one sentence, for values that :class:`ViTModel` cannot be built with."""
     for name, value in config.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
         if name in ("norm_first", "patch_bias"):
-            if not isinstance(value, bool):
-                raise ValueError(f"{name}={value!r} is not allowed; give True or False.")
+            check_flag(name, value)
         elif name == "pooling":
-            if value not in POOLINGS:
-                raise ValueError(f"pooling={value!r} is not known; choose {' or '.join(POOLINGS)}.")
+            check_choice(name, value, POOLINGS)
         elif name in ("drop", "drop_path"):
-            if not number or not 0 <= value < 1:
-                raise ValueError(
-                    f"{name}={value!r} is not a probability; give a number from 0 up to, not including, 1."
-                )
+            check_number(name, value, least=0, below=1, noun="a probability")
         elif name == "norm_eps":
-            if value is not None and (not number or not 0 < value < 1):
-                raise ValueError(f"norm_eps={value!r} is not allowed; give a small number above 0, or None.")
-        elif not (name == "pre_logits" and value is None):
-            least = 0 if name == "num_classes" else 1
-            if not number or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value!r} is not allowed; give a whole number of at least {least}.")
+            check_number(name, value, above=0, below=1, optional=True)
+        else:
+            check_whole(name, value, 0 if name == "num_classes" else 1, LARGEST, optional=name == "pre_logits")
+    check_multiple("image_size", config["image_size"], "patch_size", config["patch_size"])
+    check_multiple("em_dim", config["em_dim"], "num_heads", config["num_heads"])

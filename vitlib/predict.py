@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .arguments import check, check_path, check_tensor, check_type, check_whole
 from .checkpoint import Card, unwrap
 from .folders import read_picture
 from .train import predict
@@ -50,11 +51,14 @@ def predict_files(
         batch_size: images at a time, at least 1.
 
     Raises:
-        ValueError: if a number is out of range, or the card does not name a class for each logit.
+        ValueError: if an argument is not what it should be, or the card does not name a class for each logit.
     """
-    for name, value in (("top", top), ("batch_size", batch_size)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r} is not allowed; give a whole number of at least 1.")
+    check_whole("top", top)
+    check_whole("batch_size", batch_size)
+    check_type("card", card, Card, "a Card, as load_weights gives one")
+    # a text is a list of letters, and none of them is an image
+    are_many = isinstance(paths, Iterable) and not isinstance(paths, str | bytes | os.PathLike)
+    check("paths", paths, are_many, "a list of paths")
     config = unwrap(model).config
     if not len(card.classes) == config["num_classes"] > 0:
         raise ValueError(
@@ -64,6 +68,7 @@ def predict_files(
 
     def read(path) -> np.ndarray | str:
         try:
+            check_path("paths", path)
             return read_picture(path, config["image_size"], config["num_channels"])
         except (ValueError, OSError) as error:
             return str(error)
@@ -78,9 +83,9 @@ def predict_files(
                 rows = iter(_top_classes(model, card, pictures, top))
                 for path, picture in zip(batch, found, strict=True):
                     if isinstance(picture, str):
-                        yield Prediction(os.fspath(path), error=picture)
+                        yield Prediction(str(path), error=picture)
                     else:
-                        yield Prediction(os.fspath(path), next(rows))
+                        yield Prediction(str(path), next(rows))
 
     return predictions()
 
@@ -108,7 +113,14 @@ def confident_mistakes(logits: Tensor, labels: Tensor, count: int = 12) -> Tenso
     Args:
         logits: ``[N, num_classes]``.
         labels: int64 ``[N]``, the true classes.
+
+    Raises:
+        ValueError: for tensors of other shapes.
     """
+    check_tensor("logits", logits, "N num_classes")
+    check_tensor("labels", labels, "N")
+    check("labels", labels, len(labels) == len(logits), f"{len(logits)} labels, one for each row of logits")
+    check_whole("count", count)
     confidence, predicted = logits.softmax(dim=1).max(dim=1)
     wrong = torch.nonzero(predicted != labels).flatten()
     return wrong[confidence[wrong].argsort(descending=True, stable=True)[:count]]

@@ -7,8 +7,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from .arguments import check, check_choice, check_number, check_type, is_number
 from .augment import CIFAR10_MEAN, CIFAR10_STD, PUBLISHED, Augmentation
 from .model import ViTModel
+
+OPTIMIZERS = ("sgd", "adamw", "muon")
+SCHEDULES = ("constant", "cosine")
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,9 @@ class Recipe:
         augmentation: what is done to training images.
         mix_until: share of the training after which images are no longer mixed with each other.
         statistics: (mean, std) to normalise with; None measures them on the training images.
+
+    Raises:
+        ValueError: one sentence, for a value that is not allowed.
     """
 
     optimizer: str
@@ -55,6 +62,33 @@ class Recipe:
     augmentation: Augmentation = Augmentation()
     mix_until: float = 1.0
     statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+
+    def __post_init__(self):
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("schedule", self.schedule, SCHEDULES)
+        for name in ("learning_rate", "weight_decay", "head_rate", "position_rate", "matrix_rate"):
+            check_number(name, getattr(self, name), least=0)
+        for name in ("warmup", "mix_until"):
+            check_number(name, getattr(self, name), least=0, most=1, noun="a share")
+        for name in ("momentum", "average", "label_smoothing"):
+            check_number(name, getattr(self, name), least=0, below=1)
+        for name in ("drop", "drop_path"):
+            check_number(name, getattr(self, name), least=0, below=1, noun="a probability")
+        check_number("layer_decay", self.layer_decay, above=0, most=1)
+        check_number("clip", self.clip, above=0, optional=True)
+        check_type("augmentation", self.augmentation, Augmentation, "an Augmentation")
+        is_pair = self.statistics is None or _is_statistics(self.statistics)
+        check("statistics", self.statistics, is_pair, "(mean, std), each with one number per channel, or None")
+
+
+def _is_statistics(value: object) -> bool:
+    """Whether a value is a mean and a standard deviation for each of some channels."""
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        return False
+    if not all(isinstance(numbers, tuple | list) and all(map(is_number, numbers)) for numbers in value):
+        return False
+    mean, std = value
+    return 0 < len(mean) == len(std) and min(std) >= 0
 
 
 # "published" is the small published system to the letter; "modern" is what the field has done since, and "long" the
@@ -123,8 +157,7 @@ def named_recipe(recipe: str | Recipe, known: dict[str, Recipe]) -> Recipe:
     """A recipe by its name in ``known``; a recipe of one's own is given back. Raises ValueError for other names."""
     if isinstance(recipe, Recipe):
         return recipe
-    if recipe not in known:
-        raise ValueError(f"recipe={recipe!r} is not known; choose one of {', '.join(known)}, or give a Recipe.")
+    check_choice("recipe", recipe, known, otherwise=", or give a Recipe")
     return known[recipe]
 
 
@@ -138,10 +171,8 @@ def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optim
     finds nothing there.
 
     Raises:
-        ValueError: for an unknown optimiser, or a layer decay for a model without the blocks of a ViT.
+        ValueError: for a layer decay for a model without the blocks of a ViT.
     """
-    if recipe.optimizer not in ("sgd", "adamw", "muon"):
-        raise ValueError(f"optimizer={recipe.optimizer!r} is not known; choose sgd, adamw or muon.")
     if recipe.layer_decay != 1 and not isinstance(model, ViTModel):
         raise ValueError(f"layer_decay={recipe.layer_decay} needs the blocks of a ViTModel; give a recipe without it.")
     blocks = len(model.vit_encoder.encoder) if isinstance(model, ViTModel) else 0
@@ -190,6 +221,4 @@ def rate_factor(recipe: Recipe, step: int, total: int) -> float:
         return (step + 1) / (warmup + 1)
     if recipe.schedule == "constant":
         return 1.0
-    if recipe.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-    raise ValueError(f"schedule={recipe.schedule!r} is not known; choose constant or cosine.")
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))

@@ -21,6 +21,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from .arguments import check_choice, check_seed, check_whole
+
 SIZE = 32  # pixels per side
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "crescent", "arrow", "drop")
 # Brightness rises along the list, so that colour-blind readers can tell most pairs.
@@ -75,14 +77,10 @@ def draw_shapes(name: str, split: str = "train", count: int | None = None, seed:
 
 
 def _checked_count(name: str, split: str, count: int | None, seed: int) -> int:
-    if name not in DEFAULT_COUNTS:
-        raise ValueError(f"Unknown embedded data set {name!r}: choose one of {', '.join(DEFAULT_COUNTS)}.")
-    if split not in DEFAULT_COUNTS[name]:
-        raise ValueError(f"Unknown split {split!r}: choose 'train' or 'test'.")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"The seed {seed} is out of range: choose a whole number from 0 to 4294967295.")
-    if count is not None and count < 0:
-        raise ValueError(f"Cannot draw {count} images: choose a count of 0 or more, or None for the default.")
+    check_choice("name", name, DEFAULT_COUNTS)
+    check_choice("split", split, DEFAULT_COUNTS[name])
+    check_seed("seed", seed)
+    check_whole("count", count, 0, optional=True)
     return DEFAULT_COUNTS[name][split] if count is None else count
 
 

@@ -7,6 +7,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from .arguments import (
+    brief,
+    check,
+    check_choice,
+    check_flag,
+    check_folder,
+    check_number,
+    check_path,
+    check_seed,
+    check_text,
+    check_type,
+    check_whole,
+)
 from .augment import neighbours, normalise
 from .checkpoint import Card, ResumeFile, digest, save_checkpoint, transfer_encoder, versions, without_wrappers
 from .data import LabelledImages, channel_statistics, train_validation_split
@@ -71,11 +85,15 @@ def resolve_device(device: str = "auto") -> torch.device:
     Raises:
         ValueError: for a device that this machine does not have.
     """
+    check_type("device", device, str | torch.device, "a name such as auto, cpu or cuda:0")
     if device == "auto":
         accelerated = torch.accelerator.is_available()
         return torch.accelerator.current_accelerator() if accelerated else torch.device("cpu")
     try:
-        return torch.empty(0, device=device).device
+        found = torch.empty(0, device=device).device
+        if found.type == "meta":  # has shapes and no numbers
+            raise NotImplementedError
+        return found
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device={device!r} is not to be had on this machine; choose auto or cpu.") from error
 
@@ -89,8 +107,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     Raises:
         ValueError: for any other word.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision={precision!r} is not known; choose one of {', '.join(PRECISIONS)}.")
+    check_choice("precision", precision, PRECISIONS)
     if precision == "auto":
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return "bfloat16" if native else "float32"
@@ -109,14 +126,21 @@ def predict(model: nn.Module, images: Tensor, card: Card, batch_size: int = 256)
     """Logits ``[N, num_classes]``, float32 on the CPU, for uint8 images ``[N, C, H, W]``.
 
     The model is switched to eval mode for this and back to the mode it was in.
+
+    Raises:
+        ValueError: for images that do not fit the model or the card, or another wrong argument.
     """
+    _check_arguments(locals())
+    check_type("images", images, Tensor, "uint8 [N, C, H, W]")
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    logits = [
-        model(normalise(batch.to(device), card.mean, card.std)).float().cpu() for batch in images.split(batch_size)
-    ]
-    model.train(was_training)
+    try:
+        logits = [
+            model(normalise(batch.to(device), card.mean, card.std)).float().cpu() for batch in images.split(batch_size)
+        ]
+    finally:
+        model.train(was_training)
     return torch.cat(logits)
 
 
@@ -127,12 +151,18 @@ def evaluate(
 
     With ``steps``, only that many batches are looked at, evenly spread over the data, since folders come sorted by
     class. Where several processes train together, each looks at its share, and all of them must call this.
+
+    Raises:
+        ValueError: for no images, images or labels that do not fit the model, or another wrong argument.
     """
+    _check_arguments(locals())
+    check("data", data, len(data) > 0, "at least one image")
     if steps is not None and steps * batch_size < len(data):
         data = data.subset(torch.linspace(0, len(data) - 1, steps * batch_size).long())
     processes = current_processes()
     data = data.subset(slice(processes.rank, None, processes.count))
     logits = predict(model, data.images, card, batch_size)
+    _check_logits(logits, data)
     labels = data.labels.cpu()
     losses = F.cross_entropy(logits, labels, reduction="none")
     sums = [losses.double().sum(), (logits.argmax(1) == labels).sum(), torch.tensor(len(data))]
@@ -178,13 +208,18 @@ def fit(
     that was cut short is not part of it.
 
     Raises:
-        ValueError: for arguments out of range, or a resume file that belongs to something else.
+        ValueError: for arguments out of range, a model that cannot classify the images, or a resume file that belongs
+            to something else.
     """
-    _check_lengths(locals(), "epochs", "batch_size", "train_steps_per_epoch", "eval_steps_per_epoch")
+    _check_arguments(locals())
+    check_type("recipe", recipe, Recipe, "a Recipe, such as RECIPES['modern']")
+    check_type("resume", resume, ResumeFile | None, "a ResumeFile, or None")
+    check("after_epoch", after_epoch, callable(after_epoch), "a function of the model and the history")
     if not len(train) or not len(validation):
         raise ValueError(
             f"{len(train)} training and {len(validation)} validation images are too few; give one of each."
         )
+    _check_can_learn(model, train, card)
     steps = math.ceil(len(train) / batch_size)  # per epoch
     if train_steps_per_epoch is not None:
         steps = min(steps, train_steps_per_epoch)
@@ -483,6 +518,8 @@ def pretrain(
     Raises:
         ValueError: for arguments out of range, or a resume file of another training.
     """
+    _check_arguments(locals())
+    check_flag("resume", resume)
     recipe = named_recipe(recipe, RECIPES)
     mean, std = recipe.statistics or channel_statistics(train.images)
     torch.manual_seed(seed)  # initialisation
@@ -545,6 +582,8 @@ def finetune(
         ValueError: for arguments out of range, images that are not square or cannot be cut into the encoder's patches,
             or a model that holds no ViT.
     """
+    _check_arguments(locals())
+    check_flag("resume", resume)
     recipe = named_recipe(recipe, FINETUNING)
     model = transfer_encoder(
         pretrained, len(train.classes), image_size=_side(train), drop=recipe.drop, drop_path=recipe.drop_path
@@ -569,7 +608,14 @@ def record_test(trained: Trained, test: LabelledImages, source: str, checkpoint:
 
     Returns:
         ``trained`` with ``test`` in its card's record: source, images, loss, accuracy.
+
+    Raises:
+        ValueError: for an argument that is not what it should be, or images that do not fit the model.
     """
+    check_type("trained", trained, Trained, "what pretrain or finetune returns")
+    check_type("test", test, LabelledImages, IMAGES)
+    check_text("source", source)
+    check_path("checkpoint", checkpoint, optional=True)
     score = evaluate(trained.model, test, trained.card)
     result = {"source": f"{source}, test split", "images": len(test), **score}
     card = replace(trained.card, record=trained.card.record | {"test": result})
@@ -594,6 +640,8 @@ def _train_stage(
     """What both stages share: split, train, keep the files in step with the training."""
     if resume and run_dir is None:
         raise ValueError("resume=True needs a run_dir; name the folder that the training is kept in.")
+    if run_dir is not None:
+        check_folder("run_dir", run_dir)  # better than after the first epoch
     device = resolve_device(device)
     settings = {key: value for key, value in fit_arguments.items() if key not in ("description", "progress")}
     settings |= {"precision": resolve_precision(fit_arguments["precision"], device), "recipe": asdict(recipe)}
@@ -631,10 +679,55 @@ def _train_stage(
     return Trained(model.eval(), described(history), history)
 
 
-def _check_lengths(values: dict, *names: str) -> None:
-    for name in names:
-        value = values[name]
-        if name.endswith("_steps_per_epoch") and value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r} is not allowed; give a whole number of at least 1.")
+IMAGES = "LabelledImages, as load_images returns them"
+_CHECKS: dict[str, Callable[[str, object], None]] = {  # of the arguments that several functions of this file take
+    "model": partial(check_type, kind=nn.Module, allowed="a model that takes images to logits"),
+    "train": partial(check_type, kind=LabelledImages, allowed=IMAGES),
+    "validation": partial(check_type, kind=LabelledImages, allowed=IMAGES),
+    "data": partial(check_type, kind=LabelledImages, allowed=IMAGES),
+    "card": partial(check_type, kind=Card, allowed="a Card, as load_weights returns one"),
+    "epochs": check_whole,
+    "pretrain_epochs": check_whole,
+    "finetune_epochs": check_whole,
+    "batch_size": check_whole,
+    "train_steps_per_epoch": partial(check_whole, optional=True),
+    "eval_steps_per_epoch": partial(check_whole, optional=True),
+    "steps": partial(check_whole, optional=True),
+    "validation_fraction": partial(check_number, above=0, below=1, noun="a share"),
+    "seed": check_seed,
+    "precision": partial(check_choice, choices=PRECISIONS),
+    "compile": check_flag,
+    "freeze_encoder": check_flag,
+    "progress": check_flag,
+    "run_dir": partial(check_path, optional=True),
+    "source": partial(check_text, optional=True),
+    "description": check_text,
+}
+
+
+def _check_arguments(values: dict) -> None:
+    """Check what ``_CHECKS`` knows among a function's arguments."""
+    for name, value in values.items():
+        if name in _CHECKS:
+            _CHECKS[name](name, value)
+
+
+def _check_can_learn(model: nn.Module, train: LabelledImages, card: Card) -> None:
+    """Whether there is something to learn and the images and labels fit: asked with one image, before the training."""
+    learns = any(parameter.requires_grad for parameter in model.parameters())
+    check("model", model, learns, "one with parameters that require a gradient")
+    try:
+        logits = predict(without_wrappers(model), train.images[:1], card)
+    except RuntimeError as error:  # a model other than a ViT has no sentence of its own
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"model={brief(model)} cannot take {train} ({reason:.200}); give images that fit.") from error
+    _check_logits(logits, train)
+
+
+def _check_logits(logits: Tensor, data: LabelledImages) -> None:
+    classes = int(data.labels.max()) + 1 if len(data) else 0
+    if logits.ndim != 2 or logits.shape[1] < classes:
+        raise ValueError(
+            f"The model gives {list(logits.shape)} logits for {len(logits)} images, but their labels need {classes} "
+            "classes; give a model with a classifier of as many, or data with fewer."
+        )

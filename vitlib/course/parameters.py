@@ -1,13 +1,13 @@
 """Every parameter that a notebook of the course takes: its type, its meaning and what it may be."""
 
 import difflib
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
+from vitlib.arguments import brief, check_path, is_number
 from vitlib.data import check_source
 from vitlib.model import POOLINGS, PRESETS
 from vitlib.recipes import RECIPES
@@ -18,15 +18,19 @@ WORDS_FOR_BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": 
 NOUNS = {int: "a whole number", float: "a number", str: "a text that is not empty"}
 
 
-def _check_device(value: str) -> None:
+def _is_source(name: str, value: str) -> None:
+    check_source(value, name)
+
+
+def _is_device(name: str, value: str) -> None:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
         hint = near_match(value, ("auto", "cpu", "cuda", "mps"))
-        raise ValueError(f"device={value!r} is not allowed; choose one of auto, cpu, cuda, cuda:0, mps{hint}.")
+        raise ValueError(f"{name}={value!r} is not allowed; choose one of auto, cpu, cuda, cuda:0, mps{hint}.")
     # asked here without touching the device: a process that only starts kernels should hold no GPU memory
     available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
     kind = value.split(":")[0]
     if kind in available and not available[kind]():
-        raise ValueError(f"device={value!r} is not to be had on this machine; choose auto or cpu.")
+        raise ValueError(f"{name}={value!r} is not to be had on this machine; choose auto or cpu.")
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Parameter:
         minimum, maximum: bounds of a number, both included.
         choices: the texts to choose from; empty for any text.
         optional: whether None is a value too.
-        rule: a further check of a text; it raises ValueError with a sentence of its own.
+        rule: a further check of a text, given name and value; it raises ValueError with a sentence of its own.
     """
 
     name: str
@@ -50,7 +54,7 @@ class Parameter:
     maximum: float | None = None
     choices: tuple[str, ...] = ()
     optional: bool = False
-    rule: Callable[[str], None] | None = None
+    rule: Callable[[str, str], None] | None = None
 
     @property
     def annotation(self) -> str:
@@ -82,15 +86,15 @@ class Parameter:
             return
         if not self._has_type(value) or not self._in_range(value):
             hint = near_match(value, self.choices)
-            raise ValueError(f"{self.name}={value!r} is not allowed; give {self.allowed}{hint}.")
+            raise ValueError(f"{self.name}={brief(value)} is not allowed; give {self.allowed}{hint}.")
         if self.rule is not None:
-            self.rule(value)
+            self.rule(self.name, value)
 
     def _has_type(self, value: object) -> bool:
         if isinstance(value, bool):  # Python counts True as the int 1, and a batch size of True is a mistake
             return self.type is bool
         if self.type is float:
-            return isinstance(value, int | float) and math.isfinite(value)
+            return is_number(value)
         return isinstance(value, self.type)
 
     def _in_range(self, value) -> bool:
@@ -128,10 +132,12 @@ PARAMETERS: dict[str, Parameter] = {
     parameter.name: parameter
     for parameter in (
         # which images
-        Parameter("dataset", str, "images to look at: a name such as shapes100, or a folder", rule=check_source),
-        Parameter("upstream", str, "images to pretrain on: a name such as shapes100, or a folder", rule=check_source),
-        Parameter("downstream", str, "images to fine-tune on: a name such as shapes10, or a folder", rule=check_source),
-        Parameter("data_dir", str, "where downloads are kept; None for the usual cache", optional=True),
+        Parameter("dataset", str, "images to look at: a name such as shapes100, or a folder", rule=_is_source),
+        Parameter("upstream", str, "images to pretrain on: a name such as shapes100, or a folder", rule=_is_source),
+        Parameter("downstream", str, "images to fine-tune on: a name such as shapes10, or a folder", rule=_is_source),
+        Parameter(
+            "data_dir", str, "where downloads are kept; None for the usual cache", optional=True, rule=check_path
+        ),
         Parameter("image_size", int, "pixels per image side; None for the model's own", 4, 1024, optional=True),
         Parameter("num_images", int, "test images to examine", 1, 100_000),
         # which model and training
@@ -141,7 +147,13 @@ PARAMETERS: dict[str, Parameter] = {
         Parameter("recipe", str, "optimiser, schedule and augmentation", choices=tuple(RECIPES)),
         Parameter("precision", str, "bfloat16 halves matrix products; auto does on GPUs", choices=PRECISIONS),
         Parameter("compile", bool, "let torch.compile translate the model first"),
-        Parameter("weights", str, "where the encoder comes from: a shipped name or a checkpoint file", optional=True),
+        Parameter(
+            "weights",
+            str,
+            "where the encoder comes from: a shipped name or a checkpoint file",
+            optional=True,
+            rule=check_path,
+        ),
         Parameter("official_weights", bool, "download the published ViT-B/16 (about 350 MB) and use it"),
         Parameter("freeze_encoder", bool, "train the head alone (a linear probe)"),
         # the five of the published system
@@ -154,8 +166,8 @@ PARAMETERS: dict[str, Parameter] = {
         # how it is run
         Parameter("seed", int, "start of every random draw", 0, 2**32 - 1),
         Parameter("seeds", int, "repetitions of the comparison, each with its own seed", 1, 100),
-        Parameter("device", str, "where to compute: auto, cpu, cuda, cuda:0 or mps", rule=_check_device),
-        Parameter("run_dir", str, "folder for what this run saves"),
+        Parameter("device", str, "where to compute: auto, cpu, cuda, cuda:0 or mps", rule=_is_device),
+        Parameter("run_dir", str, "folder for what this run saves", rule=check_path),
         Parameter("strict_checks", bool, "stop at an exercise that is not solved"),
     )
 }
