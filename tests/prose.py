@@ -4,9 +4,9 @@ import re
 import shlex
 from collections.abc import Iterable, Iterator
 
-# a folder that only one machine or one user has; notebooks/work/x and ~/tmp/x are none
+# a folder that only one machine or one user has; notebooks/work/x, ~/tmp/x and {here}/home/x are none
 MACHINE_PATH = re.compile(
-    r"(?<![\w.~-])/(?:home|root|tmp|work|mnt|opt|scratch|var/folders|Users)/[\w.-]+|\b[A-Za-z]:\\+Users(?:\\+\w+)?"
+    r"(?<![\w.~}@-])/(?:home|root|tmp|work|mnt|opt|scratch|var/folders|Users)/[\w.-]+|\b[A-Za-z]:\\+Users(?:\\+\w+)?"
 )
 
 
