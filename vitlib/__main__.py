@@ -96,6 +96,8 @@ class WordsAfterOption(click.Command):
                 while word is not None and "=" in word and not word.startswith("-"):
                     values.append(word)
                     word = next(words)
+                if not values and (word is None or word.startswith("-")):
+                    raise click.UsageError(f"{option} says nothing; write for instance {option} seed=0,1,2.", context)
                 if values:
                     joined.append("\n".join(values))
         return super().parse_args(context, joined)

@@ -29,7 +29,7 @@ class Grid:
     """Which runs of which notebook.
 
     Args:
-        notebook: its file.
+        notebook: its file, a Path.
         grid: by name of a parameter the values that are crossed with all others.
         zips: groups of parameters whose values go together, first with first.
         parameters: what all runs have in common.

@@ -1,0 +1,111 @@
+"""What a sweep costs, and what a second worker gains.
+
+    python benchmarks/sweep.py
+
+Three ways to run one notebook several times with other seeds, in turn, several rounds: papermill's own function called
+in a row in one warm process; `vitlib sweep` with one worker; with two workers. Each run trains a small model on one
+thread. The time of a sweep is that of the whole call, workers started and ended, tables and report written. Two ratios
+come of it: the sweep's time with one worker to papermill's, and that with one worker to that with two.
+"""
+
+import contextlib
+import io
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import click
+import common
+import nbformat
+import papermill
+import torch
+from nbformat.v4 import new_code_cell, new_notebook
+
+from vitlib.course.grid import Grid, make_plan
+from vitlib.course.sweep import run_sweep
+
+PARAMETERS = """\
+seed: int = 0  # start of every random draw
+steps: int = 100  # training steps of 32 images"""
+TRAINING = """\
+import torch
+from vitlib.model import create_model
+
+torch.manual_seed(seed)
+model = create_model("mini", 10)
+optimizer = torch.optim.SGD(model.parameters(), 0.01)
+images, labels = torch.rand(32, 3, 32, 32), torch.randint(10, (32,))
+for _ in range(steps):
+    loss = torch.nn.functional.cross_entropy(model(images), labels)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()"""
+FIGURES = "from vitlib.course.figures import record_figures\nrecord_figures(loss=loss.item())"
+
+
+def write_notebook(path: Path) -> None:
+    cells = [new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}), new_code_cell(TRAINING)]
+    notebook = new_notebook(cells=[*cells, new_code_cell(FIGURES)])
+    notebook.metadata["kernelspec"] = {"name": "python3", "language": "python", "display_name": "Python 3"}
+    nbformat.write(notebook, path)
+
+
+def by_papermill(notebook: Path, runs: int, steps: int, folder: Path) -> None:
+    for seed in range(runs):
+        values = {"seed": seed, "steps": steps}
+        papermill.execute_notebook(notebook, folder / f"{seed}.ipynb", values, progress_bar=False)
+
+
+def by_sweep(notebook: Path, runs: int, steps: int, workers: int, folder: Path) -> None:
+    plan = make_plan(Grid(notebook, {"seed": list(range(runs))}, parameters={"steps": steps}))
+    with contextlib.redirect_stdout(io.StringIO()):
+        results = run_sweep(plan, folder, workers=workers, threads=1, say=lambda line: None)
+    failed = [run["error"] for run in results["runs"] if run["status"] != "ok"]
+    if failed:
+        raise click.ClickException(f"A run failed, so its time says nothing: {failed[0]}")
+
+
+@click.command()
+@common.whole_number("--runs", 10, "Runs of the notebook each time.", least=2)
+@common.whole_number("--steps", 100, "Training steps in each run.")
+@common.whole_number("--rounds", 3, "How often everything is measured.")
+@common.out_option
+def main(runs, steps, rounds, out) -> None:
+    """Time of a sweep with one worker and with two, beside papermill in a row."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # of papermill's kernels; those of a sweep get it from the sweep
+    with tempfile.TemporaryDirectory() as scratch:
+        notebook = Path(scratch, "training.ipynb")
+        write_notebook(notebook)
+
+        def timed(run, *options):
+            def task() -> float:
+                folder = Path(scratch, "out")
+                folder.mkdir()
+                start = time.perf_counter()
+                run(notebook, runs, steps, *options, folder)
+                seconds = time.perf_counter() - start
+                shutil.rmtree(folder)
+                return seconds
+
+            return task
+
+        by_papermill(notebook, 1, 1, Path(scratch))  # files are in memory from here on
+        tasks = {"papermill": timed(by_papermill), "one worker": timed(by_sweep, 1), "two workers": timed(by_sweep, 2)}
+        seconds = common.interleave(tasks, rounds)
+    spreads = {name: common.Spread.of(values) for name, values in seconds.items()}
+    click.echo(common.table(["", "seconds"], [[name, f"{spread:.1f}"] for name, spread in spreads.items()]))
+    overhead = common.ratio(seconds["one worker"], seconds["papermill"])
+    gain = common.ratio(seconds["one worker"], seconds["two workers"])
+    click.echo(
+        f"\n{runs} runs take {overhead:.3f} times as long in a sweep with one worker as with papermill in a row, and "
+        f"end {gain:.2f} times sooner with two workers than with one."
+    )
+    settings = {"runs": runs, "steps": steps, "rounds": rounds}
+    record = {"machine": common.machine(torch.device("cpu")), "settings": settings, "seconds": seconds}
+    common.write_json(out, record)
+
+
+if __name__ == "__main__":
+    main()
