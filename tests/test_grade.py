@@ -298,10 +298,6 @@ def attempt(name, act):
         print(f"{name}: refused by {type(error).__name__}")
 """
 ATTEMPTS = {
-    "secret": """
-attempt("variable", lambda: os.environ.get("API_TOKEN"))
-attempt("of another process", lambda: open("/proc/@pid@/environ").read())
-""",
     "writer": """
 attempt("home", lambda: open(os.path.expanduser("~/planted"), "w").write("x"))
 attempt("home by its name", lambda: open("@top@/home/planted", "w").write("x"))
@@ -315,11 +311,11 @@ attempt("beside the notebook", lambda: open("here.txt", "w").write("x"))
 attempt("very large file", lambda: open("large", "w").truncate(2**40))
 """,
     "reader": """
+attempt("variable", lambda: os.environ.get("API_TOKEN"))
+attempt("variable of another process", lambda: open("/proc/@pid@/environ").read())
 attempt("work of another", lambda: open("@top@/class/ada/01_first.ipynb").read())
 attempt("solutions", lambda: open(glob.glob("@notebooks@/solutions/*.ipynb")[0]).read())
 attempt("vitlib", lambda: len(open(__import__("vitlib").__file__).read()) > 0)
-""",
-    "caller": """
 attempt("connection", lambda: socket.create_connection(("127.0.0.1", @port@), timeout=5))
 attempt("signal", lambda: os.kill(@pid@, signal.SIGTERM))
 attempt("shell", lambda: None)
@@ -366,6 +362,11 @@ def contained(tmp_path_factory):
             for word, value in words.items():
                 cell = cell.replace(word, str(value))
             write(top / "class" / student / "01_first.ipynb", "checks.one(1)", TRY + cell, "checks.two(1)")
+        package = (
+            top / "class" / "writer" / "vitlib"
+        )  # would stand before ours, if the door were opened from its folder
+        package.mkdir()
+        (package / "__init__.py").write_text(f"open({str(top / 'home' / 'planted')!r}, 'w')")
         before = contents(top / "class")
         found = grade_folder(
             top / "class", top / "out", notebooks=write_course(top / "course"), timeout=300, memory=0.75, jobs=2,
@@ -394,12 +395,12 @@ def landlock(version):
 
 
 def test_a_notebook_sees_no_secret_of_the_environment(contained):
-    assert came_of(contained, "secret")["variable"] == "None"
+    assert came_of(contained, "reader")["variable"] == "None"
 
 
 @landlock(1)
 def test_nor_the_environment_of_another_process(contained):
-    assert came_of(contained, "secret")["of another process"] == "refused by PermissionError"
+    assert came_of(contained, "reader")["variable of another process"] == "refused by PermissionError"
 
 
 @landlock(3)
@@ -409,7 +410,7 @@ def test_a_notebook_writes_into_its_own_copy_and_nowhere_else(contained):
     assert set(allowed.values()) == {"1"}, "it has a home and temporary files of its own"
     assert attempts.pop("very large file") == "refused by OSError"
     assert len(attempts) == 6 and set(attempts.values()) == {"refused by PermissionError"}
-    assert not list((contained[0] / "home").iterdir()) and not (contained[0] / "class" / "writer" / "here.txt").exists()
+    assert not list(contained[0].rglob("planted")) and not (contained[0] / "class" / "writer" / "here.txt").exists()
 
 
 @landlock(1)
@@ -421,9 +422,9 @@ def test_a_notebook_reads_neither_the_work_of_others_nor_the_solutions(contained
 
 @landlock(6)
 def test_a_notebook_reaches_no_address_and_no_process_but_has_a_shell(contained):
-    attempts = came_of(contained, "caller")
+    attempts = came_of(contained, "reader")
     assert attempts["connection"] == attempts["signal"] == "refused by PermissionError"
-    assert "the shell answers" in printed_by(contained[2]["caller"].copy)
+    assert "the shell answers" in printed_by(contained[2]["reader"].copy)
 
 
 @pytest.mark.parametrize(
@@ -469,7 +470,7 @@ def test_where_the_system_cannot_contain_it_says_so_and_home_and_environment_are
         "  writing outside a copy of their folder",
     ]
     assert (one.passed, one.note) == (3, "")
-    assert (tmp_path / "reached").read_text() == "None" and not (tmp_path / "home").exists()
+    assert (tmp_path / "reached").read_text() == "None" and not (tmp_path / "home" / "new").exists()
 
 
 @pytest.fixture

@@ -66,12 +66,12 @@ def own_environment(environ: Mapping[str, str], folder: Path) -> dict[str, str]:
 
 def readable() -> list[str]:
     """Files and folders that every kernel has to read: this Python with its packages, vitlib, the system's."""
-    # of a checkout of vitlib only the package: the solutions lie there as well
-    packages = {path for path in sys.path if path and Path(path) not in (Path.cwd(), *PACKAGE.parents)}
-    own = {str(PACKAGE), *map(str, PACKAGE.parent.glob("vitlib*-info"))}
+    here = PACKAGE.parent
+    # the folder where the grader was started may hold the students' work, a checkout of vitlib holds the solutions
+    closed = {Path.cwd(), *([here, *here.parents] if (here / "notebooks").is_dir() else ())}
     lists = (os.environ.get(name, "").split(os.pathsep) for name in ("PYTHONPATH", "LD_LIBRARY_PATH"))
-    named = {path for paths in lists for path in paths if path}
-    return sorted({*SYSTEM, sys.prefix, sys.base_prefix, *packages, *own, *named})
+    packages = {path for paths in (sys.path, *lists) for path in paths if path and Path(path).absolute() not in closed}
+    return sorted({*SYSTEM, sys.prefix, sys.base_prefix, str(PACKAGE), *map(str, here.glob("vitlib*-info")), *packages})
 
 
 def landlock_version() -> int:

@@ -84,10 +84,7 @@ def execute_apart(
         environment = _environment(own, limits, mark := uuid.uuid4().hex)
         _copy_folder(folder, own / "folder", without)
         nbformat.write(notebook, source)
-        named = [value for value in parameters.values() if isinstance(value, str) and os.path.isabs(value)]
-        readable = [*contain.readable(), environment["VITLIB_DATA"], *named]
-        version = contain.landlock_version()
-        rights.write_text(json.dumps({"version": version, "writable": [str(own)], "readable": readable}))
+        rights.write_text(json.dumps(_rights(own, parameters)))
         job = {
             "notebook": str(source), "folder": str(own / "folder"), "executed": str(executed), "rights": str(rights),
             "parameters": parameters, "verdict": verdict,
@@ -116,6 +113,13 @@ def _environment(own: Path, limits: Limits, mark: str) -> dict[str, str]:
         shutil.copy(fonts, environment["MPLCONFIGDIR"])
     threads = {"OMP_NUM_THREADS": "1"} if limits.one_thread else {}
     return {**environment, **threads, MARK: mark, "VITLIB_DATA": str(data_folder())}
+
+
+def _rights(own: Path, parameters: Mapping[str, object]) -> dict[str, object]:
+    """The arguments of :func:`vitlib.course.contain.restrict` for a notebook whose folders are below ``own``."""
+    named = [value for value in parameters.values() if isinstance(value, str) and os.path.isabs(value)]
+    readable = [*contain.readable(), str(data_folder()), *named]
+    return {"version": contain.landlock_version(), "writable": [str(own)], "readable": readable}
 
 
 def _font_lists() -> Iterable[Path]:
