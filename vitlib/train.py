@@ -213,7 +213,7 @@ def fit(
     """
     _check_arguments(locals())
     check_type("recipe", recipe, Recipe, "a Recipe, such as RECIPES['modern']")
-    check_type("resume", resume, ResumeFile | None, "a ResumeFile, or None")
+    _check_resume_file("resume", resume)
     check("after_epoch", after_epoch, callable(after_epoch), "a function of the model and the history")
     if not len(train) or not len(validation):
         raise ValueError(
@@ -703,6 +703,8 @@ _CHECKS: dict[str, Callable[[str, object], None]] = {  # of the arguments that s
     "source": partial(check_text, optional=True),
     "description": check_text,
 }
+
+_check_resume_file = partial(check_type, kind=ResumeFile | None, allowed="a ResumeFile, or None")
 
 
 def _check_arguments(values: dict) -> None:
