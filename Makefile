@@ -21,7 +21,7 @@ RUN := $(BIN)/python
 # written last, so that an interrupted installation is done again
 READY := $(VENV)/.ready
 
-NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb)) $(sort $(wildcard notebooks/solutions/*.ipynb))
+NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb)) $(sort $(wildcard notebooks/solutions/*.ipynb)) $(sort $(wildcard notebooks/sweeps/*.ipynb))
 
 # kernels come from .venv, not from kernelspecs that the user has installed elsewhere
 unexport JUPYTER_PATH

@@ -125,21 +125,6 @@ def mean_and_range(shares: Sequence[float]) -> str:
     return f"{statistics.mean(percent):.1f} ({min(percent):.1f} to {max(percent):.1f})"
 
 
-def draw(data: LabelledImages, budget: int, seed: int) -> LabelledImages:
-    """``budget`` images of ``data``, class after class in turn. Raises ValueError if the classes cannot share it."""
-    each = budget // len(data.classes)
-    fewest = data.labels.bincount(minlength=len(data.classes)).min().item()
-    if each * len(data.classes) != budget or not 0 < each <= fewest:
-        raise ValueError(
-            f"a budget of {budget} images is not to be had; give multiples of {len(data.classes)} (the number of "
-            f"classes) up to {fewest * len(data.classes)}."
-        )
-    generator = torch.Generator().manual_seed(seed)
-    members = [torch.nonzero(data.labels == label).flatten() for label in range(len(data.classes))]
-    drawn = [indices[torch.randperm(len(indices), generator=generator)[:each]] for indices in members]
-    return data.subset(torch.stack(drawn, 1).flatten())
-
-
 def random_images(count: int, size: int = 32) -> LabelledImages:
     """``count`` images of noise in 100 classes, of CIFAR-100's size unless told otherwise."""
     generator = torch.Generator().manual_seed(0)

@@ -31,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitlib.checkpoint import Card
-from vitlib.data import LabelledImages, channel_statistics, load_images, train_validation_split
+from vitlib.data import LabelledImages, channel_statistics, draw_evenly, load_images, train_validation_split
 from vitlib.model import PRESETS, count_parameters, create_model
 from vitlib.recipes import RECIPES, Recipe
 from vitlib.train import evaluate, fit, resolve_precision
@@ -267,7 +267,7 @@ def main(upstream, sizes, steps, batch_size, seeds, rates, sweep_steps, device, 
         settings |= {"recipe": "modern without averaging", "steps": steps, "batch_size": batch_size}
         settings |= {"precision": how["precision"], "rates": rates, "sweep_steps": sweep_steps}
         record = common.finished(out, settings)
-        subsets = {(size, seed): common.draw(train, size, seed) for size in sizes for seed in range(seeds)}
+        subsets = {(size, seed): draw_evenly(train, size, seed) for size in sizes for seed in range(seeds)}
         models = {name: description(name, len(train.classes)) for name in NAMES}
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error

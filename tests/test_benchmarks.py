@@ -17,15 +17,13 @@ from vitlib.augment import CIFAR10_MEAN, CIFAR10_STD, crop_and_flip, normalise
 from vitlib.costs import costs, preset_config
 from vitlib.data import LabelledImages
 from vitlib.model import count_parameters, create_model
-from vitlib.recipes import FINETUNING, RECIPES
-from vitlib.train import History, Training
+from vitlib.train import Training
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # scripts find each other in their own folder
 
 import common  # noqa: E402
 import input_pipeline  # noqa: E402
-import label_budget  # noqa: E402
 import peers  # noqa: E402
 import pretraining_speed  # noqa: E402
 import throughput  # noqa: E402
@@ -279,97 +277,6 @@ def test_pretraining_speed_of_few_images_as_a_script(tmp_path):
     assert len(record["epoch_seconds"]) == 2
     assert record["settings"]["precision"] == "float32"
     assert record["figures"]["images_per_second"] == pytest.approx(20 / record["epoch_seconds"][1])
-
-
-def seven_images_of_two_classes() -> LabelledImages:
-    labels = torch.tensor([0, 1, 1, 0, 1, 0, 1])
-    return LabelledImages(torch.arange(7, dtype=torch.uint8).view(7, 1, 1, 1), labels, ("a", "b"))
-
-
-def test_a_label_budget_is_drawn_evenly_and_smaller_ones_are_part_of_larger_ones():
-    data = seven_images_of_two_classes()
-    draws = {seed: common.draw(data, 6, seed) for seed in range(5)}
-    for seed, drawn in draws.items():
-        assert drawn.labels.tolist() == [0, 1, 0, 1, 0, 1]
-        assert len(drawn.images.unique()) == 6
-        assert torch.equal(common.draw(data, 2, seed).images, drawn.images[:2])
-        assert torch.equal(data.labels[drawn.images.flatten().long()], drawn.labels)
-    assert len({tuple(drawn.images.flatten().tolist()) for drawn in draws.values()}) > 1
-
-
-@pytest.mark.parametrize("budget", [0, 3, 8])
-def test_a_label_budget_that_cannot_be_drawn_evenly_is_refused(budget):
-    with pytest.raises(ValueError, match=f"a budget of {budget} images .* multiples of 2 .* up to 6"):
-        common.draw(seven_images_of_two_classes(), budget, seed=0)
-
-
-def test_label_budget_arms_train_what_they_say(monkeypatch):
-    """Every arm takes the same steps on full batches of the labelled images; what differs is where it starts."""
-    torch.manual_seed(1)
-    pretrained = create_model("mini", 3, image_size=8)
-    with torch.no_grad():
-        pretrained.vit_encoder.embedding.cls_token.fill_(7.0)  # no new encoder starts like this
-    labelled = LabelledImages(torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8), torch.arange(4) % 2, ("a", "b"))
-    seen = {}
-
-    def note(model, train, test, card, recipe, **options):
-        moved = [parameter.requires_grad for parameter in model.vit_encoder.parameters()]
-        start = model.vit_encoder.embedding.cls_token.mean().item() == 7.0
-        seen[name] = start, all(moved), any(moved), recipe, len(train), options["epochs"], options["batch_size"]
-        assert train.labels.bincount().tolist() == [48, 48] and len(test) == 4
-        return History(epochs=[{"validation_accuracy": 0.25}])
-
-    monkeypatch.setattr(label_budget, "fit", note)
-    for name in label_budget.ARMS:
-        arm = label_budget.ARMS[name]
-        score = label_budget.accuracy(arm, pretrained, None, labelled, labelled, 3, seed=0, device=torch.device("cpu"))
-        assert score == 0.25
-    assert seen == {
-        "fine-tuning": (True, True, True, FINETUNING["short"], 96, 1, 32),
-        "linear probe": (True, False, False, FINETUNING["short"], 96, 1, 32),
-        "random probe": (False, False, False, FINETUNING["short"], 96, 1, 32),
-        "from scratch": (False, True, True, RECIPES["short"], 96, 1, 32),
-    }
-
-
-def test_label_budget_knows_what_is_missing():
-    full = {name: {"20": [0.1, 0.2]} for name in label_budget.ARMS}
-    assert list(label_budget.missing(full, [20], 2)) == []
-    assert list(label_budget.missing(full, [20, 50], 1)) == [(name, 50, 0) for name in label_budget.ARMS]
-    full["linear probe"]["20"].pop()
-    assert list(label_budget.missing(full, [20], 3)) == [
-        ("linear probe", 20, 1),
-        *((name, 20, 2) for name in label_budget.ARMS),
-    ]
-
-
-def test_label_budget_of_few_images_is_taken_up_where_it_was(tmp_path):
-    out = tmp_path / "out.json"
-    images = black_and_white(tmp_path)
-    arguments = ["--downstream", images, "--budgets", "16,2", "--steps", 1, "--device", "cpu", "--out", out]
-    output = run(label_budget, *arguments, "--seeds", 1)
-    assert output.count("seed 0, 2 images") == output.count("seed 0, 16 images") == 4
-    first = json.loads(out.read_text())
-    expected = {"encoder": "shapes100-mini", "downstream": "images", "classes": 2, "test_images": 6, "steps": 1}
-    assert first["settings"].items() >= expected.items()
-    assert list(first["arms"]) == list(label_budget.ARMS)
-    assert all(0 <= cells[budget][0] <= 1 for cells in first["arms"].values() for budget in ("2", "16"))
-    assert str(tmp_path) not in out.read_text() and "--budgets 2,16 --seeds 1 --steps 1" in first["command"]
-
-    arms = {name: {budget: cells[budget] + [0.5] for budget in cells} for name, cells in first["arms"].items()}
-    arms["from scratch"]["16"].pop()
-    out.write_text(json.dumps(first | {"arms": arms}))
-    output = run(label_budget, *arguments, "--seeds", 2)
-    added = json.loads(out.read_text())["arms"]["from scratch"]["16"]
-    trained = [line for line in output.splitlines() if line.startswith("seed")]
-    assert trained == [f"seed 1, 16 images, from scratch: {added[1]:.2%}"] and added[0] == arms["from scratch"]["16"][0]
-    low, high = sorted(100 * share for share in arms["fine-tuning"]["2"])
-    assert f"{(low + high) / 2:.1f} ({low:.1f} to {high:.1f})" in output
-
-    refused = CliRunner().invoke(label_budget.main, ["--steps", "2", "--out", str(out)])
-    assert refused.exit_code == 1 and "was measured with another downstream, steps" in refused.output
-    refused = CliRunner().invoke(label_budget.main, ["--budgets", "20,some"])
-    assert refused.exit_code == 2 and "not a list of whole numbers" in refused.output
 
 
 def test_the_cnn_has_the_parameters_of_the_vit_and_each_knows_what_it_computes():

@@ -25,6 +25,7 @@ from vitlib.data import (
     LabelledImages,
     channel_statistics,
     check_source,
+    draw_evenly,
     load_images,
     train_validation_split,
 )
@@ -925,3 +926,26 @@ def test_real_photographs_load_with_the_classes_of_their_folders(name, classes, 
     assert torch.bincount(loaded.labels).tolist() == [1000 // classes] * classes
     mean, std = channel_statistics(loaded.images)
     assert all(0.4 < value < 0.6 for value in mean) and all(0.2 < value < 0.3 for value in std)
+
+
+def seven_images_of_two_classes() -> LabelledImages:
+    labels = torch.tensor([0, 1, 1, 0, 1, 0, 1])
+    return LabelledImages(torch.arange(7, dtype=torch.uint8).view(7, 1, 1, 1), labels, ("a", "b"))
+
+
+def test_images_are_drawn_evenly_and_smaller_draws_are_part_of_larger_ones():
+    images = seven_images_of_two_classes()
+    draws = {seed: draw_evenly(images, 6, seed) for seed in range(5)}
+    for seed, drawn in draws.items():
+        assert drawn.labels.tolist() == [0, 1, 0, 1, 0, 1]
+        assert len(drawn.images.unique()) == 6
+        assert torch.equal(draw_evenly(images, 2, seed).images, drawn.images[:2])
+        assert torch.equal(images.labels[drawn.images.flatten().long()], drawn.labels)
+    assert len({tuple(drawn.images.flatten().tolist()) for drawn in draws.values()}) > 1
+
+
+@pytest.mark.parametrize("count", [0, -2, 3, 8, 2.0, "2", None])
+def test_images_that_cannot_be_drawn_evenly_are_refused(count):
+    with pytest.raises(ValueError) as refused:
+        draw_evenly(seven_images_of_two_classes(), count)
+    message_of(refused, repr(count), "a multiple of 2", "from 2 to 6", "the smallest class has 3")

@@ -25,7 +25,8 @@ from vitlib.course.runner import read_lessons
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 CHAPTERS = sorted(FOLDER.glob("[0-9]*.ipynb"))
-STORED = CHAPTERS + sorted((FOLDER / "solutions").glob("*.ipynb"))
+SWEEPS = sorted((FOLDER / "sweeps").glob("*.ipynb"))
+STORED = CHAPTERS + sorted((FOLDER / "solutions").glob("*.ipynb")) + SWEEPS
 
 ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{6,}|site-packages")
 PROGRESS = re.compile(r"\r|\d+%\||\bit/s\b|\bs/it\b")
@@ -131,6 +132,7 @@ def nbval_failures(path, seconds):
 
 def test_the_course_has_its_notebooks():
     assert {"01", "02", "03", "04"} <= {path.stem.split("_")[0] for path in CHAPTERS}
+    assert [path.stem for path in SWEEPS] == ["labels", "patches"]
 
 
 @by_notebook
@@ -211,7 +213,7 @@ def test_nbval_fails_every_altered_cell_and_no_other_but_passes_a_cleared_one(tm
     assert count_problems(notebook) == [f"code cell {len(good + bad)} was not run"]
 
 
-@by_chapter
+@pytest.mark.parametrize("path", CHAPTERS + SWEEPS, ids=lambda path: path.stem)
 def test_parameters_are_those_of_the_table_and_are_checked_at_once(path):
     cells = read(path).cells
     (place,) = [number for number, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", [])]

@@ -9,7 +9,7 @@ from prose import words_after
 
 from vitlib.__main__ import main
 from vitlib.course.parameters import PARAMETERS
-from vitlib.course.runner import read_lessons
+from vitlib.course.runner import read_lesson, read_lessons
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -64,11 +64,13 @@ def test_every_vitlib_command_is_understood(words, tmp_path, monkeypatch):
 def parameter_table():
     """The table of parameters as README should have it, a row per parameter of the notebooks."""
     lessons = read_lessons(ROOT / "notebooks")
+    sweeps = [read_lesson(path) for path in sorted((ROOT / "notebooks" / "sweeps").glob("*.ipynb"))]
+    takers = [(lesson.name[:2], lesson) for lesson in lessons] + [(lesson.name, lesson) for lesson in sweeps]
     for name, parameter in PARAMETERS.items():
-        takers = [lesson for lesson in lessons if name in lesson.parameters]
-        if takers:
-            numbers = ", ".join(lesson.name[:2] for lesson in takers)
-            yield f"| `{name}` | `{takers[0].defaults[name]}` | {numbers} | {parameter.help} |"
+        taking = {shown: lesson.defaults[name] for shown, lesson in takers if name in lesson.parameters}
+        if taking:
+            default = next(iter(taking.values()))
+            yield f"| `{name}` | `{default}` | {', '.join(taking)} | {parameter.help} |"
 
 
 def test_the_table_of_parameters_is_that_of_the_notebooks():

@@ -9,7 +9,7 @@ import pytest
 from vitlib import records
 from vitlib.checkpoint import Card, load_pretrained
 from vitlib.recipes import RECIPES
-from vitlib.records import recorded_cnn, recorded_curves, recorded_label_budgets
+from vitlib.records import recorded_cnn, recorded_curves, recorded_label_budgets, recorded_patches
 
 
 @pytest.fixture
@@ -59,27 +59,45 @@ def test_the_shipped_model_has_the_whole_record_of_a_training_that_was_finished(
     assert all(0 < loss < 1.2 * math.log(100) for loss in ours["loss"]), "an untrained model has ln 100"
 
 
+def write_sweep(folder, name, common, grid, figures):
+    """A record of a sweep, and its runs: a mapping of parameters' values to the figure top1."""
+    runs = [
+        {"parameters": dict(zip(grid, values, strict=True)), "figures": {"top1": top1, "chance": 0.25}}
+        for values, top1 in figures.items()
+    ]
+    (folder / f"sweep_{name}.json").write_text(json.dumps({"command": "do it", "parameters": common, "runs": runs}))
+    return runs
+
+
 def test_label_budgets_are_read_as_they_were_measured_in_rising_order(tmp_path, monkeypatch):
-    settings = {"downstream": "letters", "encoder": "photographs", "steps": 7, "batch_size": 5, "classes": 4}
-    arms = {"ours": {"1000": [0.5, 0.6], "20": [0.1, 0.2]}, "theirs": {"20": [0.3, 0.4], "1000": [0.3, 0.3]}}
-    (tmp_path / "label_budget.json").write_text(json.dumps({"settings": settings, "arms": arms}))
     monkeypatch.setattr(records, "PRETRAINED", tmp_path)
+    common = {"downstream": "letters", "weights": "photographs", "steps": 7, "batch_size": 5}
+    figures = {
+        ("ours", 1000, 1): 0.6, ("ours", 1000, 0): 0.5, ("ours", 20, 0): 0.1, ("ours", 20, 1): 0.2,
+        ("theirs", 20, 0): 0.3, ("theirs", 20, 1): 0.4, ("theirs", 1000, 0): 0.3, ("theirs", 1000, 1): 0.3,
+    }  # fmt: skip
+    write_sweep(tmp_path, "labels", common, ("arm", "labelled_images", "seed"), figures)
     record = recorded_label_budgets()
     assert record["arms"] == {
         "ours": {20: [0.1, 0.2], 1000: [0.5, 0.6]},
         "theirs": {20: [0.3, 0.4], 1000: [0.3, 0.3]},
     }
+    assert list(record["arms"]) == ["ours", "theirs"]
     assert [list(cells) for cells in record["arms"].values()] == [[20, 1000]] * 2
-    assert record["chance"] == 0.25
+    assert (record["chance"], record["command"]) == (0.25, "do it")
     assert record["about"] == "letters, encoder photographs, 7 steps of 5 images"
 
 
-def test_the_label_budgets_that_ship_are_whole():
-    arms = recorded_label_budgets()["arms"]
-    assert list(arms) == ["fine-tuning", "linear probe", "random probe", "from scratch"]
-    for cells in arms.values():
-        assert list(cells) == [20, 50, 100, 200, 500, 1000, 2000]
-        assert all(len(accuracies) == 3 and 0 < min(accuracies) <= max(accuracies) < 1 for accuracies in cells.values())
+def test_patches_are_read_as_they_were_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "PRETRAINED", tmp_path)
+    common = {"preset": "tiny", "upstream": "letters", "steps": 7, "batch_size": 5}
+    figures = {(4, True, 1): 0.6, (4, True, 0): 0.5, (8, False, 0): 0.1, (8, False, 1): 0.2}
+    runs = write_sweep(tmp_path, "patches", common, ("patch_size", "position_embedding", "seed"), figures)
+    record = recorded_patches()
+    assert record["runs"] == runs
+    assert record["accuracy"] == {(4, True): [0.5, 0.6], (8, False): [0.1, 0.2]}
+    assert (record["chance"], record["command"]) == (0.25, "do it")
+    assert record["about"] == "tiny on letters, 7 steps of 5 images"
 
 
 def test_the_cnn_is_read_as_it_was_measured_the_smaller_training_set_first(tmp_path, monkeypatch):

@@ -198,6 +198,32 @@ def train_validation_split(
     return data.subset(~held_out), data.subset(held_out)
 
 
+def draw_evenly(data: LabelledImages, count: int, seed: int = 0) -> LabelledImages:
+    """Some images of a data set, equally many of each class, for a measurement with few labels.
+
+    Args:
+        count: how many images, over all classes.
+        seed: the same seed gives the same images, and of a smaller count the first of a larger one's.
+
+    Returns:
+        ``count`` images, class after class in turn.
+
+    Raises:
+        ValueError: if the classes cannot share the count.
+    """
+    classes = len(data.classes)
+    fewest = data.labels.bincount(minlength=classes).min().item()
+    if type(count) is not int or count % classes or not 0 < count <= fewest * classes:
+        raise ValueError(
+            f"{count!r} images cannot be drawn evenly; give a multiple of {classes} (the number of classes) from "
+            f"{classes} to {fewest * classes} (the smallest class has {fewest})."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    members = [torch.nonzero(data.labels == label).flatten() for label in range(classes)]
+    drawn = [indices[torch.randperm(len(indices), generator=generator)[: count // classes]] for indices in members]
+    return data.subset(torch.stack(drawn, 1).flatten())
+
+
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel, over all pixels of all images, in units of [0, 1].
 

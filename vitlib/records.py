@@ -54,23 +54,57 @@ def _ours() -> dict:
 
 
 def recorded_label_budgets() -> dict:
-    """Test accuracy against the number of labelled images, as ``benchmarks/label_budget.py`` measured it.
+    """Test accuracy against the number of labelled images, as the sweep ``notebooks/sweeps/labels.yaml`` measured it.
 
     Returns:
         ``arms``: by name, per budget (images, in rising order) a list of top-1 accuracies, one per seed, shares from 0
-        to 1; ``chance``, the accuracy of guessing; ``about``, what all trainings have in common.
+        to 1; ``chance``, the accuracy of guessing; ``about``, what all trainings have in common; ``command``, which
+        measures all of it again.
     """
-    record = json.loads((PRETRAINED / "label_budget.json").read_text())
-    settings = record["settings"]
-    arms = {
-        name: {int(budget): cells[budget] for budget in sorted(cells, key=int)}
-        for name, cells in record["arms"].items()
-    }
+    record = _sweep("labels")
+    arms: dict[str, dict[int, list[float]]] = {}
+    for run in sorted(
+        record["runs"], key=lambda run: (run["parameters"]["labelled_images"], run["parameters"]["seed"])
+    ):
+        cells = arms.setdefault(run["parameters"]["arm"], {})
+        cells.setdefault(run["parameters"]["labelled_images"], []).append(run["figures"]["top1"])
+    named = dict.fromkeys(run["parameters"]["arm"] for run in record["runs"])  # in the order of the sweep
+    common = record["parameters"]
     about = (
-        f"{settings['downstream']}, encoder {settings['encoder']}, "
-        f"{settings['steps']} steps of {settings['batch_size']} images"
+        f"{common['downstream']}, encoder {common['weights']}, {common['steps']} steps of {common['batch_size']} images"
     )
-    return {"arms": arms, "chance": 1 / settings["classes"], "about": about}
+    return {"arms": {name: arms[name] for name in named}, **_origin(record), "about": about}
+
+
+def recorded_patches() -> dict:
+    """Small ViTs trained with patches of several sizes, with position embeddings and without, as the sweep
+    ``notebooks/sweeps/patches.yaml`` measured them.
+
+    Returns:
+        ``runs``, for :func:`vitlib.plots.sweep`: per run ``parameters`` (``patch_size``, ``position_embedding``,
+        ``seed``) and ``figures`` (``top1``, a share from 0 to 1, ``loss``, in nats, and others); ``accuracy``: by patch
+        size and whether there are position embeddings, as in ``accuracy[4, True]``, a list of the ``top1`` of all
+        seeds; ``chance``, the accuracy of guessing; ``about``, what all trainings have in common; ``command``, which
+        measures all of it again.
+    """
+    record = _sweep("patches")
+    accuracy: dict[tuple[int, bool], list[float]] = {}
+    for run in sorted(record["runs"], key=lambda run: run["parameters"]["seed"]):
+        place = run["parameters"]["patch_size"], run["parameters"]["position_embedding"]
+        accuracy.setdefault(place, []).append(run["figures"]["top1"])
+    common = record["parameters"]
+    about = f"{common['preset']} on {common['upstream']}, {common['steps']} steps of {common['batch_size']} images"
+    return {"runs": record["runs"], "accuracy": accuracy, **_origin(record), "about": about}
+
+
+def _sweep(name: str) -> dict:
+    """The record of a sweep, as ``pretrained/keep_sweep.py`` wrote it."""
+    return json.loads((PRETRAINED / f"sweep_{name}.json").read_text(encoding="utf-8"))
+
+
+def _origin(record: dict) -> dict:
+    """What the readers of both sweeps say: the accuracy of guessing, and the command."""
+    return {"chance": record["runs"][0]["figures"]["chance"], "command": record["command"]}
 
 
 def recorded_cnn() -> dict:

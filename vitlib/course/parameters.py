@@ -13,6 +13,7 @@ from vitlib.model import POOLINGS, PRESETS
 from vitlib.recipes import RECIPES
 from vitlib.train import PRECISIONS
 
+ARMS = ("fine-tuning", "linear probe", "random probe", "from scratch")  # of chapter 04's comparison
 WORDS_FOR_NONE = ("None", "none", "null", "~")
 WORDS_FOR_BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 NOUNS = {int: "a whole number", float: "a number", str: "a text that is not empty"}
@@ -140,8 +141,11 @@ PARAMETERS: dict[str, Parameter] = {
         ),
         Parameter("image_size", int, "pixels per image side; None for the model's own", 4, 1024, optional=True),
         Parameter("num_images", int, "test images to examine", 1, 100_000),
+        Parameter("labelled_images", int, "training images to use, equally many of each class", 1, 10_000_000),
         # which model and training
         Parameter("preset", str, "size of the model", choices=tuple(PRESETS)),
+        Parameter("patch_size", int, "pixels per side of a patch", 1, 1024),
+        Parameter("position_embedding", bool, "train position embeddings, or keep them all at zero"),
         Parameter("norm_first", bool, "LayerNorm before each sublayer (the ViT paper) or after it"),
         Parameter("pooling", str, "what the classifier sees: the CLS token or the patches' mean", choices=POOLINGS),
         Parameter("recipe", str, "optimiser, schedule and augmentation", choices=tuple(RECIPES)),
@@ -156,10 +160,12 @@ PARAMETERS: dict[str, Parameter] = {
         ),
         Parameter("official_weights", bool, "download the published ViT-B/16 (about 350 MB) and use it"),
         Parameter("freeze_encoder", bool, "train the head alone (a linear probe)"),
+        Parameter("arm", str, "where the encoder comes from and what is trained", choices=ARMS),
         # the five of the published system
         Parameter("batch_size", int, "images per training step", 1, 65536),
         Parameter("pretrain_epochs", int, "passes over the upstream images", 1, 10_000),
         Parameter("finetune_epochs", int, "passes over the downstream images", 1, 10_000),
+        Parameter("steps", int, "training steps in all", 1, 1_000_000),
         Parameter("train_steps_per_epoch", int, "training steps per epoch; None for all images", 1, optional=True),
         Parameter("eval_steps_per_epoch", int, "batches per evaluation; None for all images", 1, optional=True),
         Parameter("validation_fraction", float, "share of the training images to validate on", 0.001, 0.9),

@@ -1,0 +1,74 @@
+"""Makes the results of a sweep a record that ships with vitlib, as JSON beside this script: parameters, figures, time
+and memory of every run, the command and the versions, but no host, no folder and no time of day.
+
+python vitlib/pretrained/keep_sweep.py runs/sweep-patches/results.json
+
+The record is named after the sweep's notebook, here sweep_patches.json.
+"""
+
+import json
+import sys
+from pathlib import Path, PurePath
+
+from vitlib.checkpoint import PRETRAINED
+from vitlib.files import written_whole
+
+VERSIONS = ("python", "torch", "papermill", "vitlib")
+FIGURES = ("figures", "seconds", "peak_memory_bytes")
+PLACES = ("data_dir", "run_dir")  # say where a run was, not what it did
+
+
+def keep(results: Path, folder: Path = PRETRAINED) -> Path:
+    """Write the record of a sweep into ``folder`` and return its path.
+
+    Raises:
+        ValueError: if a run is not finished, runs differ in their versions, or a parameter or the command names a
+            folder of this machine.
+        OSError: if ``results`` cannot be read or the record cannot be written.
+    """
+    content = json.loads(results.read_text(encoding="utf-8"))
+    record = record_of(content)
+    path = folder / f"sweep_{content['notebook']}.json"
+    with written_whole(path) as temporary:
+        # a line for each run: differences between two records can be read
+        runs = ",\n".join(f"  {json.dumps(run, ensure_ascii=False)}" for run in record.pop("runs"))
+        head = json.dumps(record, indent=1, ensure_ascii=False).removesuffix("\n}")
+        temporary.write_text(f'{head},\n "runs": [\n{runs}\n ]\n}}\n', encoding="utf-8")
+    return path
+
+
+def record_of(results: dict) -> dict:
+    """What of results.json is worth keeping; errors are those of :func:`keep`."""
+    runs, varied = results["runs"], results["varied"]
+    unfinished = [run["run"] for run in runs if run["status"] != "ok"]
+    if unfinished:
+        raise ValueError(f"The run {unfinished[0]} is not finished; run the same sweep again, which makes up for it.")
+    versions = [{name: run["versions"][name] for name in VERSIONS} for run in runs]
+    if any(other != versions[0] for other in versions):
+        raise ValueError("The runs have different versions of the packages; run the sweep again in another folder.")
+    common = {name: value for name, value in runs[0]["parameters"].items() if name not in (*varied, *PLACES)}
+    for word in [*results["command"].split(), *map(str, common.values())]:
+        if PurePath(word.partition("=")[2] or word).is_absolute():
+            raise ValueError(f"{word!r} is a folder of this machine; run the sweep with relative paths.")
+    return {
+        "command": results["command"],
+        "notebook": results["notebook"],
+        "notebook_sha256": results["notebook_sha256"],
+        "date": min(run["started"] for run in runs)[:10],
+        "versions": versions[0],
+        "varied": varied,
+        "parameters": common,
+        "runs": [
+            {"parameters": {name: run["parameters"][name] for name in varied}, **{name: run[name] for name in FIGURES}}
+            for run in runs
+        ],
+    }
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    try:
+        print(keep(Path(sys.argv[1])))
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
