@@ -449,7 +449,7 @@ def test_vit_against_cnn_of_few_images_is_taken_up_where_it_was(tmp_path, monkey
             1,
             "5 images has more than the 4 that 2 steps of 2 see",
         ),
-        (["--sizes", "3", "--upstream", "shapes10"], 1, "a budget of 3 images is not to be had; give multiples of 10"),
+        (["--sizes", "3", "--upstream", "shapes10"], 1, "3 images cannot be drawn evenly; give a multiple of 10"),
         (["--upstream", "nowhere"], 1, "'nowhere' is neither a data set nor a folder"),
         (["--rates", "1e-3,fast"], 2, "'1e-3,fast' is not a list of numbers such as"),
         (["--rates", "1e-3,0"], 2, "'1e-3,0' has learning rates that do not lie between 0 and 1"),
