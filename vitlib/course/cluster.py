@@ -57,6 +57,7 @@ def local_workers(count: int) -> Iterator[Client]:
             host="127.0.0.1",
             dashboard_address=None,
             memory_limit=None,  # it would count the worker, not the kernel that the worker starts
+            preload=["vitlib.course.worker"],
             silence_logs=logging.CRITICAL,
         ) as cluster,
         Client(cluster, set_as_default=False) as client,

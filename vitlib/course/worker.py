@@ -6,6 +6,7 @@ loads.
 
 import os
 import shutil
+import signal
 import socket
 import tempfile
 import time
@@ -69,6 +70,13 @@ class Result:
     folder: str | None = None
     files: dict[str, bytes] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)  # files that were too much to send
+
+
+def dask_setup(worker) -> None:
+    """Called by Dask as a worker of this machine starts. A terminal sends Ctrl-C to the workers as well, but it is for
+    the client to end them. A function, since kernels would inherit that a signal is ignored.
+    """
+    signal.signal(signal.SIGINT, lambda number, frame: None)
 
 
 def facts() -> dict[str, str]:
