@@ -26,6 +26,7 @@ import common  # noqa: E402
 import input_pipeline  # noqa: E402
 import peers  # noqa: E402
 import pretraining_speed  # noqa: E402
+import sweep  # noqa: E402
 import throughput  # noqa: E402
 import time_to_accuracy  # noqa: E402
 import vit_against_cnn  # noqa: E402
@@ -459,3 +460,10 @@ def test_vit_against_cnn_of_few_images_is_taken_up_where_it_was(tmp_path, monkey
 def test_vit_against_cnn_refuses_bad_arguments(arguments, code, words):
     refused = CliRunner().invoke(vit_against_cnn.main, [*arguments, "--device", "cpu"])
     assert refused.exit_code == code and words in " ".join(refused.output.split())
+
+
+def test_the_sweep_s_benchmark_prints_both_ratios(tmp_path):
+    printed = run(sweep, "--runs", 2, "--steps", 1, "--rounds", 1, "--out", tmp_path / "sweep.json")
+    record = json.loads((tmp_path / "sweep.json").read_text())
+    alone, one, two = (record["seconds"][name][0] for name in ("papermill", "one worker", "two workers"))
+    assert f"2 runs take {one / alone:.3f} " in printed and f"end {one / two:.2f} " in printed

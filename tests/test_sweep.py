@@ -271,8 +271,8 @@ def test_a_scheduler_that_does_not_answer_is_said_in_seconds(notebook, tmp_path,
 
 
 def test_an_address_that_is_none_is_refused(notebook, tmp_path):
-    with pytest.raises(ValueError, match="scheduler='nonsense://x' is not an address; give one such as tcp://"):
-        sweep(notebook, tmp_path / "out", {}, scheduler="nonsense://x")
+    with pytest.raises(ValueError, match="scheduler='nonsense:x' is not an address; give one such as tcp:"):
+        sweep(notebook, tmp_path / "out", {}, scheduler="nonsense:x")
 
 
 def test_a_scheduler_without_workers_is_said(notebook, tmp_path, monkeypatch):
@@ -289,7 +289,7 @@ def test_workers_without_this_version_of_vitlib_are_refused(notebook, tmp_path, 
         monkeypatch.setattr(cluster, "version", lambda package: own)
     else:
         monkeypatch.setattr(cluster, "facts", no_such_module)
-    with pytest.raises(ConnectionError, match=f"The worker tcp://.* {words}"):
+    with pytest.raises(ConnectionError, match=f"The worker tcp:.* {words}"):
         sweep(notebook, tmp_path / "out", {}, scheduler=scheduler)
 
 
