@@ -364,3 +364,62 @@ def test_without_dask_a_sentence_says_what_to_install(notebook, tmp_path, monkey
     monkeypatch.delattr(vitlib.course, "cluster")
     with pytest.raises(ModuleNotFoundError, match=r"distributed is not installed.*pip install \"vitlib\[sweep\]\""):
         sweep(notebook, tmp_path / "out", {})
+
+
+def test_a_scheduler_that_goes_away_is_said_and_what_is_finished_stays(notebook, tmp_path, scheduler):
+    out = tmp_path / "out"
+    process = start(notebook, out, "--grid", "case=good,hangs", "--scheduler", scheduler)
+    wait_until_it_hangs(out)
+    for other in psutil.process_iter(["cmdline"]):
+        if (
+            "distributed.cli.dask_scheduler" in (other.info["cmdline"] or ())
+            and scheduler.rpartition(":")[2] in other.info["cmdline"]
+        ):
+            other.kill()
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 2 and "Traceback" not in printed, printed
+    assert "Error: The scheduler is gone; the same command again goes on with what is missing." in printed
+    found = json.loads((out / "results.json").read_text())
+    assert list(statuses(found).values()) == ["ok", "not run"] and not (out / ".work").exists()
+    eventually(lambda: not kernels_of(str(out)), 60)
+
+
+class Dies:
+    """A client whose workers die with whatever they are sent; ``begins`` says whether the run had begun by then."""
+
+    status = "running"
+
+    def __init__(self, begins: bool):
+        self.begins, self.sent = begins, []
+
+    def subscribe_topic(self, topic, handler):
+        self.note = handler
+
+    def submit(self, function, job, **options):
+        self.sent.append(job)
+        if self.begins:
+            self.note((0.0, {"key": job.key, "host": "somewhere"}))
+        return Dead()
+
+
+class Dead:
+    status = "error"
+
+    def add_done_callback(self, function):
+        function(self)
+
+    def result(self):
+        raise cluster.KilledWorker("a run", None, 0)
+
+    def release(self):
+        self.status = "released"
+
+
+@pytest.mark.parametrize("begins, sent", [(True, 3), (False, cluster.UNCOUNTED + 3)])
+def test_a_worker_that_dies_before_a_run_has_begun_costs_the_run_no_retry_but_not_for_ever(begins, sent):
+    client = Dies(begins)
+    sender = cluster.Sender(client, retries=2)
+    sender.send(worker.Job("k", "n", "{}", {}, {}, False, ".", "", ".", 1, None, ""))
+    ((job, result),) = sender.results(lambda: None)
+    assert result.outcome.status == "failed" and "its worker died" in result.outcome.error
+    assert len(client.sent) == sent and sender.starts["k"] == (sent if begins else 0) and sender.running == 0

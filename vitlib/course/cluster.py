@@ -24,6 +24,7 @@ from vitlib.progress import progress_bar
 RUN_MEMORY = 2**30  # bytes that one run may take; the course's kernels stay below with the class parameters
 PATIENCE = 10  # seconds for a scheduler to answer, and for its first worker to be there
 UNCOUNTED = 3  # times that a run is sent again after its worker died before the run had begun
+GONE = ("lost", "cancelled")  # what Dask calls runs that nobody but their scheduler has dropped
 
 LOCAL_SETTINGS = {
     "distributed.scheduler.allowed-failures": 0,  # retries are counted here, not by the scheduler
@@ -73,7 +74,8 @@ def cluster_workers(address: str) -> Iterator[Client]:
         ValueError: if the address is not one.
         ConnectionError: if no scheduler answers there, it has no worker, or a worker lacks this version of vitlib.
     """
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what it would say is said here, in one line
+    for name in ("distributed", "distributed.client"):  # what they would say is said here, in one line
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     try:
         client = Client(address, timeout=PATIENCE, set_as_default=False)
     except (ValueError, TypeError) as error:
@@ -168,16 +170,17 @@ class Sender:
         self.starts[message["key"]] += 1
 
     def _check_connection(self) -> None:
-        if self._client.status != "running" or any(future.status == "lost" for future in self._open):
+        if self._client.status != "running" or any(future.status in GONE for future in self._open):
             raise ConnectionError("The scheduler is gone; the same command again goes on with what is missing.")
 
     def _ended(self, future: Future) -> Iterator[tuple[Job, Result]]:
+        self._check_connection()
         job = self._open.pop(future)
         has_begun = self.starts[job.key] > self._seen[job.key]
         result = _result_of(future, self.hosts.get(job.key, ""))
+        is_innocent = future.status == "error" and not has_begun and self._sent[job.key] <= UNCOUNTED
         self._seen[job.key] = self.starts[job.key]
         future.release()
-        is_innocent = future.status == "error" and not has_begun and self._sent[job.key] <= UNCOUNTED
         if result.outcome.status == "failed" and not is_innocent:
             self._failures[job.key] += 1
         if result.outcome.status == "failed" and self._failures[job.key] <= self._retries:
@@ -187,8 +190,6 @@ class Sender:
 
 
 def _result_of(future: Future, host: str) -> Result:
-    if future.status == "cancelled":
-        return Result(Outcome("not run", "the scheduler has dropped it"), host)
     try:
         return future.result()
     except KilledWorker:
