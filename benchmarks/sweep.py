@@ -28,7 +28,7 @@ from vitlib.course.sweep import run_sweep
 
 PARAMETERS = """\
 seed: int = 0  # start of every random draw
-steps: int = 100  # training steps of 32 images"""
+steps: int = 10  # training steps of 32 images"""
 TRAINING = """\
 import torch
 from vitlib.model import create_model
@@ -69,7 +69,7 @@ def by_sweep(notebook: Path, runs: int, steps: int, workers: int, folder: Path) 
 
 @click.command()
 @common.whole_number("--runs", 10, "Runs of the notebook each time.", least=2)
-@common.whole_number("--steps", 100, "Training steps in each run.")
+@common.whole_number("--steps", 10, "Training steps in each run.")
 @common.whole_number("--rounds", 3, "How often everything is measured.")
 @common.out_option
 def main(runs, steps, rounds, out) -> None:
