@@ -302,9 +302,14 @@ def no_such_module():
 
 def start(notebook, out, *options) -> subprocess.Popen:
     command = [sys.executable, "-m", "vitlib", "sweep", str(notebook), "--out", str(out), *options]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    # where the tests run in the background of a shell, Ctrl-C is ignored, and so it would be in the child
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def wait_until_it_hangs(out) -> None:
