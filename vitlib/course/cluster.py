@@ -56,7 +56,7 @@ def local_workers(count: int) -> Iterator[Client]:
             n_workers=count,
             threads_per_worker=1,
             host="127.0.0.1",
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",  # any free port: 8787 may be that of another sweep
             memory_limit=None,  # it would count the worker, not the kernel that the worker starts
             preload=["vitlib.course.worker"],
             silence_logs=logging.CRITICAL,
