@@ -4,7 +4,7 @@ import re
 import shlex
 from collections.abc import Iterable, Iterator
 
-# a folder that only one machine or one user has; notebooks/work/x, ~/tmp/x and {here}/home/x are none
+# a folder that only one machine or one user has; one below a folder of the project or below ~ is none
 MACHINE_PATH = re.compile(
     r"(?<![\w.~}@-])/(?:home|root|tmp|work|mnt|opt|scratch|var/folders|Users)/[\w.-]+|\b[A-Za-z]:\\+Users(?:\\+\w+)?"
 )

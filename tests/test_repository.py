@@ -153,7 +153,7 @@ def test_a_trace_is_found_in_text_in_bytes_and_in_a_picture_of_a_notebook(text):
     "text",
     [
         "/home/ada/runs",  # the tests' own person
-        "notebooks/work/x and src/home/x and {here}/tmp/x",
+        joined("notebooks/work/x and src/home/x and {here}/", "tmp/x"),
         "git@github.com:ada/vit.git",
         "token = tokens[0]",
         "password: str",
