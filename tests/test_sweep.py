@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -271,8 +272,14 @@ def test_a_scheduler_that_does_not_answer_is_said_in_seconds(notebook, tmp_path,
 
 
 def test_an_address_that_is_none_is_refused(notebook, tmp_path):
+    before = event_loops()
     with pytest.raises(ValueError, match="scheduler='nonsense:x' is not an address; give one such as tcp:"):
         sweep(notebook, tmp_path / "out", {}, scheduler="nonsense:x")
+    assert event_loops() == before  # what is left of a client can hold up the next one by ten seconds
+
+
+def event_loops() -> int:
+    return sum(thread.name == "IO loop" for thread in threading.enumerate())
 
 
 def test_a_scheduler_without_workers_is_said(notebook, tmp_path, monkeypatch):

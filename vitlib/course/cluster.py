@@ -66,6 +66,19 @@ def local_workers(count: int) -> Iterator[Client]:
         yield client
 
 
+class _ClosedOnFailure(Client):
+    """A client that closes when it cannot start. Dask's is else closed by the garbage collector, which may run in the
+    thread of the next client or cluster and wait there for a lock that is held until this very thread has started.
+    """
+
+    def start(self, **kwargs) -> None:
+        try:
+            super().start(**kwargs)
+        except BaseException:
+            self.close()
+            raise
+
+
 @contextlib.contextmanager
 def cluster_workers(address: str) -> Iterator[Client]:
     """The workers of the scheduler at ``address``.
@@ -77,7 +90,7 @@ def cluster_workers(address: str) -> Iterator[Client]:
     for name in ("distributed", "distributed.client"):  # what they would say is said here, in one line
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     try:
-        client = Client(address, timeout=PATIENCE, set_as_default=False)
+        client = _ClosedOnFailure(address, timeout=PATIENCE, set_as_default=False)
     except (ValueError, TypeError) as error:
         raise ValueError(f"scheduler={address!r} is not an address; give one such as tcp://192.0.2.1:8786.") from error
     except OSError as error:
