@@ -2,16 +2,16 @@
 
     python benchmarks/sweep.py
 
-Three ways to run one notebook several times with other seeds, in turn, several rounds: papermill's own function called
-in a row in one warm process; `vitlib sweep` with one worker; with two workers. Each run trains a small model on one
-thread. The time of a sweep is that of the whole call, workers started and ended, tables and report written. Two ratios
-come of it: the sweep's time with one worker to papermill's, and that with one worker to that with two.
+Three ways to run one notebook several times with other seeds, in turn, several rounds: a script that calls papermill's
+function in a row; `python -m vitlib sweep` with one worker; with two workers. Each run trains a small model on one
+thread. Times are those of whole commands: Python and workers started and ended, notebooks, tables and report written.
+Two ratios come of it: the sweep's time with one worker to papermill's, and that with one worker to that with two.
 """
 
-import contextlib
-import io
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -19,12 +19,8 @@ from pathlib import Path
 import click
 import common
 import nbformat
-import papermill
 import torch
 from nbformat.v4 import new_code_cell, new_notebook
-
-from vitlib.course.grid import Grid, make_plan
-from vitlib.course.sweep import run_sweep
 
 PARAMETERS = """\
 seed: int = 0  # start of every random draw
@@ -52,25 +48,40 @@ def write_notebook(path: Path) -> None:
     nbformat.write(notebook, path)
 
 
-def by_papermill(notebook: Path, runs: int, steps: int, folder: Path) -> None:
-    for seed in range(runs):
-        values = {"seed": seed, "steps": steps}
-        papermill.execute_notebook(notebook, folder / f"{seed}.ipynb", values, progress_bar=False)
+PAPERMILL = """\
+import sys
+import papermill
+
+notebook, runs, steps, folder = sys.argv[1:]
+for seed in range(int(runs)):
+    values = {"seed": seed, "steps": int(steps)}
+    papermill.execute_notebook(notebook, f"{folder}/{seed}.ipynb", values, progress_bar=False)"""
 
 
-def by_sweep(notebook: Path, runs: int, steps: int, workers: int, folder: Path) -> None:
-    plan = make_plan(Grid(notebook, {"seed": list(range(runs))}, parameters={"steps": steps}))
-    with contextlib.redirect_stdout(io.StringIO()):
-        results = run_sweep(plan, folder, workers=workers, threads=1, say=lambda line: None)
-    failed = [run["error"] for run in results["runs"] if run["status"] != "ok"]
-    if failed:
-        raise click.ClickException(f"A run failed, so its time says nothing: {failed[0]}")
+def by_papermill(notebook: Path, runs: int, steps: int, folder: Path) -> list[str]:
+    """The command."""
+    return ["-c", PAPERMILL, str(notebook), str(runs), str(steps), str(folder)]
+
+
+def by_sweep(notebook: Path, runs: int, steps: int, folder: Path, workers: int) -> list[str]:
+    """The command."""
+    seeds = ",".join(map(str, range(runs)))
+    options = ["--grid", f"seed={seeds}", "-p", "steps", str(steps), "--out", str(folder)]
+    return ["-m", "vitlib", "sweep", str(notebook), *options, "--workers", str(workers), "--threads-per-run", "1"]
+
+
+def seconds_of(command: list[str]) -> float:
+    start = time.perf_counter()
+    process = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    if process.returncode:
+        raise click.ClickException(f"A run failed, so its time says nothing: {process.stdout}{process.stderr}")
+    return time.perf_counter() - start
 
 
 @click.command()
-@common.whole_number("--runs", 10, "Runs of the notebook each time.", least=2)
+@common.whole_number("--runs", 20, "Runs of the notebook each time.", least=2)
 @common.whole_number("--steps", 10, "Training steps in each run.")
-@common.whole_number("--rounds", 3, "How often everything is measured.")
+@common.whole_number("--rounds", 2, "How often everything is measured.")
 @common.out_option
 def main(runs, steps, rounds, out) -> None:
     """Time of a sweep with one worker and with two, beside papermill in a row."""
@@ -79,19 +90,17 @@ def main(runs, steps, rounds, out) -> None:
         notebook = Path(scratch, "training.ipynb")
         write_notebook(notebook)
 
-        def timed(run, *options):
+        def timed(command, *options):
             def task() -> float:
                 folder = Path(scratch, "out")
                 folder.mkdir()
-                start = time.perf_counter()
-                run(notebook, runs, steps, *options, folder)
-                seconds = time.perf_counter() - start
+                seconds = seconds_of(command(notebook, runs, steps, folder, *options))
                 shutil.rmtree(folder)
                 return seconds
 
             return task
 
-        by_papermill(notebook, 1, 1, Path(scratch))  # files are in memory from here on
+        seconds_of(by_papermill(notebook, 1, 1, Path(scratch)))  # files are in memory from here on
         tasks = {"papermill": timed(by_papermill), "one worker": timed(by_sweep, 1), "two workers": timed(by_sweep, 2)}
         seconds = common.interleave(tasks, rounds)
     spreads = {name: common.Spread.of(values) for name, values in seconds.items()}

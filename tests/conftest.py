@@ -4,6 +4,7 @@ import os
 import runpy
 from pathlib import Path
 
+import kernel_memory
 import pytest
 import torch
 
@@ -15,6 +16,11 @@ ROOT = Path(__file__).parent.parent
 OFFLINE = ROOT / "tests" / "offline"
 runpy.run_path(str(OFFLINE / "sitecustomize.py"))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(OFFLINE), os.environ.get("PYTHONPATH")]))
+
+
+def pytest_configure(config):
+    # a hook in this file would hear of the tests beside it only, not of the notebooks
+    config.pluginmanager.register(kernel_memory, "kernel_memory")
 
 
 @pytest.fixture(autouse=True)

@@ -171,7 +171,7 @@ def test_failures_are_listed_and_do_not_count(page, drawn):
         "status": "not run", "error": "interrupted", "figures": {}, "seconds": None, "peak_memory_bytes": None,
         "host": None, "started": None, "versions": {}, "attempts": 0,
     }  # fmt: skip
-    results["runs"][2] |= {"host": "beta"}
+    results["runs"][2] |= {"host": "beta", "left_out": ["all.bin", "more.bin"]}
     said = page(results)
     failed, missing, other = said.table("status")[:3]
     assert (failed["status"], failed["error"], failed["attempts"]) == (
@@ -182,6 +182,7 @@ def test_failures_are_listed_and_do_not_count(page, drawn):
     assert failed["top1"] == "60.0 %", "what it had recorded before"
     assert (missing["status"], missing["seconds"], missing["top1"], missing["host"]) == ("not run", "–", "–", "–")
     assert (other["status"], other["error"], other["host"]) == ("ok", "", "beta")
+    assert (other["files too large to send"], failed["files too large to send"]) == ("all.bin, more.bin", "")
     first = said.table("patch_size")[0]
     assert (first["runs"], first["top1"]) == ("0", "–")
     assert "patch_size=4, position=True" not in " ".join(said.texts)

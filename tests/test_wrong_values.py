@@ -27,8 +27,10 @@ from vitlib.__main__ import main
 from vitlib.augment import Augmentation, normalise
 from vitlib.checkpoint import Card, ResumeFile, load_weights
 from vitlib.costs import costs, preset_config
-from vitlib.course import commands, runner
+from vitlib.course import commands, runner, sweep
+from vitlib.course.grid import Grid, make_plan, read_grid
 from vitlib.course.parameters import PARAMETERS, check_parameters
+from vitlib.course.sweep import run_sweep
 from vitlib.data import LabelledImages
 from vitlib.export import export_model
 from vitlib.model import PRESETS, ViTModel, create_model, interpolate_positions, patchify, unpatchify
@@ -477,6 +479,34 @@ def refuse_all(entry: Entry, arguments: dict[str, Allowed]) -> None:
     assert not list(Path().iterdir())
 
 
+def sweep_entries() -> Iterator[Entry]:
+    """The functions behind ``python -m vitlib sweep``; no worker may start."""
+    notebook = runner.COURSE_FOLDER / "sweeps" / "patches.ipynb"
+    by_name = lambda value: isinstance(value, dict) and "a" not in value  # noqa: E731
+    groups = lambda value: isinstance(value, list | tuple) and not value  # noqa: E731
+    yield Entry(
+        "Grid", Grid, {"notebook": notebook},
+        {"notebook": path, "grid": by_name, "zips": groups, "parameters": instance(dict)},
+    )  # fmt: skip
+    yield Entry(
+        "make_plan", make_plan, {"grid": Grid(notebook)}, {"grid": nothing, "given": or_none(instance(dict))}
+    )  # fmt: skip
+    yield Entry("read_grid", read_grid, {}, {"path": path})
+    yield Entry(
+        "run_sweep", run_sweep, {"plan": make_plan(Grid(notebook)), "out": FOLDER},
+        {
+            "plan": nothing, "out": path, "scheduler": or_none(instance(str)), "workers": or_none(whole()),
+            "threads": or_none(whole()), "retries": whole(0), "timeout": or_none(number(0, above=True)),
+        },
+    )  # fmt: skip
+
+
+def test_the_functions_of_sweeps_answer_a_wrong_value_with_one_sentence_and_write_nothing(monkeypatch):
+    monkeypatch.setattr(sweep, "_engine", never)
+    for entry in sweep_entries():
+        refuse_all(entry, entry.arguments)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_function_answers_a_wrong_value_with_one_sentence_and_writes_nothing(name):
     entry = _entries()[name]
@@ -612,7 +642,7 @@ def test_the_runs_refuse_wrong_parameters_and_options_and_write_nothing(monkeypa
 
 def test_the_other_commands_refuse_wrong_options_and_write_nothing(tmp_path_factory):
     students = tmp_path_factory.mktemp("students")
-    picture = students / "grey.png"
+    picture, notebook = students / "grey.png", runner.COURSE_FOLDER / "sweeps" / "patches.ipynb"
     Image.new("L", (8, 8)).save(picture)
     refuse_commands(
         [(["download", "--", text], "name", text) for text in TEXTS if text.strip()]
@@ -625,6 +655,13 @@ def test_the_other_commands_refuse_wrong_options_and_write_nothing(tmp_path_fact
         + [(["export", "shapes100-mini", text], "path", text) for text in ("model.bin", "no such thing", "0")]
         + [(["export", text, "model.pt2"], "weights", text) for text in ("no such thing", "0")]
         + [(["grade", str(students), f"--timeout={t}"], "timeout", t) for t in ("0", "-1", "soon")]
+        + [
+            (["sweep", str(notebook), f"--{option}={t}"], option, t)
+            for option in ("workers", "threads-per-run", "retries", "timeout")
+            for t in ("-1", "1.5x", "many")
+        ]
+        + [(["sweep", str(notebook), "--grid", f"seed={t}"], "seed", t) for t in wrong_texts("seed") if t.strip()]
+        + [(["sweep", str(notebook), "-p", "seed", t], "seed", t) for t in wrong_texts("seed")]
         + [(["grade", str(students), f"--jobs={t}"], "jobs", t) for t in ("0", "-1", "1.5", "many")]
         + [(["grade", str(students), "-p", "seed", text], "seed", text) for text in wrong_texts("seed")]
     )

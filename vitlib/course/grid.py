@@ -16,6 +16,7 @@ from pathlib import Path
 
 import nbformat
 
+from vitlib.arguments import check, check_path, check_type
 from vitlib.course.parameters import near_match
 from vitlib.course.runner import Lesson, checked_values, parameters_from_file, read_lesson
 
@@ -29,16 +30,34 @@ class Grid:
     """Which runs of which notebook.
 
     Args:
-        notebook: its file, a Path.
+        notebook: its file.
         grid: by name of a parameter the values that are crossed with all others.
         zips: groups of parameters whose values go together, first with first.
         parameters: what all runs have in common.
+
+    Raises:
+        ValueError: if one of these is something else.
     """
 
-    notebook: Path
+    notebook: str | Path
     grid: Mapping[str, Sequence] = field(default_factory=dict)
     zips: Sequence[Mapping[str, Sequence]] = ()
     parameters: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_path("notebook", self.notebook)
+        check("grid", self.grid, _are_axes(self.grid), "a mapping of names to lists of values")
+        zips = isinstance(self.zips, list | tuple) and all(zip_ and _are_axes(zip_) for zip_ in self.zips)
+        check("zips", self.zips, zips, "a list of mappings of names to lists of values")
+        check("parameters", self.parameters, _is_by_name(self.parameters), "a mapping of names to values")
+
+
+def _is_by_name(values: object) -> bool:
+    return isinstance(values, Mapping) and all(isinstance(name, str) for name in values)
+
+
+def _are_axes(values: object) -> bool:
+    return _is_by_name(values) and all(isinstance(one, list | tuple) for one in values.values())
 
 
 @dataclass(frozen=True)
@@ -69,6 +88,7 @@ def read_grid(path: str | Path) -> Grid:
         ValueError: if the file is neither, or names what no grid has.
         OSError: if it cannot be read.
     """
+    check_path("path", path)
     path = Path(path)
     if path.suffix == ".ipynb":
         return Grid(path)
@@ -80,8 +100,8 @@ def read_grid(path: str | Path) -> Grid:
             raise ValueError(f"{path} has {name!r}{near_match(name, FILE_KEYS)}; a sweep has {', '.join(FILE_KEYS)}.")
     if not isinstance(content.get("notebook"), str):
         raise ValueError(f"{path} names no notebook; write `notebook: FILE.ipynb`, relative to the file.")
-    zips = content.get("zip") or ()
-    zips = [zips] if isinstance(zips, dict) else zips
+    zips = content.get("zip") or []
+    zips = zips if isinstance(zips, list) else [zips]
     parameters = content.get("parameters") or {}
     if not isinstance(parameters, dict):
         raise ValueError(f"{path} has parameters={parameters!r}; write one 'name: value' a line.")
@@ -141,7 +161,9 @@ def make_plan(grid: Grid, given: Mapping[str, object] | None = None) -> Plan:
         ValueError: one sentence about the first thing that is wrong; names that look alike are suggested.
         OSError: if the notebook cannot be read.
     """
-    lesson = read_lesson(grid.notebook)
+    check_type("grid", grid, Grid, "a Grid")
+    check("given", given, given is None or _is_by_name(given), "a mapping of names to values, or None")
+    lesson = read_lesson(Path(grid.notebook))
     given = dict(given or {})
     axes = [{name: values} for name, values in grid.grid.items()] + list(grid.zips)
     names = [name for axis in axes for name in axis]

@@ -57,7 +57,7 @@ def run_notebook(
     log: TextIO | None = None,
     end: Callable[[], str] = lambda: "",
     folder: Path | None = None,
-    environment: Mapping[str, str] | None = None,
+    environment: Mapping[str, str | None] | None = None,
 ) -> Outcome:
     """Run one notebook to ``out/<name>.ipynb``, or ``out/<name>.failed.ipynb``; an earlier good one is left alone then.
 
@@ -131,7 +131,7 @@ def kernel_manager(
     on_start: Callable[[int], None],
     *,
     folder: Path | None = None,
-    environment: Mapping[str, str] | None = None,
+    environment: Mapping[str, str | None] | None = None,
     log: TextIO | None = None,
 ) -> type:
     """A kernel manager that starts this very interpreter, whatever a user's kernelspec named python3 points to.
@@ -139,7 +139,7 @@ def kernel_manager(
     Args:
         on_start: is told the kernel's process number.
         folder: where the kernel starts; None for the current folder.
-        environment: variables for the kernel beside those of this process.
+        environment: variables for the kernel beside those of this process; None takes one of these away.
         log: a file for what the kernel itself says on stderr, as when it dies; None drops it, since it would break up
             the progress lines. What cells print is in the notebook.
     """
@@ -155,7 +155,8 @@ def kernel_manager(
             if folder is not None:
                 options["cwd"] = str(folder)
             if environment:
-                options["env"] = {**options["env"], **environment}
+                variables = {**options["env"], **environment}
+                options["env"] = {name: value for name, value in variables.items() if value is not None}
             await super()._async_launch_kernel(*arguments, **options)
             on_start(self.provisioner.pid)
 
@@ -224,12 +225,24 @@ class Watch:
             if self._pid is None:
                 continue
             with suppress(psutil.Error, OSError):  # it is ending
-                kernel = psutil.Process(self._pid)
-                processes = [kernel, *kernel.children(recursive=True)]
-                self.peak_bytes = max(self.peak_bytes or 0, sum(map(_peak_resident, processes)))
+                self.peak_bytes = max(self.peak_bytes or 0, peak_memory(self._pid))
                 self.ended = self.ended or self._end()
-                for process in processes if self.ended else ():
+                for process in _with_children(self._pid) if self.ended else ():
                     process.kill()
+
+
+def peak_memory(pid: int) -> int:
+    """The most bytes that a process and those it has started had in memory so far.
+
+    Raises:
+        psutil.Error: if there is no such process.
+    """
+    return sum(map(_peak_resident, _with_children(pid)))
+
+
+def _with_children(pid: int) -> list[psutil.Process]:
+    process = psutil.Process(pid)
+    return [process, *process.children(recursive=True)]
 
 
 def _peak_resident(process: psutil.Process) -> int:

@@ -224,12 +224,14 @@ def _all_runs(runs: Sequence[Mapping], varied: Sequence[str]) -> list[Element]:
     hosts = len({run.get("host") for run in runs} - {None}) > 1
     attempts = any(run.get("attempts", 1) > 1 for run in runs)
     errors = any(run.get("error") for run in runs)
+    left_out = any(run.get("left_out") for run in runs)
     headings = [
         *map(_heading, ("status", *varied)),
         *(_heading(name, "number") for name in (*figures, "seconds", "peak memory")),
         *([_heading("attempts", "number")] if attempts else []),
         *([_heading("host")] if hosts else []),
         *([_heading("error")] if errors else []),
+        *([_heading("files too large to send")] if left_out else []),
         _heading("run"),
     ]
     rows = []
@@ -241,6 +243,7 @@ def _all_runs(runs: Sequence[Mapping], varied: Sequence[str]) -> list[Element]:
         row += [_number(str(run.get("attempts", NOTHING)))] if attempts else []
         row += [_text(run.get("host") or NOTHING)] if hosts else []
         row += [_text(run.get("error") or "")] if errors else []
+        row += [_text(", ".join(run.get("left_out", ())))] if left_out else []
         row.append(_element("th", run["run"], scope="row", **_classes("", run["run"])))
         rows.append(row)
     return [

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from vitlib.arguments import check_number, check_path, check_text, check_type, check_whole
 from vitlib.course.figures import format_figure
 from vitlib.course.grid import Plan, Run
 from vitlib.course.results import SweepFolder, finished
@@ -43,11 +44,19 @@ def run_sweep(
         what results.json holds. Its runs have the status ok, failed or, where Ctrl-C ended the sweep, not run.
 
     Raises:
-        ValueError: if another sweep is at work in ``out``, or the scheduler's address is none.
+        ValueError: for a value that is not allowed, if another sweep is at work in ``out``, or if the scheduler's
+            address is none.
         OSError: if the folder cannot be written, or a scheduler cannot be reached or goes away. What was finished by
             then is in the results.
         ModuleNotFoundError: if Dask is not installed.
     """
+    check_type("plan", plan, Plan, "what make_plan returns")
+    check_path("out", out)
+    check_text("scheduler", scheduler, optional=True)
+    check_whole("workers", workers, optional=True)
+    check_whole("threads", threads, optional=True)
+    check_whole("retries", retries, 0)
+    check_number("timeout", timeout, above=0, optional=True)
     cluster = _engine()
     with SweepFolder(out, plan, command) as folder:
         missing = folder.missing()
