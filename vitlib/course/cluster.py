@@ -31,6 +31,9 @@ LOCAL_SETTINGS = {
     "distributed.scheduler.worker-saturation": 1.0,  # a run waits at the scheduler, not at a worker that may die
     "distributed.worker.multiprocessing-method": "spawn",
     "distributed.comm.timeouts.connect": f"{PATIENCE}s",
+    # 100 looks a second at what the worker does, and 50 at its event loop, cost a tenth of a core for two workers
+    "distributed.worker.profile.enabled": False,
+    "distributed.admin.tick.interval": "1s",
 }
 
 
@@ -149,7 +152,9 @@ class Sender:
 
     def send(self, job: Job) -> None:
         self._sent[job.key] += 1
-        key = f"{job.key}-{self._sent[job.key]}-{self._topic[-8:]}"
+        # Dask takes keys up to the first number for a group; it keeps a large group at the scheduler, and sends a run
+        # to the worker that is free. Of many small groups it would give each worker its share at once.
+        key = f"run-{job.key}-{self._sent[job.key]}-{self._topic[-8:]}"
         # the earlier in the plan, the sooner, and what is tried again at once
         order = -self._order.setdefault(job.key, len(self._order))
         future = self._client.submit(run_job, replace(job, topic=self._topic), key=key, pure=False, priority=order)
