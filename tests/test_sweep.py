@@ -128,6 +128,21 @@ def test_bad_runs_spoil_nothing_and_are_listed_with_their_cell(notebook, tmp_pat
     assert not kernels_of(str(out)), "nothing goes on after the end"
 
 
+def test_no_run_waits_behind_a_long_one_while_another_worker_is_free(tmp_path):
+    source = """\
+import os, time
+if seed == 0:  # the first ends when the others have
+    while len(os.listdir(flag)) < 5:
+        time.sleep(0.1)
+else:
+    open(os.path.join(flag, str(seed)), "w").close()"""
+    write_notebook(tmp_path / "book", "08_long", source, parameters=PARAMETERS)
+    (tmp_path / "others").mkdir()
+    grid = {"flag": [str(tmp_path / "others")], "seed": list(range(6))}
+    found = sweep(tmp_path / "book" / "08_long.ipynb", tmp_path / "out", grid, workers=2, timeout=90)
+    assert [run["status"] for run in found["runs"]] == ["ok"] * 6
+
+
 def test_the_tables_have_a_row_a_run(notebook, tmp_path):
     found = sweep(notebook, tmp_path / "out", {"case": ["good", "error"], "seed": [3]}, workers=1)
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == found
@@ -407,6 +422,9 @@ class Dies:
     def __init__(self, begins: bool):
         self.begins, self.sent = begins, []
 
+    def nthreads(self):
+        return {}
+
     def subscribe_topic(self, topic, handler):
         self.note = handler
 
@@ -430,11 +448,60 @@ class Dead:
         self.status = "released"
 
 
+def job_named(key: str) -> worker.Job:
+    return worker.Job(key, "n", "{}", {}, {}, False, ".", "", ".", 1, None, "")
+
+
 @pytest.mark.parametrize("begins, sent", [(True, 3), (False, cluster.UNCOUNTED + 3)])
 def test_a_worker_that_dies_before_a_run_has_begun_costs_the_run_no_retry_but_not_for_ever(begins, sent):
     client = Dies(begins)
     sender = cluster.Sender(client, retries=2)
-    sender.send(worker.Job("k", "n", "{}", {}, {}, False, ".", "", ".", 1, None, ""))
+    sender.add(job_named("k"))
     ((job, result),) = sender.results(lambda: None)
     assert result.outcome.status == "failed" and "its worker died" in result.outcome.error
     assert len(client.sent) == sent and sender.starts["k"] == (sent if begins else 0) and sender.running == 0
+
+
+class Works(Dies):
+    """A client of two workers with three threads; what they were sent ends when :meth:`end_one` says so."""
+
+    def __init__(self):
+        super().__init__(begins=False)
+        self.futures, self.waiting = [], []
+
+    def nthreads(self):
+        return {"one": 1, "two": 2}
+
+    def submit(self, function, job, **options):
+        super().submit(function, job)
+        self.futures.append(Done(job.key))
+        return self.futures[-1]
+
+    def end_one(self):
+        self.waiting.append(len(self.futures))
+        if self.futures:
+            self.futures.pop(0).end()
+
+
+class Done(Dead):
+    status = "finished"
+
+    def __init__(self, key):
+        self.key = key
+
+    def add_done_callback(self, function):
+        self.end = lambda: function(self)
+
+    def result(self):
+        return worker.Result(worker.Outcome("failed" if self.key == "4" else "ok"), "somewhere")
+
+
+def test_as_many_runs_are_under_way_as_there_are_threads_in_the_order_of_the_plan_and_what_failed_comes_first():
+    client = Works()
+    sender = cluster.Sender(client, retries=1)
+    for number in range(9):
+        sender.add(job_named(str(number)))
+    ended = [(job.key, result.outcome.status) for job, result in sender.results(client.end_one)]
+    assert "".join(job.key for job in client.sent) == "0123456478", "4 again as soon as it has failed"
+    assert ended == [(key, "failed" if key == "4" else "ok") for key in "012356478"]
+    assert max(client.waiting) == 3 and client.waiting[:7] == [3] * 7

@@ -1,6 +1,7 @@
 """The engine of a sweep: jobs on Dask workers, on this machine or on a cluster, with retries and a live display."""
 
 import contextlib
+import heapq
 import logging
 import queue
 import sys
@@ -24,11 +25,11 @@ from vitlib.progress import progress_bar
 RUN_MEMORY = 2**30  # bytes that one run may take; the course's kernels stay below with the class parameters
 PATIENCE = 10  # seconds for a scheduler to answer, and for its first worker to be there
 UNCOUNTED = 3  # times that a run is sent again after its worker died before the run had begun
+GONE_SENTENCE = "The scheduler is gone; the same command again goes on with what is missing."
 GONE = ("lost", "cancelled")  # what Dask calls runs that nobody but their scheduler has dropped
 
 LOCAL_SETTINGS = {
     "distributed.scheduler.allowed-failures": 0,  # retries are counted here, not by the scheduler
-    "distributed.scheduler.worker-saturation": 1.0,  # a run waits at the scheduler, not at a worker that may die
     "distributed.worker.multiprocessing-method": "spawn",
     "distributed.comm.timeouts.connect": f"{PATIENCE}s",
     # 100 looks a second at what the worker does, and 50 at its event loop, cost a tenth of a core for two workers
@@ -127,6 +128,9 @@ def _check_workers(client: Client, address: str) -> None:
 class Sender:
     """Sends jobs to workers and gives back what comes of each.
 
+    No more are sent than the workers have threads, so that whichever is free first gets the next one. Dask would give
+    each worker its share at once, and some would wait behind a long run while another worker has nothing to do.
+
     Args:
         client: of the scheduler.
         retries: how often a run that failed is tried again.
@@ -142,6 +146,7 @@ class Sender:
         self._seen: Counter[str] = Counter()  # starts that have been followed by an end
         self._sent: Counter[str] = Counter()
         self._order: dict[str, int] = {}
+        self._waiting: list[tuple[int, Job]] = []  # a heap: the earlier in the plan, the sooner
         self._open: dict[Future, Job] = {}
         self._events: queue.SimpleQueue = queue.SimpleQueue()
         client.subscribe_topic(self._topic, self._note_start)
@@ -150,14 +155,24 @@ class Sender:
     def running(self) -> int:
         return sum(self.starts[job.key] > self._seen[job.key] for job in self._open.values())
 
-    def send(self, job: Job) -> None:
+    def add(self, job: Job) -> None:
+        """A job to run; what is to be tried again comes before what is new."""
+        heapq.heappush(self._waiting, (self._order.setdefault(job.key, len(self._order)), job))
+
+    def _fill(self) -> None:
+        """Send what the workers have room for; were there none, one job waits for the first that comes back."""
+        try:
+            threads = sum(self._client.nthreads().values())
+        except OSError as error:
+            raise ConnectionError(GONE_SENTENCE) from error
+        room = max(1, threads) - len(self._open)
+        for _ in range(min(room, len(self._waiting))):
+            self._send(heapq.heappop(self._waiting)[1])
+
+    def _send(self, job: Job) -> None:
         self._sent[job.key] += 1
-        # Dask takes keys up to the first number for a group; it keeps a large group at the scheduler, and sends a run
-        # to the worker that is free. Of many small groups it would give each worker its share at once.
-        key = f"run-{job.key}-{self._sent[job.key]}-{self._topic[-8:]}"
-        # the earlier in the plan, the sooner, and what is tried again at once
-        order = -self._order.setdefault(job.key, len(self._order))
-        future = self._client.submit(run_job, replace(job, topic=self._topic), key=key, pure=False, priority=order)
+        key = f"{job.key}-{self._sent[job.key]}-{self._topic[-8:]}"
+        future = self._client.submit(run_job, replace(job, topic=self._topic), key=key, pure=False)
         self._open[future] = job
         future.add_done_callback(self._events.put)
 
@@ -167,14 +182,16 @@ class Sender:
         Raises:
             ConnectionError: if the scheduler is gone.
         """
-        while self._open:
-            try:
+        while self._open or self._waiting:
+            self._check_connection()
+            self._fill()
+            with contextlib.suppress(queue.Empty):
                 future = self._events.get(timeout=1)
-            except queue.Empty:
-                self._check_connection()
-            else:
                 if future in self._open:
-                    yield from self._ended(future)
+                    ended = self._ended(future)
+                    self._fill()  # before the result is stored
+                    if ended:
+                        yield ended
             every()
 
     def give_up(self) -> None:
@@ -189,9 +206,10 @@ class Sender:
 
     def _check_connection(self) -> None:
         if self._client.status != "running" or any(future.status in GONE for future in self._open):
-            raise ConnectionError("The scheduler is gone; the same command again goes on with what is missing.")
+            raise ConnectionError(GONE_SENTENCE)
 
-    def _ended(self, future: Future) -> Iterator[tuple[Job, Result]]:
+    def _ended(self, future: Future) -> tuple[Job, Result] | None:
+        """The job of a future and its result; None if it is tried again."""
         self._check_connection()
         job = self._open.pop(future)
         has_begun = self.starts[job.key] > self._seen[job.key]
@@ -202,9 +220,9 @@ class Sender:
         if result.outcome.status == "failed" and not is_innocent:
             self._failures[job.key] += 1
         if result.outcome.status == "failed" and self._failures[job.key] <= self._retries:
-            self.send(job)
-        else:
-            yield job, result
+            self.add(job)
+            return None
+        return job, result
 
 
 def _result_of(future: Future, host: str) -> Result:
@@ -259,7 +277,7 @@ def run_jobs(
     sender, display = Sender(client, retries), Display(len(jobs), show)
     try:
         for job in jobs:
-            sender.send(job)
+            sender.add(job)
         for job, result in sender.results(lambda: display.show(sender.running)):
             line = done(job, result, sender.starts[job.key])
             display.ended(line, result.outcome.status != "ok")
