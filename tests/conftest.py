@@ -8,7 +8,7 @@ import kernel_memory
 import pytest
 import torch
 
-from vitlib.course import checks
+from vitlib.course import checks, early
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,6 +27,12 @@ def pytest_configure(config):
 def _own_data_dir(tmp_path_factory, monkeypatch):
     """No test reads or writes the user's cache."""
     monkeypatch.setenv("VITLIB_DATA", str(tmp_path_factory.getbasetemp() / "vitlib-data"))
+
+
+@pytest.fixture(autouse=True)
+def _workers_with_the_variables_of_now(monkeypatch):
+    """Workers that were prepared early would have those of the first test."""
+    monkeypatch.setattr(early, "prepare_workers", lambda: None)
 
 
 @pytest.fixture(autouse=True)

@@ -129,6 +129,11 @@ def sweep(notebook, grid, zips, parameters, given, out, dry_run, scheduler, work
     executed notebooks. The same command again runs what is missing or failed. The exit code is 0 when every run is
     finished, 1 when one failed, 2 for a wrong command, 130 after Ctrl-C.
     """
+    from vitlib.course import early
+
+    if not (scheduler or dry_run):
+        early.prepare_workers()  # before the imports that take seconds here, too
+
     from vitlib.course import grid as grids
     from vitlib.course import runner
     from vitlib.course import sweep as sweeps
@@ -185,6 +190,7 @@ def predict(model, images, top, batch_size) -> None:
     exit code is 0 when every image was predicted, 1 when one was not, 2 for a wrong command or MODEL.
     """
     from vitlib.checkpoint import load_weights
+    from vitlib.files import shown
     from vitlib.predict import predict_files
     from vitlib.train import resolve_device
 
@@ -193,17 +199,12 @@ def predict(model, images, top, batch_size) -> None:
     for prediction in predict_files(network.to(resolve_device()), card, images, top=top, batch_size=batch_size):
         if prediction.error is not None:
             complete = False
-            click.echo(_printable(prediction.error), err=True)
+            click.echo(prediction.error, err=True)
             continue
-        click.echo(_printable(prediction.path))
+        click.echo(shown(prediction.path))
         for name, probability in prediction.classes:
             click.echo(f"  {probability:6.1%}  {name}")
     sys.exit(0 if complete else 1)
-
-
-def _printable(text: str) -> str:
-    """A file's name may hold bytes that are no text; they are shown as question marks."""
-    return text.encode(errors="surrogateescape").decode(errors="replace")
 
 
 @main.command()

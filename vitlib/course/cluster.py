@@ -18,6 +18,7 @@ from dask.system import CPU_COUNT
 from distributed import Client, Future, KilledWorker, LocalCluster
 from distributed.system import MEMORY_LIMIT
 
+from vitlib.course.early import start_method
 from vitlib.course.notebook import Outcome
 from vitlib.course.worker import Job, Result, facts, run_job
 from vitlib.progress import progress_bar
@@ -30,7 +31,6 @@ GONE = ("lost", "cancelled")  # what Dask calls runs that nobody but their sched
 
 LOCAL_SETTINGS = {
     "distributed.scheduler.allowed-failures": 0,  # retries are counted here, not by the scheduler
-    "distributed.worker.multiprocessing-method": "spawn",
     "distributed.comm.timeouts.connect": f"{PATIENCE}s",
     # 100 looks a second at what the worker does, and 50 at its event loop, cost a tenth of a core for two workers
     "distributed.worker.profile.enabled": False,
@@ -55,7 +55,7 @@ def local_size(runs: int, workers: int | None = None, threads: int | None = None
 def local_workers(count: int) -> Iterator[Client]:
     """A scheduler and ``count`` worker processes on this machine, reachable from nowhere else; they end with it."""
     with (
-        dask.config.set(LOCAL_SETTINGS),
+        dask.config.set({**LOCAL_SETTINGS, "distributed.worker.multiprocessing-method": start_method()}),
         LocalCluster(
             n_workers=count,
             threads_per_worker=1,

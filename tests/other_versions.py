@@ -1,0 +1,72 @@
+"""Does the course work with other versions than the pinned ones? Tests and notebooks in environments of their own.
+
+    python tests/other_versions.py oldest          the lowest torch, torchvision, ipywidgets that pyproject.toml allows
+    python tests/other_versions.py newest          the newest of these that there are
+    python tests/other_versions.py ipywidgets-7    the pinned versions, but for ipywidgets
+
+Installs into ``runs/versions`` what requirements.txt pins, the others on top, and runs pytest there, by default on the
+notebooks and on the tests of what depends on these packages. Needs the network for pip, and gigabytes on Linux unless
+pip is told where builds of torch without CUDA are. A torch that is not the pinned one may compute another last digit;
+then a compared output says so.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import click
+
+ROOT = Path(__file__).parents[1]
+OTHERS = ("torch", "torchvision", "ipywidgets")
+TESTED = ["tests/test_model.py", "tests/test_train.py", "tests/test_checkpoint.py", "tests/test_convert.py",
+          "tests/test_export.py", "tests/test_distributed.py", "tests/test_explain.py", "tests/test_widgets.py",
+          "tests/test_notebooks.py", "notebooks"]  # fmt: skip
+NBVAL = ["--nbval", "--nbval-current-env", "--nbval-cell-timeout=600"]
+
+
+def lower_bounds() -> dict[str, str]:
+    """Package to the lowest version that pyproject.toml allows."""
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    return dict(dependency.split(">=") for dependency in dependencies)
+
+
+def wanted(which: str) -> list[str]:
+    """What pip is to install instead of the pinned versions."""
+    lowest = lower_bounds()
+    if which == "newest":
+        return list(OTHERS)
+    chosen = OTHERS if which == "oldest" else ("ipywidgets",)
+    return [f"{name}~={lowest[name]}.0" if name != "ipywidgets" else f"{name}~={lowest[name]}" for name in chosen]
+
+
+def install(which: str) -> Path:
+    """The Python of the environment."""
+    folder = ROOT / "runs" / "versions" / which
+    python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
+    pinned = (ROOT / "requirements.txt").read_text().splitlines()
+    packages = wanted(which)
+    replaced = {re.split(r"\W", package)[0] for package in packages}
+    kept = [line for line in pinned if re.split(r"[=;#\s]", line)[0] not in {*replaced, ""}]
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    # together, so that pip does not put back what another package asks for
+    install = [python, "-m", "pip", "install", "--quiet", "--upgrade", *kept, *packages, "--editable", ROOT]
+    subprocess.run(install, check=True)
+    return python
+
+
+@click.command()
+@click.argument("which", type=click.Choice(["oldest", "newest", "ipywidgets-7"]))
+@click.argument("what", nargs=-1)
+def main(which: str, what: tuple[str, ...]) -> None:
+    """Run pytest on WHAT, tests and notebooks, with other versions of torch or ipywidgets."""
+    python = install(which)
+    shown = f"import importlib.metadata as m; print(*(f'{{n}} {{m.version(n)}}' for n in {OTHERS}), sep=', ')"
+    subprocess.run([python, "-c", shown], check=True)
+    sys.exit(subprocess.run([python, "-m", "pytest", *NBVAL, *(what or TESTED)], cwd=ROOT).returncode)
+
+
+if __name__ == "__main__":
+    main()
