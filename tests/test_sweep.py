@@ -414,6 +414,14 @@ def test_a_scheduler_that_goes_away_is_said_and_what_is_finished_stays(notebook,
     eventually(lambda: not kernels_of(str(out)), 60)
 
 
+def test_a_worker_killed_by_its_run_is_replaced_on_the_command_line_too(notebook, tmp_path):
+    out = tmp_path / "out"
+    process = start(notebook, out, "--grid", "case=kills its worker,good", "seed=0,1,2", "--workers", "1")
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 1 and "Runs: 3 ok, 3 failed." in printed, printed
+    assert not kernels_of(str(out))
+
+
 class Dies:
     """A client whose workers die with whatever they are sent; ``begins`` says whether the run had begun by then."""
 
