@@ -145,13 +145,24 @@ def test_scripts_can_be_executed_and_stop_at_the_first_error(script):
 
 def test_the_workflow_calls_ci_run_on_three_systems_and_ci_run_calls_make_test():
     workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
-    (job,) = workflow["jobs"].values()
+    job = workflow["jobs"]["test"]
     assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
     systems = {name.split("-")[0] for name in job["strategy"]["matrix"]["os"]}
     assert systems == {"ubuntu", "macos", "windows"}
     assert {"3.11", "3.13"} <= set(job["strategy"]["matrix"]["python"])
     assert job["env"]["PIP_EXTRA_INDEX_URL"] == CPU_INDEX
     assert (ROOT / ".ci/run").read_text().splitlines()[-1] == "exec make test"
+
+
+def test_once_a_week_the_workflow_runs_what_takes_long():
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    job = workflow["jobs"]["slow"]
+    assert job["if"] == "github.event_name == 'schedule'" and job["env"]["PIP_EXTRA_INDEX_URL"] == CPU_INDEX
+    words = [word for line in job["strategy"]["matrix"]["what"] for word in line.split()]
+    scripts = {word for word in words if word.endswith(".py")}
+    assert scripts and all((ROOT / "tests" / name).is_file() for name in scripts)
+    slow = {path.name for path in (ROOT / "tests").glob("test_*.py") if "VITLIB_SLOW" in path.read_text()}
+    assert slow - {Path(__file__).name} <= scripts
 
 
 def make_says(*arguments):
