@@ -20,7 +20,7 @@ def pytest_runtest_call(item):
             peak = peak_memory(item.parent.kernel.km.provisioner.pid)
         except psutil.Error:  # the cell has ended its kernel
             return result
-        peaks[item.parent.name] = peak
+        peaks[item.parent.nodeid] = peak
         if peak > LIMIT:
             pytest.fail(
                 f"the kernel has had {peak / 2**20:,.0f} MiB in memory, of which {LIMIT / 2**20:,.0f} are allowed"

@@ -377,7 +377,7 @@ def library_entries(folder: Path) -> Iterator[Entry]:
     yield Entry(
         "deletion_curve", explain.deletion_curve,
         {"model": model, "images": images, "relevance": relevance, "counts": [0, 1]},
-        {"model": nothing, "images": nothing, "relevance": nothing, "counts": nothing},
+        {"model": nothing, "images": nothing, "relevance": nothing, "counts": nothing, "batch": whole()},
     )  # fmt: skip
     yield Entry(
         "share_on_mask", explain.share_on_mask,
@@ -656,7 +656,7 @@ def test_the_other_commands_refuse_wrong_options_and_write_nothing(tmp_path_fact
         + [(["export", text, "model.pt2"], "weights", text) for text in ("no such thing", "0")]
         + [(["grade", str(students), f"--timeout={t}"], "timeout", t) for t in ("0", "-1", "soon")]
         + [
-            (["sweep", str(notebook), f"--{option}={t}"], option, t)
+            (["sweep", str(notebook), f"--{option}={t}"], option.replace("-", "_"), t)
             for option in ("workers", "threads-per-run", "retries", "timeout")
             for t in ("-1", "1.5x", "many")
         ]

@@ -71,7 +71,7 @@ def with_temperature(weights: Tensor, temperature: float) -> Tensor:
     return (weights.log() / temperature).softmax(dim=-1)
 
 
-def attention_of(model: ViTModel, images: Tensor, batch: int = 64) -> Tensor:
+def attention_of(model: ViTModel, images: Tensor, batch: int = 32) -> Tensor:
     """The attention weights of every layer and head.
 
     Args:
@@ -88,8 +88,14 @@ def attention_of(model: ViTModel, images: Tensor, batch: int = 64) -> Tensor:
     check_type("model", model, ViTModel, "a ViTModel")
     check_tensor("images", images, "B C S S")
     check_whole("batch", batch)
+    found = None
     with torch.no_grad():
-        return torch.cat([model.intermediates(part)["attention"] for part in images.split(batch)], dim=1)
+        for start in range(0, max(1, len(images)), batch):
+            part = model.intermediates(images[start : start + batch])["attention"]
+            if found is None:  # filled part by part: to join the parts at the end would take twice the memory
+                found = part.new_empty(len(part), len(images), *part.shape[2:])
+            found[:, start : start + batch] = part
+    return found
 
 
 def attention_distance(attention: Tensor, patch_size: int) -> Tensor:
@@ -108,11 +114,14 @@ def attention_distance(attention: Tensor, patch_size: int) -> Tensor:
     """
     check_tensor("attention", attention, "L B H T T")
     check_whole("patch_size", patch_size)
-    among_patches = attention[..., 1:, 1:]  # [L, B, H, N, N]
-    grid = _grid("attention", attention, among_patches.shape[-1])
-    among_patches = among_patches / among_patches.sum(dim=-1, keepdim=True)
+    grid = _grid("attention", attention, attention.shape[-1] - 1)
     distances = patch_distances(grid).to(attention.device) * patch_size
-    return (among_patches * distances).sum(dim=-1).mean(dim=(1, 3))
+
+    def of_heads(layer: Tensor) -> Tensor:
+        weights = layer[..., 1:, 1:]  # [B, H, N, N]
+        return ((weights * distances).sum(dim=-1) / weights.sum(dim=-1)).mean(dim=(0, 2))
+
+    return torch.stack([of_heads(layer) for layer in attention])  # one after the other takes less memory
 
 
 def patch_distances(grid: int) -> Tensor:
@@ -173,7 +182,9 @@ def delete_patches(images: Tensor, relevance: Tensor, count: int) -> Tensor:
     return images * mask
 
 
-def deletion_curve(model: ViTModel, images: Tensor, relevance: Tensor, counts: Sequence[int]) -> Tensor:
+def deletion_curve(
+    model: ViTModel, images: Tensor, relevance: Tensor, counts: Sequence[int], batch: int = 32
+) -> Tensor:
     """How fast a model loses its opinion when patches are deleted, most relevant first (Petsiuk et al. 2018,
     arXiv:1806.07421). The better ``relevance`` names what the prediction rests on, the steeper the fall.
 
@@ -182,18 +193,25 @@ def deletion_curve(model: ViTModel, images: Tensor, relevance: Tensor, counts: S
         images: float ``[B, C, S, S]``, normalised.
         relevance: ``[B, N]``, a number per patch.
         counts: how many patches to delete, one number per point of the curve.
+        batch: images that go through the model at a time.
 
     Returns:
         ``[len(counts), B]``: the probability of the class that the model predicts for the whole image.
     """
     check_type("model", model, nn.Module, "a model that takes images to logits")
+    check_tensor("images", images, "B C S S")
     check_tensor("relevance", relevance, "B N")
     last = relevance.shape[1]
     are_counts = isinstance(counts, Sequence) and len(counts) > 0 and all(_is_among(count, last) for count in counts)
     check("counts", counts, are_counts, f"a list of numbers of patches, each from 0 to {last}")
+    check_whole("batch", batch)
+
+    def logits_of(images: Tensor) -> Tensor:
+        return torch.cat([model(part) for part in images.split(batch)])
+
     with torch.no_grad():
-        predicted = model(images).argmax(dim=1, keepdim=True)  # [B, 1]
-        points = [model(delete_patches(images, relevance, count)).softmax(dim=1) for count in counts]
+        predicted = logits_of(images).argmax(dim=1, keepdim=True)  # [B, 1]
+        points = [logits_of(delete_patches(images, relevance, count)).softmax(dim=1) for count in counts]
     return torch.stack([point.gather(1, predicted).squeeze(1) for point in points])
 
 
