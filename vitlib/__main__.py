@@ -1,5 +1,7 @@
 """The command line: ``python -m vitlib``. Heavy imports wait for the command that needs them."""
 
+import atexit
+import gc
 import shlex
 import signal
 import sys
@@ -283,4 +285,5 @@ def doctor() -> None:
 
 
 if __name__ == "__main__":
+    atexit.register(gc.freeze)  # else the modules of PyTorch are searched for garbage at the end, for a second
     main(prog_name="python -m vitlib")

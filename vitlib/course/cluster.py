@@ -161,6 +161,8 @@ class Sender:
 
     def _fill(self) -> None:
         """Send what the workers have room for; were there none, one job waits for the first that comes back."""
+        if not self._waiting:
+            return
         try:
             threads = sum(self._client.nthreads().values())
         except OSError as error:
@@ -185,14 +187,20 @@ class Sender:
         while self._open or self._waiting:
             self._check_connection()
             self._fill()
-            with contextlib.suppress(queue.Empty):
-                future = self._events.get(timeout=1)
-                if future in self._open:
-                    ended = self._ended(future)
-                    self._fill()  # before the result is stored
-                    if ended:
-                        yield ended
+            future = self._next_event()
+            if future in self._open:
+                ended = self._ended(future)
+                self._fill()  # before the result is stored
+                if ended:
+                    yield ended
             every()
+
+    def _next_event(self) -> Future | None:
+        """The next future that has ended; None if none does within a second."""
+        try:
+            return self._events.get(timeout=1)
+        except queue.Empty:
+            return None
 
     def give_up(self) -> None:
         """Tell the workers that nobody waits any longer: they end what they run."""

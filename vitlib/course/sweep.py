@@ -3,6 +3,7 @@ a grid that has grown only what is new.
 """
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -75,6 +76,7 @@ def run_sweep(
         try:
             if missing:
                 with cluster.cluster_workers(scheduler) if scheduler else cluster.local_workers(workers) as client:
+                    threading.Thread(target=_load_report, daemon=True).start()  # the runs leave time for it
                     jobs = [_job(run, plan, folder, threads, timeout) for run in missing]
                     cluster.run_jobs(client, jobs, retries, done)
         except KeyboardInterrupt:
@@ -117,10 +119,15 @@ def _job(run: Run, plan: Plan, folder: SweepFolder, threads: int, timeout: float
     )
 
 
-def _write_report(results: dict, folder: Path) -> None:
-    from vitlib.course.report import write_report  # draws figures, which runs do without
+def _load_report():
+    """The module that draws figures; it takes longer to load than all others here."""
+    from vitlib.course import report
 
-    write_report(results, folder / "report.html")
+    return report
+
+
+def _write_report(results: dict, folder: Path) -> None:
+    _load_report().write_report(results, folder / "report.html")
 
 
 def preview(plan: Plan, out: str | Path) -> str:
