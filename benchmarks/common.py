@@ -19,7 +19,6 @@ import torch
 from vitlib.checkpoint import versions
 from vitlib.data import LabelledImages
 from vitlib.files import written_whole
-from vitlib.model import PRESETS
 from vitlib.progress import progress_bar
 from vitlib.train import PRECISIONS, hardware, resolve_device
 
@@ -210,8 +209,5 @@ precision_option = click.option(
     show_default=True,
     type=click.Choice(PRECISIONS),
     help="Width of the matrix products.",
-)
-preset_option = click.option(
-    "--preset", default="small", show_default=True, type=click.Choice(list(PRESETS)), help="Size of the model."
 )
 out_option = click.option("--out", type=click.Path(dir_okay=False), help="JSON file for all raw measurements.")

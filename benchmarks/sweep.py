@@ -5,7 +5,8 @@
 Three ways to run one notebook several times with other seeds, in turn, several rounds: a script that calls papermill's
 function in a row; `python -m vitlib sweep` with one worker; with two workers. Each run trains a small model on one
 thread. Times are those of whole commands: Python and workers started and ended, notebooks, tables and report written.
-Two ratios come of it: the sweep's time with one worker to papermill's, and that with one worker to that with two.
+Two ratios come of it: the sweep's time with one worker to papermill's, and that with one worker to that with two. They
+are those of all rounds together: each lasts minutes, in which a machine changes more than what is asked for here.
 """
 
 import os
@@ -78,6 +79,12 @@ def seconds_of(command: list[str]) -> float:
     return time.perf_counter() - start
 
 
+def together(numerators: list[float], denominators: list[float], spec: str) -> str:
+    """The ratio over all rounds, and the lowest and the highest of the rounds."""
+    rounds = common.ratio(numerators, denominators)
+    return f"{sum(numerators) / sum(denominators):{spec}} (by round {rounds.low:{spec}} to {rounds.high:{spec}})"
+
+
 @click.command()
 @common.whole_number("--runs", 20, "Runs of the notebook each time.", least=2)
 @common.whole_number("--steps", 10, "Training steps in each run.")
@@ -105,11 +112,11 @@ def main(runs, steps, rounds, out) -> None:
         seconds = common.interleave(tasks, rounds)
     spreads = {name: common.Spread.of(values) for name, values in seconds.items()}
     click.echo(common.table(["", "seconds"], [[name, f"{spread:.1f}"] for name, spread in spreads.items()]))
-    overhead = common.ratio(seconds["one worker"], seconds["papermill"])
-    gain = common.ratio(seconds["one worker"], seconds["two workers"])
+    overhead = together(seconds["one worker"], seconds["papermill"], ".3f")
+    gain = together(seconds["one worker"], seconds["two workers"], ".2f")
     click.echo(
-        f"\n{runs} runs take {overhead:.3f} times as long in a sweep with one worker as with papermill in a row, and "
-        f"end {gain:.2f} times sooner with two workers than with one."
+        f"\n{runs} runs take {overhead} times as long in a sweep with one worker as with papermill in a row, and end "
+        f"{gain} times sooner with two workers than with one."
     )
     settings = {"runs": runs, "steps": steps, "rounds": rounds}
     record = {"machine": common.machine(torch.device("cpu")), "settings": settings, "seconds": seconds}
