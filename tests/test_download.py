@@ -780,8 +780,17 @@ def test_a_file_in_place_of_the_data_folder_is_left_alone(fake):
 # --- several processes ---------------------------------------------------------------------------------------------
 
 
-def prepare_apart(folder, url, train_list, meta, sums):
-    """``download`` in a process of its own, which has to be told of the fake."""
+def prepare_apart(folder, url, train_list, meta, sums, gate):
+    """``download`` in a process of its own, which has to be told of the fake. Says when it sets to work, and then waits
+    while there is a file ``gate``."""
+    prepare = cifar._prepare
+
+    def prepare_behind_the_gate(*arguments):
+        print("sets to work", flush=True)
+        wait_until(lambda: not gate.exists())
+        prepare(*arguments)
+
+    cifar._prepare = prepare_behind_the_gate
     original = import_torchvision().datasets.CIFAR100
     original.train_list, original.meta = train_list, meta
     cifar.CIFAIR_URL, cifar.CIFAIR_MD5["cifair100"] = url, sums
@@ -797,7 +806,7 @@ def start_apart(fake, tmp_path):
         log = tmp_path / f"{len(started)}.log"
         described = cifar.cifar_class("cifair100")
         sums = cifar.CIFAIR_MD5["cifair100"]
-        arguments = (fake.folder, fake.server.url, described.train_list, described.meta, sums)
+        arguments = (fake.folder, fake.server.url, described.train_list, described.meta, sums, tmp_path / "gate")
         started.append(children.start(prepare_apart, *arguments, log=log, no_proxy="127.0.0.1"))
         return started[-1], log
 
@@ -814,11 +823,20 @@ def wait_until(true):
         time.sleep(0.02)
 
 
-def test_processes_that_prepare_the_same_data_at_once_do_it_once(start_apart):
+def test_processes_that_prepare_the_same_data_at_once_do_it_once(start_apart, tmp_path):
     fake, start = start_apart
-    processes = [start()[0] for _ in range(3)]
+    gate = tmp_path / "gate"
+    gate.touch()
+    processes, logs = zip(*(start() for _ in range(3)), strict=True)
+
+    def said() -> str:
+        return "".join(log.read_text() for log in logs if log.exists())
+
+    wait_until(lambda: said().count("Another process is preparing data") == 2)
+    gate.unlink()
     for process in processes:
         process.join(120)
+    assert said().count("sets to work") == 1
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert fake.server.requests == [(f"/{fake.filename}", 0)]
     assert fake.contents() == sorted([fake.filename, fake.base])
