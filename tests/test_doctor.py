@@ -83,7 +83,7 @@ SENTENCES = {
     "0.5 GiB of memory are too little": (MACHINES["half a GB"], True, "use a larger machine"),
     "Only 0.4 GiB of memory are free": (MACHINES["1 GB"], False, "close other programs"),
     "Only 0.1 GiB of disk are free": (replace(LAPTOP, free_disk=0.1 * GIB), False, "VITLIB_DATA"),
-    "torch uses 16 threads on 1 core,": (MACHINES["Binder"], False, "OMP_NUM_THREADS=1 "),
+    "torch uses 16 threads on 1 core,": (MACHINES["Binder"], False, "torch.set_num_threads(1)`, or start Jupyter"),
     "torch uses 8 threads on 2 cores,": (replace(LAPTOP, threads=8), False, "OMP_NUM_THREADS=2 "),
     "Other programs keep the processor busy": (replace(LAPTOP, load=2.5), False, "the estimates are too long"),
     "JupyterLab is missing": (
@@ -270,6 +270,25 @@ def test_a_fraction_of_a_core_counts_as_one(quick):
 def test_cores_that_a_batch_system_took_away_do_not_count(quick):
     quick.setattr(os, "sched_getaffinity", lambda pid: {3, 5})
     assert doctor.gather().cores == 2
+
+
+@pytest.mark.parametrize(
+    "command, granted, before, after",
+    [
+        ("run", 1, None, "1"),
+        ("pretrain", 1.5, None, "2"),
+        ("run", 1, "4", "4"),  # who says how many threads there shall be gets them
+        ("run", math.inf, None, None),
+        ("doctor", 1, None, None),
+    ],
+)
+def test_commands_compute_on_the_cores_that_a_container_grants(quick, command, granted, before, after):
+    quick.setattr(doctor, "container_limits", lambda: (granted, math.inf, math.inf))
+    quick.setenv("OMP_NUM_THREADS", before or "")  # so that it is as it was afterwards
+    if before is None:
+        quick.delenv("OMP_NUM_THREADS")
+    assert CliRunner().invoke(main, [command, "--help"]).exit_code == 0
+    assert os.environ.get("OMP_NUM_THREADS") == after
 
 
 def test_a_system_without_cgroups_affinity_and_load_works(quick):

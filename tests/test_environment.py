@@ -14,6 +14,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from vitlib.course.doctor import granted_cores
+
 ROOT = Path(__file__).parents[1]
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
@@ -129,13 +131,25 @@ def test_the_image_that_repo2docker_describes_has_the_cpu_wheels_and_vitlib():
     install = dockerfile.index('pip install --no-cache-dir -r "binder/requirements.txt"')
     copy = dockerfile.index("COPY --chown=1000:1000 src/ ${REPO_DIR}/")
     assert install < copy < dockerfile.index("RUN ./binder/postBuild")  # a changed lesson does not reinstall torch
+    assert 'ENV R2D_ENTRYPOINT="${REPO_DIR}/binder/start"' in dockerfile
     assert re.search(
         r"^pip install .*--no-deps.* --editable \.$", (ROOT / "binder/postBuild").read_text(), re.MULTILINE
     )
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Binder runs on Linux")
+@pytest.mark.parametrize("given", [None, "7"])
+def test_on_binder_torch_has_as_many_threads_as_the_container_grants_cores(given):
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment |= {"PATH": os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])}
+    environment |= {"OMP_NUM_THREADS": given} if given else {}
+    command = ["python", "-c", "import os; print(os.environ['OMP_NUM_THREADS'])", "an argument"]
+    printed = subprocess.check_output([ROOT / "binder/start", *command], env=environment, text=True)
+    assert printed == f"{given or granted_cores()}\n"
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no executable bit")
-@pytest.mark.parametrize("script", [".ci/run", "binder/postBuild"])
+@pytest.mark.parametrize("script", [".ci/run", "binder/postBuild", "binder/start"])
 def test_scripts_can_be_executed_and_stop_at_the_first_error(script):
     assert os.access(ROOT / script, os.X_OK)
     text = (ROOT / script).read_text()

@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import os
 import shlex
 import signal
 import sys
@@ -41,8 +42,21 @@ class OneLineErrors(click.Group):
 
 
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """The Vision Transformer course: run its notebooks, fetch its images, train models."""
+    if context.invoked_subcommand != "doctor":  # it says what notebooks meet that Jupyter starts
+        _compute_on_granted_cores()
+
+
+def _compute_on_granted_cores() -> None:
+    """Here and in all that is started from here. torch counts the cores of the machine; where a container grants fewer,
+    its threads would wait for each other, and training would take many times as long.
+    """
+    from vitlib.course.doctor import granted_cores, usable_cores
+
+    if granted_cores() < usable_cores():
+        os.environ.setdefault("OMP_NUM_THREADS", str(granted_cores()))
 
 
 @main.command()

@@ -65,9 +65,8 @@ class Facts:
 
 def gather() -> Facts:
     """The facts about this machine. Takes some seconds, since it trains for a moment."""
-    limit, most, left = container_limits()
+    _, most, left = container_limits()
     needs, folder = lowest_versions(), data_folder()
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         import psutil
 
@@ -77,7 +76,7 @@ def gather() -> Facts:
         memory = {"memory": None, "free_memory": None}
     facts = Facts(
         place=place(os.environ),
-        cores=max(1, math.ceil(min(allowed, limit))),
+        cores=granted_cores(),
         cores_in_all=os.cpu_count() or 1,
         **memory,
         free_disk=shutil.disk_usage(next(place for place in (folder, *folder.parents, Path()) if place.exists())).free,
@@ -95,6 +94,16 @@ def place(environ: Mapping[str, str]) -> str:
         if any(given.startswith(variable) for given in environ):
             return name
     return ""
+
+
+def usable_cores() -> int:
+    """Those that this process may run on, for each of which torch starts a thread."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def granted_cores() -> int:
+    """How many cores this process can keep busy: of those that it may run on, a container may grant a share only."""
+    return max(1, math.ceil(min(usable_cores(), container_limits()[0])))
 
 
 def container_limits(
@@ -244,8 +253,9 @@ def problems(facts: Facts) -> list[tuple[bool, str]]:
          "notebooks."),
         (facts.free_disk < CIFAR_ON_DISK, False, f"Only {gib(facts.free_disk)} of disk are free: enough for the "
          "chapters, but CIFAR needs 0.4 GiB; let VITLIB_DATA name a folder elsewhere."),
-        (facts.threads > facts.cores, False, f"torch uses {facts.threads} threads on {cores(facts.cores)}, which slows "
-         f"it down; start Jupyter with OMP_NUM_THREADS={facts.cores} in the environment."),
+        (facts.threads > facts.cores, False, f"torch uses {facts.threads} threads on {cores(facts.cores)}, which makes "
+         f"training many times slower; begin a notebook with `import torch; torch.set_num_threads({facts.cores})`, or "
+         f"start Jupyter with OMP_NUM_THREADS={facts.cores} in the environment."),
         (facts.load > facts.cores_in_all, False, "Other programs keep the processor busy at the moment, so the "
          "estimates are too long."),
         (not facts.place and facts.versions["jupyterlab"] is None, False, "JupyterLab is missing; python -m pip "
