@@ -113,7 +113,8 @@ def test_the_report_on_this_machine_has_its_versions_its_data_and_an_estimate_fo
     assert re.search(r"speed +[\d,]+ images/s", said.stdout)
     chapters = re.findall(r"^  (\d\d) [\w -]+?  +(.+)$", said.stdout, re.MULTILINE)
     assert [number for number, _ in chapters] == ["00", "01", "02", "03", "04", "05", "06"]
-    assert all("minute" in text and "estimate" in text for number, text in chapters if number in ("03", "04"))
+    duration = r"minute|hour"  # of a machine that does much else
+    assert all(re.search(duration, text) and "estimate" in text for number, text in chapters if number in ("03", "04"))
     assert re.search(r"as published +about .+ for 100 epochs \(a guess", said.stdout)
 
 
