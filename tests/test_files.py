@@ -1,5 +1,6 @@
 """Writing files whole, and showing their names."""
 
+import os
 import threading
 
 import pytest
@@ -23,6 +24,19 @@ def test_a_block_that_fails_leaves_the_file_of_before_and_nothing_else(tmp_path,
         temporary.write_text("half")
         raise error
     assert path.read_text() == "finished work" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other rights")
+def test_others_may_read_what_a_library_has_hidden_from_them(tmp_path):
+    path = tmp_path / "model.safetensors"
+    before = os.umask(0o027)
+    try:
+        with written_whole(path) as temporary:
+            temporary.touch(mode=0o600)  # as safetensors does
+        assert path.stat().st_mode & 0o777 == 0o640
+        assert os.umask(0o027) == 0o027, "the process's own mask is as it was"
+    finally:
+        os.umask(before)
 
 
 def test_threads_that_write_the_same_file_at_once_do_not_write_into_each_others(tmp_path):
