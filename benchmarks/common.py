@@ -1,7 +1,6 @@
 """What the benchmarks share: interleaved timing, ratios with their spread, tables, and facts about the machine."""
 
 import json
-import os
 import platform
 import random
 import statistics
@@ -17,6 +16,7 @@ import click
 import torch
 
 from vitlib.checkpoint import versions
+from vitlib.course.doctor import usable_cores
 from vitlib.data import LabelledImages
 from vitlib.files import written_whole
 from vitlib.progress import progress_bar
@@ -80,11 +80,6 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def usable_cores() -> int:
-    """The processor cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def machine(device: torch.device) -> dict:

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from vitlib.augment import CIFAR10_MEAN, CIFAR10_STD
 from vitlib.checkpoint import Card
 from vitlib.compat import import_torchvision
+from vitlib.course.doctor import usable_cores
 from vitlib.data import LabelledImages
 from vitlib.model import create_model
 from vitlib.recipes import RECIPES
@@ -178,7 +179,7 @@ class Results:
 @common.whole_number("--batch-size", 128, "Images per batch.")
 @common.whole_number("--rounds", 5, "How often everything is measured.")
 @common.whole_number("--steps", 2, "Training steps per recipe, precision and round.")
-@common.whole_number("--cores", common.usable_cores(), "Cores for vitlib's threads and for the DataLoader's workers.")
+@common.whole_number("--cores", usable_cores(), "Cores for vitlib's threads and for the DataLoader's workers.")
 @common.names_option("--recipes", RECIPES, "published,modern", "Whose augmentation is measured.")
 @common.device_option
 @common.precisions_option
