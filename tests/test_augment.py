@@ -17,7 +17,14 @@ from vitlib.augment import (
     normalise,
 )
 from vitlib.compat import import_torchvision
-from vitlib.randaugment import MAGNITUDES, Operation, draw_operations, operation_strengths, randaugment
+from vitlib.randaugment import (
+    MAGNITUDES,
+    Operation,
+    draw_operations,
+    operation_strengths,
+    randaugment,
+    source_matrices,
+)
 
 BATCH = 16
 STRONG = Augmentation(padding=4, flip=0.5, hole=8, randaugment=2, erase=0.5, mixing=0.5)
@@ -140,6 +147,16 @@ def torchvision_operation(v2, image, operation, strength):
     }[operation]()
 
 
+def between_pixels(operation, strengths, height, width):
+    """Whether a pixel comes from an edge between two: which of them is the nearest, the processor's rounding decides.
+    bool [B, 1, H, W]."""
+    matrices = source_matrices(torch.full((len(strengths),), operation), strengths.double(), height, width)
+    x, y = torch.arange(width) - (width - 1) / 2, torch.arange(height) - (height - 1) / 2
+    places = torch.stack((*torch.meshgrid(x, y, indexing="xy"), torch.ones(height, width)))
+    places = torch.einsum("bij,jhw->bihw", matrices, places.double()) + torch.tensor([width, height])[:, None, None] / 2
+    return ((places - places.round()).abs() < 1e-4).any(1, keepdim=True)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("operation", Operation)
 def test_randaugment_equals_torchvision_with_the_same_numbers(v2, operation, channels):
@@ -157,8 +174,9 @@ def test_randaugment_equals_torchvision_with_the_same_numbers(v2, operation, cha
     ]
     difference = (ours.int() - torch.stack(theirs).int()).abs()
     assert ours.dtype == torch.uint8
-    assert difference.max() <= (1 if operation in CUT_OFF else 0)
     assert (difference > 0).float().mean() < 0.01
+    difference[between_pixels(operation, strengths, height, width).expand_as(difference)] = 0
+    assert difference.max() <= (1 if operation in CUT_OFF else 0)
 
 
 def test_randaugment_has_the_operations_and_strengths_of_torchvision(v2):
