@@ -55,8 +55,9 @@ def _compute_on_granted_cores() -> None:
     """
     from vitlib.course.doctor import granted_cores, usable_cores
 
-    if granted_cores() < usable_cores():
-        os.environ.setdefault("OMP_NUM_THREADS", str(granted_cores()))
+    granted = granted_cores()
+    if granted < usable_cores():
+        os.environ.setdefault("OMP_NUM_THREADS", str(granted))
 
 
 @main.command()
