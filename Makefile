@@ -73,7 +73,7 @@ notebooks: $(READY)
 	$(RUN) -m nbconvert --to notebook --inplace --coalesce-streams $(NOTEBOOKS)
 
 address: $(READY)
-	@$(RUN) -m vitlib.course.address $(REPOSITORY)
+	@$(RUN) -m tools.address $(REPOSITORY)
 
 clean:
 	$(PYTHON) -c "import pathlib, shutil; [shutil.rmtree(p, ignore_errors=True) for n in ('$(VENV)', 'runs', 'build', '*.egg-info', '.pytest_cache', '.ruff_cache', '**/__pycache__', '**/.ipynb_checkpoints') for p in pathlib.Path('.').glob(n)]"

@@ -15,12 +15,11 @@ from typing import Any
 import click
 import torch
 
-from vitlib.checkpoint import versions
 from vitlib.course.doctor import usable_cores
 from vitlib.data import LabelledImages
-from vitlib.files import written_whole
-from vitlib.progress import progress_bar
-from vitlib.train import PRECISIONS, hardware, resolve_device
+from vitlib.training import PRECISIONS, hardware, resolve_device
+from vitlib.utils import atomic_write, progress_bar
+from vitlib.weights import versions
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ def write_json(path: str | Path | None, content: dict) -> None:
     """Write ``content`` to ``path``, whole or not at all; None writes nothing."""
     if path is None:
         return
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1))
 
 

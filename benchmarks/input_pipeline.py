@@ -9,7 +9,7 @@ torchvision.transforms.v2. Both get uint8 tensors in memory, do the steps of the
 torchvision too moves pixels about while they are uint8, and is spared the mixing, which it does by the batch as well.
 
 Each is given one core (a DataLoader without workers) and all cores (a worker per core). The training step is that of
-``vitlib.train.Training`` with the model ``small``, on all cores, with the preparation of its images.
+``vitlib.training.stages.Training`` with the model ``small``, on all cores, with the preparation of its images.
 """
 
 import time
@@ -23,14 +23,14 @@ import torch
 from common import Spread, ratio
 from torch.utils.data import DataLoader, Dataset
 
-from vitlib.augment import CIFAR10_MEAN, CIFAR10_STD
-from vitlib.checkpoint import Card
-from vitlib.compat import import_torchvision
 from vitlib.course.doctor import usable_cores
+from vitlib.data.augment import CIFAR10_MEAN, CIFAR10_STD
 from vitlib.data import LabelledImages
 from vitlib.model import create_model
-from vitlib.recipes import RECIPES
-from vitlib.train import Training
+from vitlib.training.recipes import RECIPES
+from vitlib.training import Training
+from vitlib.utils import import_torchvision
+from vitlib.weights import Card
 
 
 def torchvision_transform(recipe: str) -> Callable:

@@ -10,8 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from torch import Tensor, nn
 
-from vitlib.compat import import_torchvision
 from vitlib.model import count_parameters, create_model
+from vitlib.utils import import_torchvision
 
 SIZE = {"image_size": 32, "patch_size": 4}  # what all the libraries call the same
 OURS = "vitlib"

@@ -2,9 +2,9 @@
 
     python benchmarks/pretraining_speed.py --device cuda --compile --batch-size 256 --epochs 5
 
-Trains as ``vitlib.train.fit`` does, on noise of the size of CIFAR's images, and times whole epochs: the drawing of all
-random numbers, the gathering of the images and all steps, until the device is done. The first epoch, with compilation
-and everything else that happens once, is reported apart.
+Trains as ``vitlib.training.fit`` does, on noise of the size of CIFAR's images, and times whole epochs: the drawing
+of all random numbers, the gathering of the images and all steps, until the device is done. The first epoch, with
+compilation and everything else that happens once, is reported apart.
 
 Arithmetic: with T tokens of width D, MLP width F, L layers, N patches of P x P pixels and C classes, the forward pass
 of one image takes
@@ -23,12 +23,12 @@ import click
 import common
 import torch
 
-from vitlib.checkpoint import Card
 from vitlib.data import LabelledImages, channel_statistics
 from vitlib.model import PRESETS, ViTModel, create_model
-from vitlib.progress import progress_bar
-from vitlib.recipes import RECIPES
-from vitlib.train import Training, resolve_precision
+from vitlib.training.recipes import RECIPES
+from vitlib.training import Training, resolve_precision
+from vitlib.utils import progress_bar
+from vitlib.weights import Card
 
 FULL = 100 * 50_000  # images of a whole pretraining: 100 epochs of CIFAR-100
 

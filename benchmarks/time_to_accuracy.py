@@ -18,12 +18,12 @@ import common
 import torch
 from matplotlib.figure import Figure
 
-from vitlib.checkpoint import Card
 from vitlib.data import LabelledImages, channel_statistics, load_images
 from vitlib.model import PRESETS, create_model
 from vitlib.plots import COLOURS, STYLE, plt
-from vitlib.recipes import RECIPES
-from vitlib.train import fit, resolve_precision
+from vitlib.training.recipes import RECIPES
+from vitlib.training import fit, resolve_precision
+from vitlib.weights import Card
 
 NORM_FIRST = {"published": False, "modern": True}
 

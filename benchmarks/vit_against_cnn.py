@@ -30,11 +30,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitlib.checkpoint import Card
 from vitlib.data import LabelledImages, channel_statistics, draw_evenly, load_images, train_validation_split
 from vitlib.model import PRESETS, count_parameters, create_model
-from vitlib.recipes import RECIPES, Recipe
-from vitlib.train import evaluate, fit, resolve_precision
+from vitlib.training.recipes import RECIPES, Recipe
+from vitlib.training import evaluate, fit, resolve_precision
+from vitlib.weights import Card
 
 NAMES = ("ViT", "CNN")
 PRESET = "small"

@@ -5,10 +5,10 @@ import statistics
 import torch
 from torch import nn
 
-from vitlib.augment import normalise
-from vitlib.checkpoint import transfer_encoder
-from vitlib.data import channel_statistics
+from vitlib.data.augment import normalise
+from vitlib.data.images import channel_statistics
 from vitlib.model import ViTModel
+from vitlib.weights.checkpoint import transfer_encoder
 
 
 def repaired(pretrained, num_classes):

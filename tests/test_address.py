@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from vitlib.course.address import ROOT, project_files, repository, set_repository
+from tools.address import ROOT, project_files, repository, set_repository
 
 LINK = "https://github.com/{}"
 # the kinds of links that only the course's own repository has here
@@ -128,7 +128,7 @@ def test_a_name_that_is_none_is_refused_in_a_sentence_and_changes_nothing(name, 
 
 
 def test_the_command_says_what_is_wrong_in_one_line():
-    command = [sys.executable, "-m", "vitlib.course.address", "vit-course"]
+    command = [sys.executable, "-m", "tools.address", "vit-course"]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert said.returncode == 2
     assert (

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from vitlib.augment import (
+from vitlib.data.augment import (
     CIFAR10_MEAN,
     CIFAR10_STD,
     PUBLISHED,
@@ -16,8 +16,7 @@ from vitlib.augment import (
     neighbours,
     normalise,
 )
-from vitlib.compat import import_torchvision
-from vitlib.randaugment import (
+from vitlib.data.randaugment import (
     MAGNITUDES,
     Operation,
     draw_operations,
@@ -25,6 +24,7 @@ from vitlib.randaugment import (
     randaugment,
     source_matrices,
 )
+from vitlib.utils import import_torchvision
 
 BATCH = 16
 STRONG = Augmentation(padding=4, flip=0.5, hole=8, randaugment=2, erase=0.5, mixing=0.5)

@@ -13,11 +13,11 @@ from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitlib.augment import CIFAR10_MEAN, CIFAR10_STD, crop_and_flip, normalise
 from vitlib.costs import costs, preset_config
-from vitlib.data import LabelledImages
+from vitlib.data.augment import CIFAR10_MEAN, CIFAR10_STD, crop_and_flip, normalise
+from vitlib.data.images import LabelledImages
 from vitlib.model import count_parameters, create_model
-from vitlib.train import Training
+from vitlib.training.stages import Training
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # scripts find each other in their own folder

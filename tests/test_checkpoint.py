@@ -16,9 +16,11 @@ from conftest import ROOT
 from safetensors.torch import save_file
 from torch import distributed, nn
 
-from vitlib import checkpoint
 from vitlib.__main__ import main
-from vitlib.checkpoint import (
+from vitlib.model import ViTModel, interpolate_positions
+from vitlib.utils import atomic_write
+from vitlib.weights import checkpoint
+from vitlib.weights.checkpoint import (
     Card,
     ResumeFile,
     digest,
@@ -31,8 +33,6 @@ from vitlib.checkpoint import (
     unwrap,
     without_wrappers,
 )
-from vitlib.files import written_whole
-from vitlib.model import ViTModel, interpolate_positions
 
 TINY = {"num_layers": 1, "image_size": 8, "patch_size": 4, "em_dim": 16, "num_heads": 2, "ff_dim": 32, "drop": 0.0}
 CARD = Card(("cat", "dog", "Übergröße"), (0.5, 0.4, 0.3), (0.2, 0.2, 0.1), None, {"seed": 3, "epochs": [1.5]})
@@ -64,7 +64,7 @@ def test_a_failed_write_leaves_the_earlier_file(model, tmp_path):
     path = tmp_path / "a.safetensors"
     save_checkpoint(path, model, CARD)
     before = path.read_bytes()
-    with pytest.raises(KeyboardInterrupt), written_whole(path) as temporary:
+    with pytest.raises(KeyboardInterrupt), atomic_write(path) as temporary:
         temporary.write_text("half")
         raise KeyboardInterrupt
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
@@ -77,7 +77,7 @@ def damage(path, kind, model):
     elif kind == "no card":
         save_file(model.state_dict(), path)
     elif kind == "weights missing":
-        with checkpoint.written_whole(path) as temporary:
+        with checkpoint.atomic_write(path) as temporary:
             from safetensors import safe_open
 
             with safe_open(path, framework="pt") as file:
@@ -173,7 +173,10 @@ ALWAYS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shel
 UNLESS = {"torch.load": ("weights_only", True), "np.load": ("allow_pickle", False)}
 NEVER = {"torch.jit.load", "torch.export.load", "torch.hub.load", "yaml.load", "yaml.unsafe_load"}
 KNOWN = {
-    ("vitlib/cifar.py", "pickle"),  # of bytes whose md5 was compared with torchvision's just before (test_download.py)
+    (
+        "vitlib/data/cifar.py",
+        "pickle",
+    ),  # of bytes whose md5 was compared just before (test_download.py)
     ("vitlib/export.py", "torch.export.load"),  # of the file that it has just written itself
 }
 

@@ -15,16 +15,16 @@ from torch.nn.functional import one_hot
 
 from vitlib import plots
 from vitlib.__main__ import main
-from vitlib.checkpoint import load_checkpoint, load_pretrained, versions
 from vitlib.costs import costs
 from vitlib.course import commands
 from vitlib.course.commands import finetune_command, pretrain_command
 from vitlib.course.parameters import PARAMETERS, check_parameters
-from vitlib.data import load_images
+from vitlib.data.images import load_images
 from vitlib.model import create_model
 from vitlib.predict import confident_mistakes
-from vitlib.recipes import FINETUNING, RECIPES
-from vitlib.train import History, Training, evaluate
+from vitlib.training.recipes import FINETUNING, RECIPES
+from vitlib.training.stages import History, Training, evaluate
+from vitlib.weights.checkpoint import load_checkpoint, load_pretrained, versions
 
 COMMANDS = {"pretrain": pretrain_command, "finetune": finetune_command}
 FOREIGN = ("matplotlib", "ipywidgets", "papermill", "ipykernel", "IPython", "nbformat", "psutil", "yaml")

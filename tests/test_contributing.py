@@ -6,10 +6,10 @@ import pytest
 from prose import outside_blocks, words_after
 from test_lessons import CHAPTERS
 
-from vitlib.cifar import CIFAIR_MD5
-from vitlib.course.address import ROOT, repository
-from vitlib.data import SOURCES
-from vitlib.shapes import DEFAULT_COUNTS
+from tools.address import ROOT, repository
+from vitlib.data.cifar import CIFAIR_MD5
+from vitlib.data.images import SOURCES
+from vitlib.data.shapes import DEFAULT_COUNTS
 
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 SPANS = re.findall(r"`([^`\n]+)`", outside_blocks(TEXT))

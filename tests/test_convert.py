@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from vitlib import convert
-from vitlib.compat import import_torchvision
 from vitlib.model import ViTModel, interpolate_positions
+from vitlib.utils import import_torchvision
+from vitlib.weights import convert
 
 import_torchvision()
 SIZES = {"num_layers": 2, "image_size": 8, "patch_size": 4, "em_dim": 16, "num_heads": 4, "ff_dim": 32}
@@ -716,7 +716,9 @@ def test_a_missing_library_gives_one_sentence_with_the_way_out(library, monkeypa
 
 
 def test_importing_the_module_imports_none_of_the_libraries():
-    code = "import sys, vitlib.convert; print({'torchvision', 'timm', 'transformers', 'PIL'} & sys.modules.keys())"
+    code = (
+        "import sys, vitlib.weights.convert; print({'torchvision', 'timm', 'transformers', 'PIL'} & sys.modules.keys())"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 

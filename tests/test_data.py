@@ -19,8 +19,8 @@ from PIL import EpsImagePlugin, Image
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vitlib import cifar, data, folders
-from vitlib.data import (
+from vitlib.data import cifar, data, folders
+from vitlib.data.images import (
     SOURCES,
     LabelledImages,
     channel_statistics,
@@ -29,7 +29,7 @@ from vitlib.data import (
     load_images,
     train_validation_split,
 )
-from vitlib.shapes import draw_shapes
+from vitlib.data.shapes import draw_shapes
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 needs_real_images = pytest.mark.skipif(not REAL.is_dir(), reason="no real image folders in ../shared/data")
@@ -220,7 +220,7 @@ def test_downloads_and_cache_live_where_the_environment_says(folder, tmp_path, m
 
 
 def test_importing_the_module_leaves_torchvision_and_matplotlib_alone():
-    program = "import sys, vitlib.data; print([m for m in ('torchvision', 'matplotlib') if m in sys.modules])"
+    program = "import sys, vitlib.data.images; print([m for m in ('torchvision', 'matplotlib') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
 

@@ -18,14 +18,14 @@ from PIL import Image
 from test_resume import ALL_AT_ONCE, TINY, before_call, colours, contents, differences, print_steps
 from torch import distributed
 
-from vitlib import train as train_module
 from vitlib.__main__ import main
-from vitlib.augment import Augmentation
-from vitlib.checkpoint import ResumeFile, load_checkpoint
-from vitlib.distributed import Processes, current_processes, join_processes, leave_processes
+from vitlib.data.augment import Augmentation
 from vitlib.model import PRESETS
-from vitlib.recipes import RECIPES
-from vitlib.train import History, Training, pretrain
+from vitlib.training import stages as train_module
+from vitlib.training.distributed import Processes, current_processes, join_processes, leave_processes
+from vitlib.training.recipes import RECIPES
+from vitlib.training.stages import History, Training, pretrain
+from vitlib.weights.checkpoint import ResumeFile, load_checkpoint
 
 pytestmark = pytest.mark.skipif(
     not (distributed.is_available() and distributed.is_gloo_available()), reason="this torch has no gloo"
@@ -225,7 +225,7 @@ DIES_IN_THE_SECOND_EPOCH = """
 import os
 from test_resume import before_call
 from vitlib.__main__ import main
-from vitlib.train import Training
+from vitlib.training.stages import Training
 
 if os.environ["RANK"] == "1":
     before_call(Training, "step", 5)  # not the 4th: the other one may still be writing what the first epoch has left

@@ -19,8 +19,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 
-import vitlib.cifar
-import vitlib.train
+import vitlib.data.cifar
 from vitlib.__main__ import main
 from vitlib.course import doctor
 from vitlib.course.doctor import GIB, Facts, can_run, problems, report
@@ -348,7 +347,7 @@ def test_versions_are_compared_by_number(found, lowest, enough):
     assert doctor.is_enough(found, lowest) is enough
 
 
-@pytest.mark.parametrize("module", ["torch", "vitlib.train"])
+@pytest.mark.parametrize("module", ["torch", "vitlib.training.stages"])
 def test_torch_that_does_not_load_is_a_sentence(quick, module):
     quick.setitem(sys.modules, module, None)
     facts = doctor.gather()
@@ -360,7 +359,7 @@ def test_torchvision_that_does_not_load_is_a_sentence_without_the_users_home(qui
     def broken(name):
         raise RuntimeError(f"{Path.home()}/lib/x.so: undefined symbol\nand more")
 
-    quick.setattr(vitlib.cifar, "cifar_class", broken)
+    quick.setattr(vitlib.data.cifar, "cifar_class", broken)
     failure = doctor.gather().failure
     assert "(RuntimeError: ~/lib/x.so: undefined symbol)" in failure
 
@@ -371,7 +370,7 @@ def test_training_that_does_not_work_is_a_sentence(quick, device, way_out):
         raise RuntimeError("no kernel image is available for execution on the device")
 
     quick.setattr(doctor, "training_speed", broken)
-    quick.setattr(vitlib.train, "resolve_device", lambda: torch.device(device))
+    quick.setattr(vitlib.training.stages, "resolve_device", lambda: torch.device(device))
     quick.setattr(
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name="P100", total_memory=16 * GIB)
     )
@@ -383,7 +382,7 @@ def test_training_that_does_not_work_is_a_sentence(quick, device, way_out):
 @pytest.mark.parametrize(("device", "gpu"), [("cuda", "P100, 16.0 GiB"), ("mps", "MPS"), ("cpu", None)])
 def test_the_device_that_training_takes_is_measured_and_named(quick, device, gpu):
     asked = []
-    quick.setattr(vitlib.train, "resolve_device", lambda: torch.device(device))
+    quick.setattr(vitlib.training.stages, "resolve_device", lambda: torch.device(device))
     quick.setattr(
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name="P100", total_memory=16 * GIB)
     )
@@ -415,13 +414,13 @@ def test_the_speed_is_that_of_the_steps_after_the_first(monkeypatch):
 @pytest.mark.parametrize("setting", [doctor.CLASS, doctor.PUBLISHED], ids=["class", "published"])
 def test_the_speed_is_measured_with_the_models_recipe_and_precision(monkeypatch, setting):
     made = []
-    training = vitlib.train.Training
+    training = vitlib.training.stages.Training
     monkeypatch.setattr(
-        vitlib.train, "Training", lambda *args, **kwargs: made.append(training(*args, **kwargs)) or made[-1]
+        vitlib.training.stages, "Training", lambda *args, **kwargs: made.append(training(*args, **kwargs)) or made[-1]
     )
     doctor.training_speed(0.0, torch.device("cpu"), "bfloat16", **setting | {"batch_size": 2})
     (run,) = made
-    assert run.autocast and run.recipe is vitlib.train.RECIPES[setting["recipe"]]
+    assert run.autocast and run.recipe is vitlib.training.stages.RECIPES[setting["recipe"]]
     assert run.model.config["drop"] == run.recipe.drop and run.model.config["norm_first"] == setting["norm_first"]
     assert run.model.config["em_dim"] == {"mini": 96, "small": 256}[setting["preset"]]
 
@@ -432,7 +431,10 @@ def test_the_settings_are_those_of_the_parameters_files():
 
     assert (doctor.CLASS | doctor.CLASS_LENGTH).items() <= parameters("class")
     assert (doctor.PUBLISHED | doctor.PUBLISHED_LENGTH).items() <= parameters("full")
-    assert inspect.signature(vitlib.train.pretrain).parameters["validation_fraction"].default == doctor.VALIDATION
+    assert (
+        inspect.signature(vitlib.training.stages.pretrain).parameters["validation_fraction"].default
+        == doctor.VALIDATION
+    )
 
 
 def test_what_a_training_costs_is_counted_in_trained_images():

@@ -22,9 +22,9 @@ import numpy as np
 import pytest
 import torch
 
-from vitlib import cifar
-from vitlib.compat import import_torchvision
-from vitlib.data import download, load_images
+from vitlib.data import cifar
+from vitlib.data.images import download, load_images
+from vitlib.utils import import_torchvision
 
 NAMES = ("cifair100", "cifair10", "cifar100", "cifar10")
 

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from vitlib import explain
+from vitlib.data.shapes import draw_shapes
 from vitlib.explain import position_similarity, query_attention, with_temperature
 from vitlib.model import ViTModel
-from vitlib.shapes import draw_shapes
 
 
 @pytest.fixture

@@ -15,13 +15,13 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from vitlib import augment, export
 from vitlib.__main__ import main
-from vitlib.checkpoint import Card, load_checkpoint, save_checkpoint
+from vitlib.data import augment, export
 from vitlib.export import TOLERANCE, Deployable, export_model
 from vitlib.model import ViTModel
 from vitlib.predict import predict_files
-from vitlib.train import predict
+from vitlib.training.stages import predict
+from vitlib.weights.checkpoint import Card, load_checkpoint, save_checkpoint
 
 CLASSES = ("ant", "bee", "café", "dog")
 PLAIN = "pre-norm, CLS, colour"

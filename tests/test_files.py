@@ -5,12 +5,12 @@ import threading
 
 import pytest
 
-from vitlib.files import shown, written_whole
+from vitlib.utils import atomic_write, printable
 
 
 def test_a_file_is_there_when_the_block_has_ended_and_not_before(tmp_path):
     path = tmp_path / "new folder" / "figures ü.json"
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("half")
         assert not path.exists() and temporary.parent == path.parent
     assert path.read_text() == "half" and list(path.parent.iterdir()) == [path]
@@ -20,7 +20,7 @@ def test_a_file_is_there_when_the_block_has_ended_and_not_before(tmp_path):
 def test_a_block_that_fails_leaves_the_file_of_before_and_nothing_else(tmp_path, error):
     path = tmp_path / "history.json"
     path.write_text("finished work")
-    with pytest.raises(type(error)), written_whole(path) as temporary:
+    with pytest.raises(type(error)), atomic_write(path) as temporary:
         temporary.write_text("half")
         raise error
     assert path.read_text() == "finished work" and list(tmp_path.iterdir()) == [path]
@@ -31,7 +31,7 @@ def test_others_may_read_what_a_library_has_hidden_from_them(tmp_path):
     path = tmp_path / "model.safetensors"
     before = os.umask(0o027)
     try:
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.touch(mode=0o600)  # as safetensors does
         assert path.stat().st_mode & 0o777 == 0o640
         assert os.umask(0o027) == 0o027, "the process's own mask is as it was"
@@ -44,7 +44,7 @@ def test_threads_that_write_the_same_file_at_once_do_not_write_into_each_others(
 
     def write(number):
         try:
-            with written_whole(path) as temporary:
+            with atomic_write(path) as temporary:
                 names.append(temporary)
                 temporary.write_text(str(number) * 1000)
                 meeting.wait(timeout=60)
@@ -70,4 +70,4 @@ def test_threads_that_write_the_same_file_at_once_do_not_write_into_each_others(
     ],
 )
 def test_a_name_is_shown_without_what_breaks_lines_or_commands_terminals(name, seen):
-    assert shown(name) == seen
+    assert printable(name) == seen

@@ -18,10 +18,10 @@ from nbformat.v4 import new_code_cell, new_notebook, new_output
 from nbval.plugin import IPyNbFile
 from prose import MACHINE_PATH
 
-from vitlib.checkpoint import load_checkpoint
-from vitlib.compat import import_torchvision
 from vitlib.course.parameters import PARAMETERS, check_parameters
 from vitlib.course.runner import read_lessons
+from vitlib.utils import import_torchvision
+from vitlib.weights.checkpoint import load_checkpoint
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 CHAPTERS = sorted(FOLDER.glob("[0-9]*.ipynb"))

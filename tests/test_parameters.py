@@ -8,8 +8,8 @@ import pytest
 
 from vitlib.course.parameters import PARAMETERS, check_parameters
 from vitlib.model import PRESETS, ViTModel
-from vitlib.recipes import FINETUNING, RECIPES
-from vitlib.train import PRECISIONS
+from vitlib.training.recipes import FINETUNING, RECIPES
+from vitlib.training.stages import PRECISIONS
 
 GOOD = {
     "dataset": "shapes100",

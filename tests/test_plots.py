@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from vitlib import plots
-from vitlib.checkpoint import PRETRAINED
 from vitlib.costs import Parts, costs, preset_config
-from vitlib.train import History
+from vitlib.training.stages import History
+from vitlib.weights.checkpoint import PRETRAINED
 
 IMAGES = torch.randint(256, (5, 3, 12, 12), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 HISTORY = History(

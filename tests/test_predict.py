@@ -14,15 +14,15 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from vitlib import folders
 from vitlib import predict as predict_module
 from vitlib.__main__ import main
-from vitlib.checkpoint import Card, save_checkpoint
-from vitlib.data import load_images
-from vitlib.folders import read_picture
+from vitlib.data import folders
+from vitlib.data.folders import read_picture
+from vitlib.data.images import load_images
 from vitlib.model import ViTModel
 from vitlib.predict import Prediction, confident_mistakes, predict_files
-from vitlib.train import predict
+from vitlib.training.stages import predict
+from vitlib.weights.checkpoint import Card, save_checkpoint
 
 CLASSES = ("ant", "bee", "crab")
 

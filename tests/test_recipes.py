@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vitlib.model import ViTModel
-from vitlib.recipes import FINETUNING, RECIPES, Recipe, build_optimizers, named_recipe, rate_factor
+from vitlib.training.recipes import FINETUNING, RECIPES, Recipe, build_optimizers, named_recipe, rate_factor
 
 TINY = {"num_layers": 3, "image_size": 8, "patch_size": 4, "em_dim": 16, "num_heads": 2, "ff_dim": 32}
 PLAIN = Recipe(optimizer="adamw", learning_rate=1.0, weight_decay=0.5)

@@ -7,9 +7,9 @@ from dataclasses import asdict
 import pytest
 
 from vitlib import records
-from vitlib.checkpoint import Card, load_pretrained
-from vitlib.recipes import RECIPES
 from vitlib.records import recorded_cnn, recorded_curves, recorded_label_budgets, recorded_patches
+from vitlib.training.recipes import RECIPES
+from vitlib.weights.checkpoint import Card, load_pretrained
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import nbformat
 import pytest
 from prose import MACHINE_PATH, outside_blocks, outside_code
 
-from vitlib.course.address import ROOT, project_files
+from tools.address import ROOT, project_files
 
 FILES = project_files()
 MARKDOWN = [path for path in FILES if path.suffix == ".md"]
@@ -65,7 +65,7 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 LARGE = 1_000_000  # bytes; git keeps every version of a file for ever
 # what may be larger, and how large it may become
 LARGE_FILES = {
-    "vitlib/pretrained/cifar100-small.safetensors": 7_000_000,  # the shipped encoder
+    "vitlib/weights/pretrained/cifar100-small.safetensors": 7_000_000,  # the shipped encoder
     "notebooks/01_patching.ipynb": 3_000_000,  # its figures
 }
 ALL_TOGETHER = 20_000_000

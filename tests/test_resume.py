@@ -16,13 +16,13 @@ import children
 import pytest
 import torch
 
-from vitlib import train as train_module
-from vitlib.augment import Augmentation
-from vitlib.checkpoint import ResumeFile, load_checkpoint, save_checkpoint
-from vitlib.data import LabelledImages
+from vitlib.data.augment import Augmentation
+from vitlib.data.images import LabelledImages
 from vitlib.model import PRESETS
-from vitlib.recipes import RECIPES
-from vitlib.train import History, Training, finetune, pretrain
+from vitlib.training import stages as train_module
+from vitlib.training.recipes import RECIPES
+from vitlib.training.stages import History, Training, finetune, pretrain
+from vitlib.weights.checkpoint import ResumeFile, load_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from vitlib import shapes
-from vitlib.shapes import CLASSES, COLOURS, DEFAULT_COUNTS, SHAPES, draw_shapes
+from vitlib.data import shapes
+from vitlib.data.shapes import CLASSES, COLOURS, DEFAULT_COUNTS, SHAPES, draw_shapes
 
 # SHA-256 over the bytes of images, labels and masks of the first 1,000 training images at seed 0. These hashes may
 # change only when the pictures are meant to change: then every number printed in the notebooks changes too.
@@ -173,7 +173,7 @@ def test_a_downstream_shape_comes_in_any_colour():
 
 def test_ten_thousand_images_take_at_most_three_seconds_and_little_memory():
     code = (
-        "import resource, sys, time; from vitlib.shapes import draw_shapes; draw_shapes('shapes100', count=200)\n"
+        "import resource, sys, time; from vitlib.data.shapes import draw_shapes; draw_shapes('shapes100', count=200)\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "before, times = peak(), []\n"
         "for _ in range(3):  # another user of the machine may slow one of them down\n"

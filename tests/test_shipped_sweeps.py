@@ -10,17 +10,17 @@ import pytest
 import torch
 from prose import MACHINE_PATH
 
-import vitlib.checkpoint
-import vitlib.data
-import vitlib.train
-from vitlib.checkpoint import PRETRAINED, Card, load_checkpoint
+import vitlib.data.images
+import vitlib.training.stages
+import vitlib.weights.checkpoint
 from vitlib.course.grid import make_plan, read_grid
 from vitlib.course.parameters import ARMS
-from vitlib.data import LabelledImages
+from vitlib.data.images import LabelledImages
 from vitlib.model import create_model
-from vitlib.recipes import FINETUNING, RECIPES
 from vitlib.records import recorded_label_budgets, recorded_patches
-from vitlib.train import History
+from vitlib.training.recipes import FINETUNING, RECIPES
+from vitlib.training.stages import History
+from vitlib.weights.checkpoint import PRETRAINED, Card, load_checkpoint
 
 FOLDER = Path(__file__).parents[1] / "notebooks" / "sweeps"
 NAMES = ("labels", "patches")
@@ -41,7 +41,9 @@ def small_images(count):
 def small(monkeypatch):
     """Small images in place of the course's."""
     monkeypatch.setattr(
-        vitlib.data, "load_images", lambda source, split, **options: small_images({"train": 12, "test": 6}[split])
+        vitlib.data.images,
+        "load_images",
+        lambda source, split, **options: small_images({"train": 12, "test": 6}[split]),
     )
 
 
@@ -65,7 +67,7 @@ def test_every_arm_trains_what_it_says(small, monkeypatch, capsys):
     with torch.no_grad():
         pretrained.vit_encoder.embedding.cls_token.fill_(7.0)  # no new encoder starts like this
     card = Card(("x", "y", "z"), (0.5,) * 3, (0.25,) * 3)
-    monkeypatch.setattr(vitlib.checkpoint, "load_weights", lambda weights: (pretrained, card))
+    monkeypatch.setattr(vitlib.weights.checkpoint, "load_weights", lambda weights: (pretrained, card))
     seen = {}
 
     def note(model, train, test, card, recipe, **options):
@@ -75,7 +77,7 @@ def test_every_arm_trains_what_it_says(small, monkeypatch, capsys):
         assert train.labels.bincount().tolist() == [48, 48] and len(train.images.unique(dim=0)) == 4 and len(test) == 6
         return History(epochs=[END])
 
-    monkeypatch.setattr(vitlib.train, "fit", note)
+    monkeypatch.setattr(vitlib.training.stages, "fit", note)
     for arm in ARMS:
         run_cells("labels", arm=arm, labelled_images=4, steps=3, device="cpu")
         shown = capsys.readouterr().out
@@ -102,7 +104,9 @@ def test_positions_are_trained_or_stay_zero(small, tmp_path, position_embedding,
 def test_every_patch_size_sees_the_same_images_and_all_classes(small, tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(
-        vitlib.train, "fit", lambda model, train, test, *rest, **options: shown.append(train) or History(epochs=[END])
+        vitlib.training.stages,
+        "fit",
+        lambda model, train, test, *rest, **options: shown.append(train) or History(epochs=[END]),
     )
     for patch_size, seed in ((2, 0), (8, 0), (8, 1)):
         options = {"image_size": 8, "run_dir": str(tmp_path), "device": "cpu"}

@@ -10,13 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vitlib import train as train_module
-from vitlib.augment import CIFAR10_MEAN, PUBLISHED, Augmentation
-from vitlib.checkpoint import Card, load_checkpoint, transfer_encoder
-from vitlib.data import LabelledImages, train_validation_split
+from vitlib.data.augment import CIFAR10_MEAN, PUBLISHED, Augmentation
+from vitlib.data.images import LabelledImages, train_validation_split
 from vitlib.model import create_model, interpolate_positions
-from vitlib.recipes import FINETUNING, RECIPES, build_optimizers, rate_factor
-from vitlib.train import (
+from vitlib.training import stages as train_module
+from vitlib.training.recipes import FINETUNING, RECIPES, build_optimizers, rate_factor
+from vitlib.training.stages import (
     History,
     Training,
     evaluate,
@@ -29,6 +28,7 @@ from vitlib.train import (
     resolve_device,
     resolve_precision,
 )
+from vitlib.weights.checkpoint import Card, load_checkpoint, transfer_encoder
 
 SIZES = {"num_layers": 1, "image_size": 8, "patch_size": 4, "em_dim": 16, "num_heads": 2, "ff_dim": 32}
 

@@ -21,21 +21,21 @@ from PIL import Image
 from torch import Tensor, nn
 
 import vitlib
-from vitlib import checkpoint as checkpoints
-from vitlib import convert, data, explain, predict, shapes, train
 from vitlib.__main__ import main
-from vitlib.augment import Augmentation, normalise
-from vitlib.checkpoint import Card, ResumeFile, load_weights
 from vitlib.costs import costs, preset_config
 from vitlib.course import commands, runner, sweep
 from vitlib.course.grid import Grid, make_plan, read_grid
 from vitlib.course.parameters import PARAMETERS, check_parameters
 from vitlib.course.sweep import run_sweep
-from vitlib.data import LabelledImages
+from vitlib.data.augment import Augmentation, normalise
+from vitlib.data.images import LabelledImages
 from vitlib.export import export_model
 from vitlib.model import PRESETS, ViTModel, create_model, interpolate_positions, patchify, unpatchify
-from vitlib.recipes import FINETUNING, RECIPES, Recipe, named_recipe
-from vitlib.train import evaluate, finetune, fit, pretrain, record_test, resolve_device, resolve_precision
+from vitlib.training.recipes import FINETUNING, RECIPES, Recipe, named_recipe
+from vitlib.training.stages import evaluate, finetune, fit, pretrain, record_test, resolve_device, resolve_precision
+from vitlib.weights import checkpoint as checkpoints
+from vitlib.weights import convert, data, explain, predict, shapes, train
+from vitlib.weights.checkpoint import Card, ResumeFile, load_weights
 
 LIBRARY = str(Path(vitlib.__file__).parent)
 WAYS_OUT = {"give", "choose", "must", "check", "takes", "leave", "name a"}

@@ -184,7 +184,7 @@ def sweep(notebook, grid, zips, parameters, given, out, dry_run, scheduler, work
 @click.option("--data-dir", metavar="DIR", help="Where to keep it; VITLIB_DATA or the usual cache without it.")
 def download(name, data_dir) -> None:
     """Fetch the images NAME (for instance cifair100), so that notebooks find them without a network."""
-    from vitlib.data import download as fetch
+    from vitlib.data.images import download as fetch
 
     fetch(name, data_dir)
     click.echo(f"{name} is ready.")
@@ -206,10 +206,10 @@ def predict(model, images, top, batch_size) -> None:
     cifar100-small. An image that cannot be read gets one line on stderr, and the others are predicted all the same. The
     exit code is 0 when every image was predicted, 1 when one was not, 2 for a wrong command or MODEL.
     """
-    from vitlib.checkpoint import load_weights
-    from vitlib.files import shown
     from vitlib.predict import predict_files
-    from vitlib.train import resolve_device
+    from vitlib.training.stages import resolve_device
+    from vitlib.utils import printable
+    from vitlib.weights.checkpoint import load_weights
 
     network, card = load_weights(model)
     complete = True
@@ -218,7 +218,7 @@ def predict(model, images, top, batch_size) -> None:
             complete = False
             click.echo(prediction.error, err=True)
             continue
-        click.echo(shown(prediction.path))
+        click.echo(printable(prediction.path))
         for name, probability in prediction.classes:
             click.echo(f"  {probability:6.1%}  {name}")
     sys.exit(0 if complete else 1)
@@ -234,8 +234,8 @@ def export(model, out) -> None:
     width] in batches of any size, normalises them itself and gives logits [batch, classes]. It is compared with MODEL
     before it is kept. ONNX needs `pip install "vitlib[export]"`.
     """
-    from vitlib.checkpoint import load_weights
     from vitlib.export import TOLERANCE, export_model
+    from vitlib.weights.checkpoint import load_weights
 
     network, card = load_weights(model)
     difference = export_model(network, card, out)

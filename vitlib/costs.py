@@ -22,8 +22,8 @@ from dataclasses import astuple, dataclass, replace
 
 import torch
 
-from .arguments import check_type, check_whole
-from .model import ViTModel, check_configuration, create_model
+from vitlib.arguments import check_type, check_whole
+from vitlib.model import ViTModel, check_configuration, create_model
 
 FLOAT = 4  # bytes of a float32
 

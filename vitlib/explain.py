@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .arguments import brief, check, check_choice, check_number, check_tensor, check_type, check_whole
-from .model import POOLINGS, ViTModel, patchify
+from vitlib.arguments import brief, check, check_choice, check_number, check_tensor, check_type, check_whole
+from vitlib.model import POOLINGS, ViTModel, patchify
 
 
 def position_similarity(position_embedding: Tensor) -> Tensor:

@@ -29,10 +29,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .arguments import check_path, check_type
-from .checkpoint import Card, unwrap
-from .files import shown, written_whole
-from .train import predict
+from vitlib.arguments import check_path, check_type
+from vitlib.training.stages import predict
+from vitlib.utils import atomic_write, printable
+from vitlib.weights.checkpoint import Card, unwrap
 
 TOLERANCE = 1e-4  # the largest difference of a logit; the order of the sums is the runtime's own, so some there is
 BATCH_SIZES = (1, 2, 5)  # to be checked; the model is traced with two images
@@ -64,7 +64,7 @@ def export_model(model: nn.Module, card: Card, path: str | Path) -> float:
     loaded again and has to give the logits of ``model`` for random images before it takes the place of ``path``.
 
     Args:
-        model, card: from :func:`vitlib.checkpoint.load_weights`; the model is left as it is.
+        model, card: from :func:`vitlib.weights.checkpoint.load_weights`; the model is left as it is.
 
     Returns:
         the largest difference of a logit, at most ``TOLERANCE``.
@@ -79,7 +79,7 @@ def export_model(model: nn.Module, card: Card, path: str | Path) -> float:
     unwrap(model)  # one without a ViT is refused first
     path = Path(path)
     if path.suffix not in FORMATS or path.is_dir():
-        raise ValueError(f"path={shown(path)} cannot be written; name a file that ends in {' or '.join(FORMATS)}.")
+        raise ValueError(f"path={printable(path)} cannot be written; name a file that ends in {' or '.join(FORMATS)}.")
     write, load = FORMATS[path.suffix]
     if path.suffix == ".onnx":
         _need_onnx()
@@ -93,7 +93,7 @@ def export_model(model: nn.Module, card: Card, path: str | Path) -> float:
             f"The weights take {_bytes(deployable) / 2**30:.1f} GiB, and an ONNX file holds at most 2; "
             "name a file that ends in .pt2."
         )
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         with _without_chatter():
             write(deployable, images[:2], temporary, _described(deployable.model, card))
             exported = load(temporary)

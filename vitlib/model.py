@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .arguments import (
+from vitlib.arguments import (
     brief,
     check,
     check_choice,
@@ -179,13 +179,20 @@ class ViTEmbeddings(nn.Module):
         self.position_embedding = nn.Parameter(0.02 * torch.randn(1, num_patches + 1, em_dim))
         self.dropout = nn.Dropout(drop)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """``[B, C, S, S]`` to ``[B, T, D]``."""
+    def forward(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
+        """``[B, C, S, S]`` to ``[B, T, D]``.
+
+        With ``kept``, int64 ``[B, n]``, only the patches of these numbers (from 0) go on, each with its position: CLS
+        and n patches, ``[B, 1 + n, D]``. Training drops patches so (PatchDropout, Liu et al. 2023, arXiv:2208.07220).
+        """
         self._check_images(images)
         patches = self.patch_embedding(images).flatten(2).transpose(1, 2)  # [B, N, D]
         cls = self.cls_token.expand(images.shape[0], -1, -1)  # [B, 1, D]; len() would fix B in an exported model
-        tokens = torch.cat([cls, patches], dim=1)  # [B, T, D]
-        return self.dropout(tokens + self.position_embedding)
+        tokens = torch.cat([cls, patches], dim=1) + self.position_embedding  # [B, T, D]
+        if kept is not None:
+            numbers = F.pad(kept + 1, (1, 0))  # token 0, CLS, always stays
+            tokens = tokens.gather(1, numbers[:, :, None].expand(-1, -1, tokens.shape[2]))
+        return self.dropout(tokens)
 
     def _check_images(self, images: Tensor) -> None:
         check_type("images", images, Tensor, "a tensor [B, C, S, S]")
@@ -199,7 +206,7 @@ class ViTEmbeddings(nn.Module):
         if images.dtype != due and not (images.is_floating_point() and torch.is_autocast_enabled(images.device.type)):
             raise ValueError(
                 f"images={brief(images)} are not of the dtype of the model's weights; normalise uint8 images first "
-                f"(vitlib.augment.normalise), then convert them with .to({due})."
+                f"(vitlib.data.augment.normalise), then convert them with .to({due})."
             )
 
 
@@ -307,9 +314,9 @@ class ViTEncoder(nn.Module):
         )
         self.layernorm = nn.LayerNorm(em_dim, eps=norm_eps or 1e-6)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """``[B, C, S, S]`` to normalised tokens ``[B, T, D]``, CLS first."""
-        tokens = self.embedding(images)
+    def forward(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
+        """``[B, C, S, S]`` to normalised tokens ``[B, T, D]``, CLS first; ``kept`` as in :class:`ViTEmbeddings`."""
+        tokens = self.embedding(images, kept)
         for block in self.encoder:
             tokens, _ = block(tokens)
         return self.layernorm(tokens)
@@ -374,9 +381,9 @@ class ViTModel(nn.Module):
         if num_classes:  # nearly equal logits, so a first loss near ln C
             nn.init.trunc_normal_(self.linear_classifier.weight, std=0.02)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """``[B, C, S, S]`` normalised images to logits ``[B, num_classes]``."""
-        return self.classify(self.vit_encoder(images))
+    def forward(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
+        """``[B, C, S, S]`` normalised images to logits ``[B, num_classes]``; ``kept`` as in :class:`ViTEmbeddings`."""
+        return self.classify(self.vit_encoder(images, kept))
 
     def classify(self, tokens: Tensor) -> Tensor:
         """Normalised tokens ``[B, T, D]`` to logits ``[B, num_classes]``."""

@@ -19,8 +19,8 @@ from matplotlib.textpath import text_to_path
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from torch import Tensor
 
-from .costs import Costs
-from .spread import (
+from vitlib.costs import Costs
+from vitlib.spread import (
     Cell,
     are_shares,
     combination_in_words,
@@ -360,7 +360,7 @@ def lines(x: Sequence, series: Mapping[str, Sequence], xlabel: str, ylabel: str,
 
 @_styled
 def training_curves(history, chance: float, title: str = "") -> Figure:
-    """Loss and top-1 accuracy over a ``vitlib.train.History``; ``chance`` is the accuracy of guessing, as a share."""
+    """Loss and top-1 accuracy over a ``vitlib.training.History``; ``chance`` is the accuracy of guessing."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDEST, 3.8))
     per_epoch = history.steps[-1]["step"] / history.steps[-1]["epoch"]
     left.plot(

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .arguments import check, check_path, check_tensor, check_type, check_whole
-from .checkpoint import Card, unwrap
-from .folders import read_picture
-from .train import predict
+from vitlib.arguments import check, check_path, check_tensor, check_type, check_whole
+from vitlib.data.folders import read_picture
+from vitlib.training.stages import predict
+from vitlib.weights.checkpoint import Card, unwrap
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ def predict_files(
 ) -> Iterator[Prediction]:
     """The ``top`` most probable classes of each image file, in the order of ``paths``, a batch at a time.
 
-    The images are read as those of a folder are in training (:func:`vitlib.folders.read_picture`) and normalised with
-    the card's numbers. A file that cannot be read is reported in its place, and the others are predicted all the same.
+    The images are read as those of a folder are in training (:func:`vitlib.data.folders.read_picture`) and normalised
+    with the card's numbers. A file that cannot be read is reported in its place, and the others are still predicted.
     No more than ``batch_size`` images are in memory, however many ``paths`` there are.
 
     >>> model, card = load_weights("cifar100-small")
@@ -46,7 +46,7 @@ def predict_files(
     ...     print(prediction.path, prediction.classes[0])
 
     Args:
-        model, card: from :func:`vitlib.checkpoint.load_weights`; the model computes where its weights are.
+        model, card: from :func:`vitlib.weights.checkpoint.load_weights`; the model computes where its weights are.
         top: classes for each image, at least 1; all of them if there are fewer.
         batch_size: images at a time, at least 1.
 

@@ -4,7 +4,7 @@ import json
 import statistics
 from pathlib import Path
 
-from .checkpoint import PRETRAINED, load_pretrained
+from vitlib.weights.checkpoint import PRETRAINED, load_pretrained
 
 SHIPPED = "cifar100-small"
 OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW", "muon": "Muon and AdamW"}

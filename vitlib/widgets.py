@@ -13,9 +13,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from . import plots
-from .costs import Costs, costs, preset_config
-from .explain import query_attention, with_temperature
+from vitlib import plots
+from vitlib.costs import Costs, costs, preset_config
+from vitlib.explain import query_attention, with_temperature
 
 TEMPERATURES = (0.25, 0.5, 1, 2, 4)  # of a softmax; 1 changes nothing
 

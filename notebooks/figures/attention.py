@@ -9,10 +9,10 @@ import matplotlib.pyplot as plt
 import torch
 
 from vitlib import plots
-from vitlib.augment import normalise
-from vitlib.checkpoint import load_pretrained
+from vitlib.data.augment import normalise
 from vitlib.data import load_images
 from vitlib.explain import query_attention
+from vitlib.weights import load_pretrained
 
 model, card = load_pretrained("shapes100-mini")
 test = load_images("shapes100", "test")

@@ -21,7 +21,7 @@ from distributed.system import MEMORY_LIMIT
 from vitlib.course.early import start_method
 from vitlib.course.notebook import Outcome
 from vitlib.course.worker import Job, Result, facts, run_job
-from vitlib.progress import progress_bar
+from vitlib.utils import progress_bar
 
 RUN_MEMORY = 2**30  # bytes that one run may take; the course's kernels stay below with the class parameters
 PATIENCE = 10  # seconds for a scheduler to answer, and for its first worker to be there

@@ -11,16 +11,16 @@ from pathlib import Path
 import click
 import torch
 
-from vitlib.checkpoint import Card, load_weights, resized
 from vitlib.costs import costs
 from vitlib.course.parameters import PARAMETERS, Parameter
-from vitlib.data import LabelledImages, channel_statistics, load_images
-from vitlib.distributed import current_processes, join_processes, leave_processes
-from vitlib.files import written_whole
+from vitlib.data.images import LabelledImages, channel_statistics, load_images
 from vitlib.model import PRESETS, ViTModel, create_model
 from vitlib.predict import confident_mistakes
-from vitlib.recipes import FINETUNING, RECIPES
-from vitlib.train import Trained, finetune, predict, pretrain, record_test
+from vitlib.training.distributed import current_processes, join_processes, leave_processes
+from vitlib.training.recipes import FINETUNING, RECIPES
+from vitlib.training.stages import Trained, finetune, predict, pretrain, record_test
+from vitlib.utils import atomic_write
+from vitlib.weights.checkpoint import Card, load_weights, resized
 
 DATA = {"data_dir": None, "image_size": None}
 TRAINING = {
@@ -187,5 +187,5 @@ def _draw_errors(trained: Trained, test: LabelledImages, folder: Path) -> str:
 
 
 def _save(figure, path: Path) -> None:
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
-from vitlib.files import data_folder
+from vitlib.utils import cache_dir
 
 GIB = 2**30
 PEAK = 0.8 * GIB  # the most memory that a chapter takes: 00 runs this beside its kernel; 03 takes 0.7 (RESULTS.md)
@@ -66,7 +66,7 @@ class Facts:
 def gather() -> Facts:
     """The facts about this machine. Takes some seconds, since it trains for a moment."""
     _, most, left = container_limits()
-    needs, folder = lowest_versions(), data_folder()
+    needs, folder = lowest_versions(), cache_dir()
     try:
         import psutil
 
@@ -167,13 +167,13 @@ def _ask_torch() -> dict[str, object]:
     try:
         import torch
 
-        from vitlib.checkpoint import PRETRAINED
-        from vitlib.cifar import cifar_class
-        from vitlib.data import SOURCES
-        from vitlib.train import resolve_device
+        from vitlib.data.cifar import cifar_class
+        from vitlib.data.images import SOURCES
+        from vitlib.training.stages import resolve_device
+        from vitlib.weights.checkpoint import PRETRAINED
 
         device = resolve_device()
-        folders = {name: data_folder() / cifar_class(name).base_folder for name in SOURCES if name.startswith("ci")}
+        folders = {name: cache_dir() / cifar_class(name).base_folder for name in SOURCES if name.startswith("ci")}
     except Exception as error:  # broken installations raise anything
         return {"failure": f"torch or torchvision does not load ({_reason(error)}); install both again, together."}
     card = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
@@ -203,11 +203,11 @@ def training_speed(
     """Images per second in training, measured for about ``seconds``, on random images of 32 x 32 pixels."""
     import torch
 
-    from vitlib.checkpoint import Card
-    from vitlib.data import LabelledImages
+    from vitlib.data.images import LabelledImages
     from vitlib.model import create_model
-    from vitlib.recipes import RECIPES
-    from vitlib.train import Training
+    from vitlib.training.recipes import RECIPES
+    from vitlib.training.stages import Training
+    from vitlib.weights.checkpoint import Card
 
     classes = tuple(map(str, range(100)))
     images = torch.randint(256, (batch_size, 3, 32, 32), dtype=torch.uint8)
@@ -292,7 +292,7 @@ def report(facts: Facts) -> str:
     if facts.weights is not None:
         downloads = ", ".join(facts.downloads) or "none, and none is needed"
         sections["Data"] = {
-            "images": f"shapes100, shapes10; downloaded to {in_words(data_folder())}: {downloads}",
+            "images": f"shapes100, shapes10; downloaded to {in_words(cache_dir())}: {downloads}",
             "weights": ", ".join(facts.weights),
         }
     sections["What that means"] = outlook(facts)
@@ -308,7 +308,7 @@ def outlook(facts: Facts) -> dict[str, str]:
     """What each chapter, and the published training, will take."""
     if not can_run(facts):
         return {"00 to 06": "cannot run yet, see below"}
-    from vitlib.shapes import DEFAULT_COUNTS
+    from vitlib.data.shapes import DEFAULT_COUNTS
 
     upstream, downstream = (DEFAULT_COUNTS[name] for name in ("shapes100", "shapes10"))
     epochs, seeds = CLASS_LENGTH["finetune_epochs"], CLASS_LENGTH["seeds"]

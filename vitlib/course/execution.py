@@ -29,7 +29,7 @@ from papermill.engines import NBClientEngine, papermill_engines
 
 from vitlib.course import contain
 from vitlib.course.notebook import kernel_manager, reason
-from vitlib.files import data_folder, written_whole
+from vitlib.utils import atomic_write, cache_dir
 
 PROCESSES = 100  # that a notebook may have at once
 KEPT = 10_000_000  # characters of output in one notebook, and again as many of verdicts
@@ -112,13 +112,13 @@ def _environment(own: Path, limits: Limits, mark: str) -> dict[str, str]:
     for fonts in _font_lists():  # to make another takes seconds
         shutil.copy(fonts, environment["MPLCONFIGDIR"])
     threads = {"OMP_NUM_THREADS": "1"} if limits.one_thread else {}
-    return {**environment, **threads, MARK: mark, "VITLIB_DATA": str(data_folder())}
+    return {**environment, **threads, MARK: mark, "VITLIB_DATA": str(cache_dir())}
 
 
 def _rights(own: Path, parameters: Mapping[str, object]) -> dict[str, object]:
     """The arguments of :func:`vitlib.course.contain.restrict` for a notebook whose folders are below ``own``."""
     named = [value for value in parameters.values() if isinstance(value, str) and os.path.isabs(value)]
-    readable = [*contain.readable(), str(data_folder()), *named]
+    readable = [*contain.readable(), str(cache_dir()), *named]
     return {"version": contain.landlock_version(), "writable": [str(own)], "readable": readable}
 
 
@@ -259,7 +259,7 @@ class _Client(PapermillNotebookClient):
         self._kept = {True: 0, False: 0}
 
     def save(self) -> None:
-        with written_whole(self._executed) as temporary:
+        with atomic_write(self._executed) as temporary:
             nbformat.write(self.nb, temporary)
 
     def output(self, outs, msg, display_id, cell_index):

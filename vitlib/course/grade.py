@@ -37,7 +37,7 @@ from vitlib.course.runner import (
     read_lessons,
 )
 from vitlib.course.tables import aligned, defused
-from vitlib.files import written_whole
+from vitlib.utils import atomic_write
 
 WORDS = {CORRECT: "correct", NOT_YET: "not yet", NOT_ATTEMPTED: "open"}  # a verdict's status to the table's word
 MISSING, NOT_REACHED = "missing", "not reached"
@@ -263,7 +263,7 @@ def _grade(one: Submission, others: set[Path], out: Path, limits: Limits, stoppe
             )
             one.note = _plain(note)
         if executed:
-            with written_whole(one.copy) as temporary:
+            with atomic_write(one.copy) as temporary:
                 nbformat.write(executed, temporary)
     except Exception as error:
         one.note = f"not run: {_plain(reason(error))}"
@@ -301,7 +301,7 @@ def _plain(text: str) -> str:
 
 def _write_grades(out: Path, graded: Iterable[Submission]) -> None:
     with (
-        written_whole(out / "grades.csv") as temporary,
+        atomic_write(out / "grades.csv") as temporary,
         open(temporary, "w", encoding="utf-8-sig", newline="") as file,  # without the mark, Excel garbles umlauts
     ):
         rows = csv.writer(file)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from vitlib.arguments import brief, check_path, is_number
-from vitlib.data import check_source
+from vitlib.data.images import check_source
 from vitlib.model import POOLINGS, PRESETS
-from vitlib.recipes import RECIPES
-from vitlib.train import PRECISIONS
+from vitlib.training.recipes import RECIPES
+from vitlib.training.stages import PRECISIONS
 
 ARMS = ("fine-tuning", "linear probe", "random probe", "from scratch")  # of chapter 04's comparison
 WORDS_FOR_NONE = ("None", "none", "null", "~")

@@ -17,7 +17,6 @@ from matplotlib.figure import Figure
 from vitlib import plots
 from vitlib.course.figures import format_figure
 from vitlib.course.runner import FIGURES_IN_TABLE
-from vitlib.files import written_whole
 from vitlib.spread import (
     REPEATS,
     are_shares,
@@ -29,6 +28,7 @@ from vitlib.spread import (
     spread_in_words,
     sweep_summary,
 )
+from vitlib.utils import atomic_write
 
 SMALLER_FIGURES = 2  # metrics beside the main one
 NOTHING = "–"
@@ -85,7 +85,7 @@ def write_report(results: Mapping, path: str | Path) -> None:
     """
     page = _element("html", _head(results), _body(results), lang="en")
     html = tostring(page, encoding="unicode", method="html", short_empty_elements=False)
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         # names may hold halves of surrogate pairs, as those of files that are not UTF-8 do
         temporary.write_text(f"<!DOCTYPE html>\n{html}\n", encoding="utf-8", errors="replace")
 

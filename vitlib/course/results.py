@@ -27,7 +27,7 @@ from vitlib.course.grid import Plan, Run
 from vitlib.course.notebook import Outcome, last_cell
 from vitlib.course.tables import defused
 from vitlib.course.worker import LOG, TOKEN, Result
-from vitlib.files import written_whole
+from vitlib.utils import atomic_write
 
 RECORD = "run.json"
 EVERY = 5  # seconds between two writings of the tables while runs come in
@@ -119,9 +119,9 @@ class SweepFolder:
             "varied": list(dict.fromkeys([*plan.varied, *(name for one in records for name in one["varied"])])),
             "runs": records,
         }
-        with written_whole(self.path / "results.json") as temporary:
+        with atomic_write(self.path / "results.json") as temporary:
             temporary.write_text(json.dumps(results, indent=2, default=str) + "\n", encoding="utf-8")
-        with written_whole(self.path / "results.csv") as temporary:
+        with atomic_write(self.path / "results.csv") as temporary:
             write_csv(temporary, records, results["varied"])
         return results
 

@@ -19,7 +19,7 @@ from vitlib.course.figures import format_figure
 from vitlib.course.notebook import Outcome, run_notebook
 from vitlib.course.parameters import PARAMETERS, Parameter, near_match
 from vitlib.course.tables import aligned
-from vitlib.files import written_whole
+from vitlib.utils import atomic_write
 
 COURSE_FOLDER = Path(__file__).parents[2] / "notebooks"
 FIGURES_IN_TABLE = 4
@@ -230,7 +230,7 @@ def _record(out: Path, name: str, outcome: Outcome) -> None:
     """Write one notebook's entry of ``metrics.json``; the entries of others stay."""
     metrics = _read_metrics(out)
     metrics["notebooks"] = dict(sorted((metrics["notebooks"] | {name: asdict(outcome)}).items()))
-    with written_whole(out / "metrics.json") as temporary:
+    with atomic_write(out / "metrics.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=2, default=str) + "\n", encoding="utf-8")
 
 

@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from vitlib.augment import normalise
-from vitlib.checkpoint import Card
-from vitlib.data import channel_statistics
+from vitlib.data.augment import normalise
+from vitlib.data.images import channel_statistics
 from vitlib.model import ViTModel
+from vitlib.weights.checkpoint import Card
 
 from .frame import Mistake, NotAttempted, answer, as_number, call, compare, exercise, expect, tensor_answer
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .arguments import brief, check, check_number, check_whole, is_number
-from .randaugment import MAGNITUDES, draw_operations, randaugment
+from vitlib.arguments import brief, check, check_number, check_whole, is_number
+from vitlib.data.randaugment import MAGNITUDES, draw_operations, randaugment
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)  # the published system normalises with these, whatever the data set
 CIFAR10_STD = (0.2471, 0.2435, 0.2616)
@@ -136,7 +136,7 @@ class Augmentation:
         flip: probability of mirroring left to right.
         hole: side in pixels of the one square that is erased from every image; 0 for none.
         randaugment: random operations per image, one after the other (RandAugment, Cubuk et al. 2020,
-            arXiv:1909.13719, see :mod:`vitlib.randaugment`); 0 for none.
+            arXiv:1909.13719, see :mod:`vitlib.data.randaugment`); 0 for none.
         magnitude: how strong these are, from 0 to 30.
         erase: probability of erasing a rectangle from an image (random erasing, Zhong et al. 2017, arXiv:1708.04896):
             2 to 33 % of its area, height by width from 0.3 to 3.3. What is erased becomes 0 after normalisation,
@@ -276,6 +276,16 @@ class Augmentation:
                 f"hole={self.hole} is larger than the images of {height}x{width} pixels; "
                 f"it must be at most {min(height, width)}."
             )
+
+
+def draw_kept_patches(count: int, patches: int, share: float, generator: torch.Generator) -> Tensor:
+    """For each of ``count`` images the numbers of the patches that it keeps, drawn without replacement, in order.
+
+    Returns:
+        int64 ``[count, n]`` with n = ``share * patches``, rounded and at least 1.
+    """
+    number = max(1, round(share * patches))
+    return torch.rand(count, patches, generator=generator).argsort(1)[:, :number].sort(1).values
 
 
 PUBLISHED = Augmentation(padding=4, flip=0.5, hole=8)  # pad to 40, crop 32, flip, one 8x8 hole on every image

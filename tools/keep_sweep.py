@@ -1,7 +1,7 @@
 """Makes the results of a sweep a record that ships with vitlib, as JSON beside this script: parameters, figures, time
 and memory of every run, the command and the versions, but no host, no folder and no time of day.
 
-python vitlib/pretrained/keep_sweep.py runs/sweep-patches/results.json
+python tools/keep_sweep.py runs/sweep-patches/results.json
 
 The record is named after the sweep's notebook, here sweep_patches.json.
 """
@@ -10,8 +10,8 @@ import json
 import sys
 from pathlib import Path, PurePath
 
-from vitlib.checkpoint import PRETRAINED
-from vitlib.files import written_whole
+from vitlib.utils import atomic_write
+from vitlib.weights.checkpoint import PRETRAINED
 
 VERSIONS = ("python", "torch", "papermill", "vitlib")
 FIGURES = ("figures", "seconds", "peak_memory_bytes")
@@ -29,7 +29,7 @@ def keep(results: Path, folder: Path = PRETRAINED) -> Path:
     content = json.loads(results.read_text(encoding="utf-8"))
     record = record_of(content)
     path = folder / f"sweep_{content['notebook']}.json"
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         # a line for each run: differences between two records can be read
         runs = ",\n".join(f"  {json.dumps(run, ensure_ascii=False)}" for run in record.pop("runs"))
         head = json.dumps(record, indent=1, ensure_ascii=False).removesuffix("\n}")

@@ -1,6 +1,6 @@
 """Where the repository lives: ``Repository`` in pyproject.toml says it, and every link that repeats it follows.
 
-``python -m vitlib.course.address name/repository`` sets them all, which is what whoever hosts the course does first.
+``python -m tools.address name/repository`` sets them all, which is what whoever hosts the course does first.
 """
 
 import re
@@ -10,7 +10,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-from vitlib.files import written_whole
+from vitlib.utils import atomic_write
 
 ROOT = Path(__file__).parents[2]
 # GitHub's own rule; links to a repository may end in .git, so no name does
@@ -44,7 +44,7 @@ def set_repository(name: str, root: Path = ROOT) -> list[Path]:
             continue
         if after != before:
             mode = path.stat().st_mode
-            with written_whole(path) as temporary:
+            with atomic_write(path) as temporary:
                 temporary.write_bytes(after)
             path.chmod(mode)
             changed.append(path)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from .arguments import (
+from vitlib.arguments import (
     brief,
     check,
     check_choice,
@@ -28,14 +28,21 @@ from .arguments import (
     check_type,
     check_whole,
 )
-from .augment import neighbours, normalise
-from .checkpoint import Card, ResumeFile, digest, save_checkpoint, transfer_encoder, versions, without_wrappers
-from .data import LabelledImages, channel_statistics, train_validation_split
-from .distributed import current_processes
-from .files import written_whole
-from .model import create_model
-from .progress import progress_bar
-from .recipes import FINETUNING, RECIPES, Recipe, build_optimizers, named_recipe, rate_factor
+from vitlib.data.augment import draw_kept_patches, neighbours, normalise
+from vitlib.data.images import LabelledImages, channel_statistics, train_validation_split
+from vitlib.model import create_model
+from vitlib.training.distributed import current_processes
+from vitlib.training.recipes import FINETUNING, RECIPES, Recipe, build_optimizers, named_recipe, rate_factor
+from vitlib.utils import atomic_write, progress_bar
+from vitlib.weights.checkpoint import (
+    Card,
+    ResumeFile,
+    digest,
+    save_checkpoint,
+    transfer_encoder,
+    versions,
+    without_wrappers,
+)
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 
@@ -62,7 +69,7 @@ class History:
         return max(self.epochs, key=lambda epoch: epoch["validation_accuracy"])
 
     def save(self, path: str | Path) -> None:
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(asdict(self)))
 
     @classmethod
@@ -109,7 +116,12 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     """
     check_choice("precision", precision, PRECISIONS)
     if precision == "auto":
-        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        if device.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:  # AVX512-BF16 or AMX
+            native = device.type == "cpu" and any(
+                value for name, value in torch.cpu.get_capabilities().items() if name.endswith("_bf16")
+            )
         return "bfloat16" if native else "float32"
     return precision
 
@@ -314,6 +326,10 @@ class Training:
         if epoch * steps > self.recipe.mix_until * self.total_steps:
             augmentation = replace(augmentation, mixing=0.0)
         drawn = augmentation.draw(len(order), *train.images.shape[-2:], generator)
+        share = self.recipe.patches_kept(epoch * steps / self.total_steps)
+        if share < 1:
+            patches = without_wrappers(self.model).vit_encoder.embedding.position_embedding.shape[1] - 1
+            drawn["patches"] = draw_kept_patches(len(order), patches, share, generator)
         batches = torch.arange(len(order)).split(batch_size)
         shares = [self.processes.share(batch) for batch in batches]
         mine = torch.cat(shares)
@@ -375,7 +391,7 @@ class Training:
         images = self.recipe.augmentation.apply(images, drawn, self.card.mean, self.card.std)
         images, kept = self.recipe.augmentation.mix(images, drawn)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            logits = self.forward(images)
+            logits = self.forward(images, drawn["patches"]) if "patches" in drawn else self.forward(images)
         logits = logits.float()
         loss = self._losses(logits, labels, kept).sum() / batch_size
         for optimizer in self.optimizers:

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .arguments import brief, check, check_number, check_path, check_text, check_type, check_whole, is_number
-from .files import shown, written_whole
-from .model import ViTModel, interpolate_positions
+from vitlib.arguments import brief, check, check_number, check_path, check_text, check_type, check_whole, is_number
+from vitlib.model import ViTModel, interpolate_positions
+from vitlib.utils import atomic_write, printable
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 
@@ -159,7 +159,7 @@ def save_checkpoint(path: str | Path, model: nn.Module, card: Card, dtype: torch
     model = unwrap(model)
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
     description = {"config": model.config, "card": dataclasses.asdict(card)}
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         save_file(tensors, temporary, metadata={"vitlib": json.dumps(description)})
 
 
@@ -176,7 +176,7 @@ def load_checkpoint(path: str | Path) -> tuple[ViTModel, Card]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
-            f"There is no checkpoint at {shown(path)}; train one first (notebook 03), or check the path."
+            f"There is no checkpoint at {printable(path)}; train one first (notebook 03), or check the path."
         )
     try:
         with safe_open(path, framework="pt") as file:
@@ -258,7 +258,7 @@ class ResumeFile:
 
     def save(self, state: dict) -> None:
         """Write ``state``: tensors, numbers, texts, and lists and dicts of them."""
-        with written_whole(self.path) as temporary:
+        with atomic_write(self.path) as temporary:
             torch.save({"format": self.FORMAT, "settings": json.dumps(self.settings), "state": state}, temporary)
             if self.path.exists():
                 os.replace(self.path, self.previous)

@@ -25,9 +25,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .compat import import_torchvision
-from .files import data_folder, shown, written_whole
-from .progress import progress_bar
+from vitlib.utils import import_torchvision
+from vitlib.utils import cache_dir, printable, atomic_write
+from vitlib.utils import progress_bar
 
 CACHE_VERSION = 3  # to be raised when the same files and options come to give other pixels
 MOST_UNREADABLE = 0.1  # of a folder's images; more are no accident, and leaving them out would change the data set
@@ -50,7 +50,7 @@ def read_picture(path: str | os.PathLike, image_size: int | None = None, num_cha
             twice ``PIL.Image.MAX_IMAGE_PIXELS``, about 179 million, pixels. Either message is one sentence with the
             file, the reason and the way out.
     """
-    name = shown(path)
+    name = printable(path)
     if os.path.isdir(path):
         raise IsADirectoryError(f"{name} is a folder; name the images in it, for instance {Path(name, '*.jpg')}.")
     if not os.path.exists(path):
@@ -149,21 +149,21 @@ def _list_pictures(folder: Path, split: str) -> tuple[list[Path], Tensor, tuple[
     unknown = sorted(set(class_names(folder / split)) - set(classes))
     if unknown:
         raise ValueError(
-            f"{folder / split} holds classes that train/ lacks: {', '.join(map(shown, unknown))}; "
+            f"{folder / split} holds classes that train/ lacks: {', '.join(map(printable, unknown))}; "
             "add them there or remove them."
         )
     extensions = import_torchvision().datasets.folder.IMG_EXTENSIONS
     paths, targets = [], []
     for index, name in enumerate(classes):
         if (folder / split).is_relative_to((folder / split / name).resolve()):
-            raise ValueError(f"{shown(folder / split / name)} is a link that leads back up; remove it.")
+            raise ValueError(f"{printable(folder / split / name)} is a link that leads back up; remove it.")
         found = _pictures(folder / split / name, extensions)
         paths += found
         targets += [index] * len(found)
     empty = sorted(set(classes) - {classes[target] for target in targets})
     if empty == sorted(classes) or (empty and split == "train"):
         raise ValueError(
-            f"{folder / split} holds no images of {', '.join(map(shown, empty))}; "
+            f"{folder / split} holds no images of {', '.join(map(printable, empty))}; "
             f"add files that end in {', '.join(extensions)}, or remove the class."
         )
     return paths, torch.tensor(targets), classes
@@ -179,7 +179,7 @@ def _pictures(folder: Path, extensions: tuple[str, ...]) -> list[Path]:
 
     def refuse(error):
         if not isinstance(error, FileNotFoundError):  # test/ need not have every class
-            raise OSError(f"{shown(error.filename)} cannot be read ({error.strerror}); change its permissions.")
+            raise OSError(f"{printable(error.filename)} cannot be read ({error.strerror}); change its permissions.")
 
     listed = []
     for here, inside, files in os.walk(folder, onerror=refuse):
@@ -213,8 +213,8 @@ def _decode(
                 images, first = _room(len(paths), pixels.shape), paths[index]
             if pixels.shape != images.shape[1:]:
                 raise ValueError(
-                    f"the images differ in size, for instance {shown(first)} with {images.shape[3]}x{images.shape[2]} "
-                    f"and {shown(paths[index])} with {pixels.shape[2]}x{pixels.shape[1]} pixels; "
+                    f"the images differ in size, for instance {printable(first)} with {images.shape[3]}x{images.shape[2]} "
+                    f"and {printable(paths[index])} with {pixels.shape[2]}x{pixels.shape[1]} pixels; "
                     "give image_size, for instance image_size=32, to bring all to one size."
                 )
             images[count] = pixels
@@ -248,12 +248,12 @@ def _check_left_out(left_out: dict[int, str], paths: list[Path], labels: Tensor,
     readable = {label for index, label in enumerate(labels.tolist()) if index not in left_out}
     lost = [name for label, name in enumerate(needed) if label not in readable]
     if lost:
-        raise ValueError(f"{_summary(left_out, paths)}; no image of {', '.join(map(shown, lost))} is left.")
+        raise ValueError(f"{_summary(left_out, paths)}; no image of {', '.join(map(printable, lost))} is left.")
 
 
 def _summary(left_out: dict[int, str], paths: list[Path]) -> str:
     """How many images cannot be read, which, and what to do about the first."""
-    names = [shown(paths[index]) for index in left_out]
+    names = [printable(paths[index]) for index in left_out]
     reason = next(iter(left_out.values())).removeprefix(names[0]).rstrip(".")
     others = f" and {len(names) - NAMED} others" if len(names) > NAMED else ""
     return f"{len(names)} of {len(paths)} images cannot be read: {', '.join(names[:NAMED])}{others} (the first{reason})"
@@ -287,7 +287,7 @@ def _cache_file(folder: Path, split: str, paths: list[Path], data_dir: str | os.
     """Where the decoded images are kept: a name of the folder, a key of what was asked for, a key of its files."""
     asked = _key(str(folder), split, options)
     files = _key(CACHE_VERSION, [(str(path.relative_to(folder)), *_state(path)) for path in paths])
-    return data_folder(data_dir) / "cache" / f"{folder.name}-{asked}-{files}.safetensors"
+    return cache_dir(data_dir) / "cache" / f"{folder.name}-{asked}-{files}.safetensors"
 
 
 def _key(*parts) -> str:
@@ -321,7 +321,7 @@ def _read_cache(cache: Path, count: int) -> tuple[Tensor | None, Tensor]:
 def _write_cache(cache: Path, images: Tensor, kept: Tensor) -> None:
     """Cache the images, and remove what was cached for an earlier state of the same folder's files."""
     try:
-        with written_whole(cache) as temporary:
+        with atomic_write(cache) as temporary:
             save_file({"images": images, "kept": kept}, temporary, metadata={"crc32": _checksum(images, kept)})
     except (OSError, SafetensorError) as error:  # a full or read-only disk is no reason to stop
         print(f"The decoded images are not cached and will be decoded again next time ({error}).")
@@ -336,7 +336,7 @@ def _remove_earlier(cache: Path) -> None:
         if file != cache:
             with suppress(OSError):  # in use under Windows, or another user's
                 file.unlink()
-    for file in cache.parent.glob(".*"):  # written_whole's and safetensors' own
+    for file in cache.parent.glob(".*"):  # atomic_write's and safetensors' own
         with suppress(OSError):
             if time.time() - file.stat().st_mtime > 3600:  # no other process is writing it at this moment
                 file.unlink()

@@ -1,7 +1,7 @@
 """Makes a checkpoint one that ships with vitlib: float16, beside this script, its SHA-256 in index.json and its record,
 the curve included, as JSON beside it.
 
-python vitlib/pretrained/ship.py runs/pretrain/pretrained.safetensors cifar100-small
+python tools/ship.py runs/pretrain/pretrained.safetensors cifar100-small
 
 What the record should say beyond what training wrote follows as name=value.
 """
@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from vitlib.checkpoint import PRETRAINED, load_checkpoint, save_checkpoint
-from vitlib.files import written_whole
+from vitlib.utils import atomic_write
+from vitlib.weights.checkpoint import PRETRAINED, load_checkpoint, save_checkpoint
 
 
 def ship(checkpoint: Path, name: str, **remarks: str) -> None:
@@ -30,7 +30,7 @@ def ship(checkpoint: Path, name: str, **remarks: str) -> None:
 
 
 def _write_json(path: Path, content: dict) -> None:
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 

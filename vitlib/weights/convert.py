@@ -24,11 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .arguments import brief, check, check_choice, check_flag, check_path, check_whole
-from .checkpoint import unwrap
-from .compat import import_torchvision
-from .files import shown, written_whole
-from .model import ViTModel
+from vitlib.arguments import brief, check, check_choice, check_flag, check_path, check_whole
+from vitlib.model import ViTModel
+from vitlib.utils import atomic_write, import_torchvision, printable
+from vitlib.weights.checkpoint import unwrap
 
 PATCH, POSITIONS = "vit_encoder.embedding.patch_embedding.", "vit_encoder.embedding.position_embedding"
 BLOCK, PRE_LOGITS, HEAD = "vit_encoder.encoder.{}.", "pre_logits.0.", "linear_classifier."
@@ -247,7 +246,7 @@ def to_state_dict(model: nn.Module, layout: str) -> dict[str, Tensor]:
     if parts:
         raise ValueError(
             f"{_LIBRARIES[layout]} has no counterpart of {', '.join(parts)}; keep such a model with "
-            "vitlib.checkpoint.save_checkpoint."
+            "vitlib.weights.checkpoint.save_checkpoint."
         )
     pairs = names(layout, config["num_layers"], head=head, pre_logits=pre_logits)
     state = model.state_dict()
@@ -601,9 +600,11 @@ def from_npz(path: str | os.PathLike) -> ViTModel:
         with np.load(path, allow_pickle=False) as file:
             state = {name: torch.from_numpy(file[name]) for name in file.files}
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"There is no file at {shown(path)}; check the path.") from error
+        raise FileNotFoundError(f"There is no file at {printable(path)}; check the path.") from error
     except (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{shown(path)} is not a whole .npz file of arrays ({error}); download it again.") from error
+        raise ValueError(
+            f"{printable(path)} is not a whole .npz file of arrays ({error}); download it again."
+        ) from error
     queries = [value for name, value in state.items() if name.endswith("_1/query/bias") and value.ndim]
     heads = mode(query.shape[0] for query in queries) if queries else 1  # without queries the error lists them
     return from_state_dict(state, "npz", num_heads=heads)
@@ -622,7 +623,7 @@ def to_npz(model: nn.Module, path: str | os.PathLike) -> None:
     state = to_state_dict(model, "npz")
     if any(tensor.is_meta for tensor in state.values()):
         raise ValueError("A model on the meta device has no weights to write; build it on the CPU.")
-    with written_whole(path) as temporary, open(temporary, "wb") as file:
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **{name: tensor.numpy() for name, tensor in state.items()})
 
 

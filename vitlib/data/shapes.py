@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .arguments import check_choice, check_seed, check_whole
+from vitlib.arguments import check_choice, check_seed, check_whole
 
 SIZE = 32  # pixels per side
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "crescent", "arrow", "drop")

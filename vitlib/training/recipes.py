@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from .arguments import check, check_choice, check_number, check_type, is_number
-from .augment import CIFAR10_MEAN, CIFAR10_STD, PUBLISHED, Augmentation
-from .model import ViTModel
+from vitlib.arguments import check, check_choice, check_number, check_type, is_number
+from vitlib.data.augment import CIFAR10_MEAN, CIFAR10_STD, PUBLISHED, Augmentation
+from vitlib.model import ViTModel
 
 OPTIMIZERS = ("sgd", "adamw", "muon")
 SCHEDULES = ("constant", "cosine")
@@ -38,6 +38,9 @@ class Recipe:
             themselves.
         augmentation: what is done to training images.
         mix_until: share of the training after which images are no longer mixed with each other.
+        keep_patches: pairs (until, share): up to this share of the training, every training image keeps this share of
+            its patches, drawn at random; after the last pair all. A step with half of the patches takes half the time
+            (PatchDropout, Liu et al. 2023, arXiv:2208.07220; FLIP, Li et al. 2023, arXiv:2212.00794).
         statistics: (mean, std) to normalise with; None measures them on the training images.
 
     Raises:
@@ -61,6 +64,7 @@ class Recipe:
     average: float = 0.0
     augmentation: Augmentation = Augmentation()
     mix_until: float = 1.0
+    keep_patches: tuple[tuple[float, float], ...] = ()
     statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
     def __post_init__(self):
@@ -77,8 +81,15 @@ class Recipe:
         check_number("layer_decay", self.layer_decay, above=0, most=1)
         check_number("clip", self.clip, above=0, optional=True)
         check_type("augmentation", self.augmentation, Augmentation, "an Augmentation")
+        for until, share in self.keep_patches:
+            check_number("keep_patches", until, above=0, most=1, noun="a share of the training")
+            check_number("keep_patches", share, above=0, most=1, noun="a share of the patches")
         is_pair = self.statistics is None or _is_statistics(self.statistics)
         check("statistics", self.statistics, is_pair, "(mean, std), each with one number per channel, or None")
+
+    def patches_kept(self, progress: float) -> float:
+        """The share of its patches that a training image keeps when this share of the training is over."""
+        return next((share for until, share in self.keep_patches if progress <= until), 1.0)
 
 
 def _is_statistics(value: object) -> bool:
@@ -116,15 +127,17 @@ RECIPES = {
         augmentation=Augmentation(padding=4, flip=0.5, hole=0),
     ),
 }
-RECIPES["long"] = replace(
-    RECIPES["modern"],
-    drop_path=0.1,
-    augmentation=Augmentation(padding=4, flip=0.5, hole=0, randaugment=2, magnitude=9, erase=0.25, mixing=0.5),
-    mix_until=0.9,
-)
 # Muon (Jordan et al. 2024) makes every update of a matrix orthogonal. Per image it learns much faster than AdamW in
 # short trainings on photographs; its rate is scaled so that AdamW's rates fit (Liu et al. 2025, arXiv:2502.16982).
 RECIPES["muon"] = replace(RECIPES["modern"], optimizer="muon", matrix_rate=3.0, average=0.995)
+RECIPES["long"] = replace(
+    RECIPES["muon"],
+    average=0.999,
+    drop_path=0.1,
+    augmentation=Augmentation(padding=4, flip=0.5, hole=0, randaugment=2, magnitude=9, erase=0.25, mixing=0.5),
+    mix_until=0.9,
+    keep_patches=((0.85, 0.5),),
+)
 RECIPES["short"] = replace(
     RECIPES["modern"],
     augmentation=Augmentation(padding=0, flip=0.5, hole=0),
@@ -147,10 +160,10 @@ FINETUNING = {
     ),
     "short": replace(RECIPES["short"], warmup=0.1, head_rate=10.0, position_rate=1.0),
 }
-FINETUNING["long"] = FINETUNING["modern"]  # what "long" has trained is fine-tuned as usual
 FINETUNING["muon"] = replace(
     FINETUNING["modern"], optimizer="muon", learning_rate=1e-3, head_rate=5.0, matrix_rate=3.0, layer_decay=0.9
 )
+FINETUNING["long"] = FINETUNING["muon"]  # what "long" has trained is fine-tuned as usual
 
 
 def named_recipe(recipe: str | Recipe, known: dict[str, Recipe]) -> Recipe:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .arguments import (
+from vitlib.arguments import (
     brief,
     check,
     check_choice,
@@ -23,9 +23,9 @@ from .arguments import (
     check_type,
     check_whole,
 )
-from .cifar import load_cifar, prepare_cifar
-from .folders import class_names, load_folder, refit
-from .shapes import draw_shapes
+from vitlib.data.cifar import load_cifar, prepare_cifar
+from vitlib.data.folders import class_names, load_folder, refit
+from vitlib.data.shapes import draw_shapes
 
 SOURCES = {
     "shapes100": "drawn by code, no download: 10 shapes x 10 colours on calm backgrounds, 100 classes",

@@ -25,9 +25,9 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from .compat import import_torchvision
-from .files import data_folder
-from .progress import progress_bar
+from vitlib.utils import import_torchvision
+from vitlib.utils import cache_dir
+from vitlib.utils import progress_bar
 
 # ciFAIR is CIFAR with another archive and other test images: Barz and Denzler, "Do We Train on Test Data? Purging
 # CIFAR of Near-Duplicates", Journal of Imaging 6(6), 2020.
@@ -51,7 +51,7 @@ def prepare_cifar(name: str, data_dir: str | os.PathLike | None, progress: bool)
         OSError: if the download fails or is not what it should be, or the folder cannot be written or is full; the
             message says what to do. What was in place before still is.
     """
-    dataset, folder = cifar_class(name), data_folder(data_dir)
+    dataset, folder = cifar_class(name), cache_dir(data_dir)
     if _is_whole(dataset, folder):
         return
     try:
@@ -112,7 +112,7 @@ def load_cifar(
     """Images uint8 [N, 3, 32, 32], labels int64 [N] and class names; see :func:`prepare_cifar` for errors."""
     prepare_cifar(name, data_dir, progress)
     dataset = cifar_class(name)
-    folder = data_folder(data_dir) / dataset.base_folder
+    folder = cache_dir(data_dir) / dataset.base_folder
     batches = [_unpickle(folder / file, md5) for file, md5 in getattr(dataset, f"{split}_list")]
     images = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
     labels = [label for batch in batches for label in batch["labels" if "labels" in batch else "fine_labels"]]
