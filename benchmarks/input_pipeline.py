@@ -24,13 +24,13 @@ from common import Spread, ratio
 from torch.utils.data import DataLoader, Dataset
 
 from vitlib.course.doctor import usable_cores
-from vitlib.data.augment import CIFAR10_MEAN, CIFAR10_STD
 from vitlib.data import LabelledImages
+from vitlib.data.augment import CIFAR10_MEAN, CIFAR10_STD
 from vitlib.model import create_model
-from vitlib.training.recipes import RECIPES
 from vitlib.training import Training
+from vitlib.training.recipes import RECIPES
 from vitlib.utils import import_torchvision
-from vitlib.weights import Card
+from vitlib.weights import ModelCard
 
 
 def torchvision_transform(recipe: str) -> Callable:
@@ -71,7 +71,7 @@ def new_training(recipe: str, precision: str, data: LabelledImages) -> Training:
     model = create_model(
         "small", len(data.classes), drop=recipe.drop, drop_path=recipe.drop_path, norm_first=norm_first
     )
-    card = Card(data.classes, CIFAR10_MEAN, CIFAR10_STD)
+    card = ModelCard(data.classes, CIFAR10_MEAN, CIFAR10_STD)
     return Training(model.to(data.images.device), card, recipe, total_steps=100_000, precision=precision)
 
 

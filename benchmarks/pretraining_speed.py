@@ -25,10 +25,10 @@ import torch
 
 from vitlib.data import LabelledImages, channel_statistics
 from vitlib.model import PRESETS, ViTModel, create_model
-from vitlib.training.recipes import RECIPES
 from vitlib.training import Training, resolve_precision
+from vitlib.training.recipes import RECIPES
 from vitlib.utils import progress_bar
-from vitlib.weights import Card
+from vitlib.weights import ModelCard
 
 FULL = 100 * 50_000  # images of a whole pretraining: 100 epochs of CIFAR-100
 
@@ -101,7 +101,7 @@ def main(images, epochs, batch_size, preset, recipe, device, precision, compile,
     torch.manual_seed(0)
     chosen = RECIPES[recipe]
     model = create_model(preset, len(data.classes), drop=chosen.drop, drop_path=chosen.drop_path).to(device)
-    card = Card(data.classes, *channel_statistics(data.images))
+    card = ModelCard(data.classes, *channel_statistics(data.images))
     total = epochs * -(-images // batch_size)
     training = Training(model, card, chosen, total, precision=precision, compile=compile)
     precision = resolve_precision(precision, device)

@@ -15,8 +15,8 @@ import common
 import torch
 
 from vitlib.data import load_images, train_validation_split
-from vitlib.training.recipes import RECIPES, Recipe
 from vitlib.training import evaluate, pretrain
+from vitlib.training.recipes import RECIPES, Recipe
 
 LONG = RECIPES["long"]
 FULL, HALF, QUARTER = (), ((0.85, 0.5),), ((0.85, 0.25),)

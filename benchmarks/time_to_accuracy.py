@@ -21,9 +21,9 @@ from matplotlib.figure import Figure
 from vitlib.data import LabelledImages, channel_statistics, load_images
 from vitlib.model import PRESETS, create_model
 from vitlib.plots import COLOURS, STYLE, plt
-from vitlib.training.recipes import RECIPES
 from vitlib.training import fit, resolve_precision
-from vitlib.weights import Card
+from vitlib.training.recipes import RECIPES
+from vitlib.weights import ModelCard
 
 NORM_FIRST = {"published": False, "modern": True}
 
@@ -44,7 +44,7 @@ def learning_curve(
         drop=recipe.drop,
         drop_path=recipe.drop_path,
     )
-    card = Card(train.classes, *(recipe.statistics or channel_statistics(train.images)))
+    card = ModelCard(train.classes, *(recipe.statistics or channel_statistics(train.images)))
     history = fit(model.to(device), train, test, card, recipe, epochs=epochs, description=name, **options)
     if history.interrupted:
         raise click.Abort

@@ -32,9 +32,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vitlib.data import LabelledImages, channel_statistics, draw_evenly, load_images, train_validation_split
 from vitlib.model import PRESETS, count_parameters, create_model
-from vitlib.training.recipes import RECIPES, Recipe
 from vitlib.training import evaluate, fit, resolve_precision
-from vitlib.weights import Card
+from vitlib.training.recipes import RECIPES, Recipe
+from vitlib.weights import ModelCard
 
 NAMES = ("ViT", "CNN")
 PRESET = "small"
@@ -146,7 +146,7 @@ def train_once(
     model = create(name, len(images.classes), seed).to(device)
     # one epoch of as many images as the steps need, however few there are
     shown = images.subset(torch.arange(steps * batch_size) % len(images))
-    card = Card(images.classes, *channel_statistics(shown.images))
+    card = ModelCard(images.classes, *channel_statistics(shown.images))
     options = {"epochs": 1, "batch_size": batch_size, "seed": seed, "precision": precision, "eval_steps_per_epoch": 1}
     if fit(model, shown, scored, card, recipe, description=name, **options).interrupted:
         raise click.Abort

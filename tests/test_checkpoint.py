@@ -21,21 +21,21 @@ from vitlib.model import ViTModel, interpolate_positions
 from vitlib.utils import atomic_write
 from vitlib.weights import checkpoint
 from vitlib.weights.checkpoint import (
-    Card,
+    ModelCard,
     ResumeFile,
-    digest,
+    fingerprint,
     load_checkpoint,
     load_pretrained,
     load_weights,
-    resized,
     save_checkpoint,
     transfer_encoder,
     unwrap,
+    with_image_size,
     without_wrappers,
 )
 
 TINY = {"num_layers": 1, "image_size": 8, "patch_size": 4, "em_dim": 16, "num_heads": 2, "ff_dim": 32, "drop": 0.0}
-CARD = Card(("cat", "dog", "Übergröße"), (0.5, 0.4, 0.3), (0.2, 0.2, 0.1), None, {"seed": 3, "epochs": [1.5]})
+CARD = ModelCard(("cat", "dog", "Übergröße"), (0.5, 0.4, 0.3), (0.2, 0.2, 0.1), None, {"seed": 3, "epochs": [1.5]})
 
 
 @pytest.fixture
@@ -315,7 +315,7 @@ def test_an_unknown_name_lists_the_known_ones():
 
 
 def test_a_shipped_checkpoint_is_half_as_large_and_found_by_name(model, tmp_path, monkeypatch):
-    ship = runpy.run_path(str(checkpoint.PRETRAINED / "ship.py"))["ship"]
+    ship = runpy.run_path(str(Path(__file__).parents[1] / "tools" / "ship.py"))["ship"]
     save_checkpoint(tmp_path / "trained.safetensors", model, CARD)
     monkeypatch.setattr(checkpoint, "PRETRAINED", tmp_path / "shipped")
     monkeypatch.setitem(ship.__globals__, "PRETRAINED", tmp_path / "shipped")
@@ -392,23 +392,26 @@ def test_a_digest_names_contents():
     zeros = torch.zeros(3, 4)
     changed = zeros.clone()
     changed[2, 3] = -0.0
-    assert digest(zeros) == digest(zeros.clone()) == digest(zeros.t().contiguous().t()) and len(digest(zeros)) == 16
-    assert digest(zeros) != digest(changed), "even of a sign that == does not see"
-    assert digest(zeros, changed) != digest(changed, zeros)
-    assert digest(torch.zeros(0, 3), torch.tensor(3)) and digest(nn.Parameter(zeros)) == digest(zeros)
+    assert (
+        fingerprint(zeros) == fingerprint(zeros.clone()) == fingerprint(zeros.t().contiguous().t())
+        and len(fingerprint(zeros)) == 16
+    )
+    assert fingerprint(zeros) != fingerprint(changed), "even of a sign that == does not see"
+    assert fingerprint(zeros, changed) != fingerprint(changed, zeros)
+    assert fingerprint(torch.zeros(0, 3), torch.tensor(3)) and fingerprint(nn.Parameter(zeros)) == fingerprint(zeros)
 
 
 def test_a_resized_model_has_the_same_weights_but_for_its_positions(model):
     side, patch = model.config["image_size"], model.config["patch_size"]
-    larger = resized(model, 2 * side)
+    larger = with_image_size(model, 2 * side)
     ours, theirs = model.state_dict(), larger.state_dict()
     name = "vit_encoder.embedding.position_embedding"
     assert torch.equal(theirs.pop(name), interpolate_positions(ours.pop(name), 2 * side // patch))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-    assert larger.training == model.training and resized(model, side) is model
+    assert larger.training == model.training and with_image_size(model, side) is model
     assert larger(torch.randn(1, model.config["num_channels"], 2 * side, 2 * side)).isfinite().all()
     with pytest.raises(ValueError, match=f"image_size={side + 1} is not a multiple"):
-        resized(model, side + 1)
+        with_image_size(model, side + 1)
 
 
 def test_weights_can_be_loaded_for_another_image_size(model, tmp_path):

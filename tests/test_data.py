@@ -19,7 +19,8 @@ from PIL import EpsImagePlugin, Image
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vitlib.data import cifar, data, folders
+from vitlib.data import cifar, folders
+from vitlib.data import images as data
 from vitlib.data.images import (
     SOURCES,
     LabelledImages,
@@ -469,7 +470,7 @@ def test_of_many_unreadable_images_ten_are_named_and_all_counted(tmp_path, data_
 
 def test_an_image_that_can_be_read_again_is_used_again(herd, data_dir, monkeypatch, capsys):
     """What made it unreadable need not show in its size and time: permissions, a network folder that was not there."""
-    read, shut = folders.read_picture, herd / "train" / "cat" / "3.png"
+    read, shut = folders.read_image, herd / "train" / "cat" / "3.png"
 
     def refuse(path, *options):
         if path == shut:
@@ -477,7 +478,7 @@ def test_an_image_that_can_be_read_again_is_used_again(herd, data_dir, monkeypat
         return read(path, *options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(folders, "read_picture", refuse)
+        patch.setattr(folders, "read_image", refuse)
         assert len(load_images(herd, data_dir=data_dir, progress=False)) == 39
         assert "the first may not be read; change its permissions)" in capsys.readouterr().out
     assert len(load_images(herd, data_dir=data_dir, progress=False)) == 40 and capsys.readouterr().out == ""

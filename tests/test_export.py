@@ -15,13 +15,14 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
+from vitlib import export
 from vitlib.__main__ import main
-from vitlib.data import augment, export
+from vitlib.data import augment
 from vitlib.export import TOLERANCE, Deployable, export_model
 from vitlib.model import ViTModel
 from vitlib.predict import predict_files
 from vitlib.training.stages import predict
-from vitlib.weights.checkpoint import Card, load_checkpoint, save_checkpoint
+from vitlib.weights.checkpoint import ModelCard, load_checkpoint, save_checkpoint
 
 CLASSES = ("ant", "bee", "café", "dog")
 PLAIN = "pre-norm, CLS, colour"
@@ -38,14 +39,14 @@ def need_onnx() -> None:
         pytest.importorskip(name, reason='ONNX needs pip install "vitlib[export]"')
 
 
-def trained(**options) -> tuple[ViTModel, Card]:
+def trained(**options) -> tuple[ViTModel, ModelCard]:
     """A small model with logits far apart, as after training; in training mode, which must make no difference."""
     torch.manual_seed(0)
     sizes = {"num_layers": 2, "image_size": 8, "patch_size": 4, "em_dim": 16, "num_heads": 2, "ff_dim": 32, "drop": 0.5}
     model = ViTModel(len(CLASSES), **sizes | options)
     torch.nn.init.normal_(model.linear_classifier.weight, std=1.0)
     channels = model.config["num_channels"]
-    return model.train(), Card(CLASSES, (0.3, 0.4, 0.5)[:channels], (0.2, 0.0, 0.3)[:channels])
+    return model.train(), ModelCard(CLASSES, (0.3, 0.4, 0.5)[:channels], (0.2, 0.0, 0.3)[:channels])
 
 
 def random_images(model: ViTModel, count: int) -> torch.Tensor:
@@ -72,7 +73,7 @@ def exported(tmp_path_factory):
     """``exported(suffix, kind)``: a model, its card, the file that was written of it, and the difference."""
 
     @cache
-    def write(suffix: str, kind: str) -> tuple[ViTModel, Card, Path, float]:
+    def write(suffix: str, kind: str) -> tuple[ViTModel, ModelCard, Path, float]:
         if suffix == ".onnx":
             need_onnx()
         model, card = trained(**KINDS[kind])
@@ -252,7 +253,7 @@ def test_what_gives_the_same_logits_is_kept_and_missing_folders_are_made(place, 
 def test_a_card_of_another_number_of_channels_is_refused(tmp_path):
     model, _ = trained()
     with pytest.raises(ValueError, match="The model takes images of shape"):
-        export_model(model, Card(CLASSES, (0.5,), (0.5,)), tmp_path / "model.pt2")
+        export_model(model, ModelCard(CLASSES, (0.5,), (0.5,)), tmp_path / "model.pt2")
     assert list(tmp_path.iterdir()) == []
 
 

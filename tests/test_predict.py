@@ -17,12 +17,12 @@ from PIL import Image
 from vitlib import predict as predict_module
 from vitlib.__main__ import main
 from vitlib.data import folders
-from vitlib.data.folders import read_picture
+from vitlib.data.folders import read_image
 from vitlib.data.images import load_images
 from vitlib.model import ViTModel
 from vitlib.predict import Prediction, confident_mistakes, predict_files
 from vitlib.training.stages import predict
-from vitlib.weights.checkpoint import Card, save_checkpoint
+from vitlib.weights.checkpoint import ModelCard, save_checkpoint
 
 CLASSES = ("ant", "bee", "crab")
 
@@ -35,9 +35,9 @@ def tiny_model(num_classes: int = 3, num_channels: int = 3) -> ViTModel:
     ).eval()  # fmt: skip
 
 
-def card_of(model: ViTModel) -> Card:
+def card_of(model: ViTModel) -> ModelCard:
     channels, classes = model.config["num_channels"], model.config["num_classes"]
-    return Card(("ant", "bee", "crab", "dog", "eel", "fox", "gnu")[:classes], (0.4,) * channels, (0.2,) * channels)
+    return ModelCard(("ant", "bee", "crab", "dog", "eel", "fox", "gnu")[:classes], (0.4,) * channels, (0.2,) * channels)
 
 
 @pytest.fixture(scope="module")
@@ -96,11 +96,11 @@ def test_a_picture_is_read_as_load_images_reads_it(images, num_channels):
     loaded = load_images(folder, image_size=8, num_channels=num_channels, progress=False).images.numpy()
     assert loaded.shape == (len(images), num_channels, 8, 8)
     for path, expected in zip(images, loaded, strict=True):
-        np.testing.assert_array_equal(read_picture(path, 8, num_channels), expected, err_msg=str(path))
+        np.testing.assert_array_equal(read_image(path, 8, num_channels), expected, err_msg=str(path))
 
 
 def test_a_picture_keeps_its_size_unless_another_is_asked_for(images):
-    assert read_picture(images[1]).shape == (3, 20, 31)
+    assert read_image(images[1]).shape == (3, 20, 31)
 
 
 def test_a_palette_with_transparency_is_read_without_a_warning(images, tmp_path):
@@ -108,19 +108,19 @@ def test_a_palette_with_transparency_is_read_without_a_warning(images, tmp_path)
         palette.save(tmp_path / "p.png", transparency=bytes(range(16)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        np.testing.assert_array_equal(read_picture(tmp_path / "p.png"), read_picture(images[3]))
+        np.testing.assert_array_equal(read_image(tmp_path / "p.png"), read_image(images[3]))
 
 
 def test_grey_of_16_bits_is_turned_upright_too(images):
     np.testing.assert_array_equal(
-        read_picture(images[6], num_channels=1)[0], np.rot90(read_picture(images[5], num_channels=1)[0], -1)
+        read_image(images[6], num_channels=1)[0], np.rot90(read_image(images[5], num_channels=1)[0], -1)
     )
 
 
 def test_a_broken_file_is_refused_with_the_reason_and_the_way_out(broken):
     for path, words in broken.items():
         with pytest.raises((ValueError, OSError)) as error:
-            read_picture(path, 8)
+            read_image(path, 8)
         message = str(error.value)
         assert message.startswith(f"{path} ") and words in message, message
         assert message.endswith(".") and "\n" not in message
@@ -130,7 +130,7 @@ def test_a_broken_file_is_refused_with_the_reason_and_the_way_out(broken):
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     with pytest.raises(OSError, match="is a device or a pipe"):
-        read_picture(tmp_path / "pipe.jpg")
+        read_image(tmp_path / "pipe.jpg")
 
 
 def test_a_file_that_may_not_be_read_is_said_to_be_that(images, monkeypatch):
@@ -139,7 +139,7 @@ def test_a_file_that_may_not_be_read_is_said_to_be_that(images, monkeypatch):
 
     monkeypatch.setattr(folders.Image, "open", refuse)
     with pytest.raises(PermissionError, match=r"0.jpg may not be read; change its permissions\.$"):
-        read_picture(images[0])
+        read_image(images[0])
 
 
 # --- predict_files -------------------------------------------------------------------------------------------------
@@ -204,9 +204,9 @@ def test_of_many_paths_only_a_batch_is_read_at_a_time(images, monkeypatch):
 
     def counted(*arguments):
         read.append(1)
-        return read_picture(*arguments)
+        return read_image(*arguments)
 
-    monkeypatch.setattr(predict_module, "read_picture", counted)
+    monkeypatch.setattr(predict_module, "read_image", counted)
     model = tiny_model()
     predictions = predict_files(model, card_of(model), paths(), batch_size=4)
     assert taken == []
@@ -220,9 +220,9 @@ def test_pictures_are_decoded_by_several_threads_at_once(images, monkeypatch):
 
     def wait_for_another(*arguments):
         meeting.wait(timeout=10)
-        return read_picture(*arguments)
+        return read_image(*arguments)
 
-    monkeypatch.setattr(predict_module, "read_picture", wait_for_another)
+    monkeypatch.setattr(predict_module, "read_image", wait_for_another)
     model = tiny_model()
     assert not any(prediction.error for prediction in predict_files(model, card_of(model), images[:2]))
 
@@ -237,7 +237,7 @@ def test_a_number_out_of_range_is_refused_at_the_call(images, name, value):
 
 def test_a_model_without_classes_or_with_a_foreign_card_is_refused(images):
     with pytest.raises(ValueError, match="The model has 0 classes and its card names 0 of them"):
-        predict_files(tiny_model(num_classes=0), Card((), (0.4,) * 3, (0.2,) * 3), images)
+        predict_files(tiny_model(num_classes=0), ModelCard((), (0.4,) * 3, (0.2,) * 3), images)
     with pytest.raises(ValueError, match="The model has 3 classes and its card names 7 of them"):
         predict_files(tiny_model(), card_of(tiny_model(num_classes=7)), images)
 

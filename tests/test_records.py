@@ -9,7 +9,7 @@ import pytest
 from vitlib import records
 from vitlib.records import recorded_cnn, recorded_curves, recorded_label_budgets, recorded_patches
 from vitlib.training.recipes import RECIPES
-from vitlib.weights.checkpoint import Card, load_pretrained
+from vitlib.weights.checkpoint import ModelCard, load_pretrained
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def shipped(monkeypatch):
     record = {"source": "somewhere/photographs", "recipe": asdict(RECIPES["muon"]), "epochs_run": epochs, "epochs": 3}
     record |= {"batch_size": 96, "train_images": 49_000, "validation_images": 1_000}
     record["test"] = {"source": "photographs, test split", "images": 10_000, "accuracy": 0.5678, "loss": 1.5}
-    cards = {"cifar100-small": (None, Card(("cat",), (0.5,), (0.2,), "small", record))}
+    cards = {"cifar100-small": (None, ModelCard(("cat",), (0.5,), (0.2,), "small", record))}
     monkeypatch.setattr(records, "load_pretrained", cards.__getitem__)
 
 

@@ -20,13 +20,13 @@ from vitlib.model import create_model
 from vitlib.records import recorded_label_budgets, recorded_patches
 from vitlib.training.recipes import FINETUNING, RECIPES
 from vitlib.training.stages import History
-from vitlib.weights.checkpoint import PRETRAINED, Card, load_checkpoint
+from vitlib.weights.checkpoint import PRETRAINED, ModelCard, load_checkpoint
 
 FOLDER = Path(__file__).parents[1] / "notebooks" / "sweeps"
 NAMES = ("labels", "patches")
 END = {"validation_accuracy": 0.25, "validation_loss": 2.0}
 
-keep_sweep = runpy.run_path(str(PRETRAINED / "keep_sweep.py"))
+keep_sweep = runpy.run_path(str(FOLDER.parents[1] / "tools" / "keep_sweep.py"))
 by_name = pytest.mark.parametrize("name", NAMES)
 
 
@@ -66,7 +66,7 @@ def test_every_arm_trains_what_it_says(small, monkeypatch, capsys):
     pretrained = create_model("mini", 3, image_size=8)
     with torch.no_grad():
         pretrained.vit_encoder.embedding.cls_token.fill_(7.0)  # no new encoder starts like this
-    card = Card(("x", "y", "z"), (0.5,) * 3, (0.25,) * 3)
+    card = ModelCard(("x", "y", "z"), (0.5,) * 3, (0.25,) * 3)
     monkeypatch.setattr(vitlib.weights.checkpoint, "load_weights", lambda weights: (pretrained, card))
     seen = {}
 

@@ -28,7 +28,7 @@ from vitlib.training.stages import (
     resolve_device,
     resolve_precision,
 )
-from vitlib.weights.checkpoint import Card, load_checkpoint, transfer_encoder
+from vitlib.weights.checkpoint import ModelCard, load_checkpoint, transfer_encoder
 
 SIZES = {"num_layers": 1, "image_size": 8, "patch_size": 4, "em_dim": 16, "num_heads": 2, "ff_dim": 32}
 
@@ -276,7 +276,7 @@ def test_fit_trains_models_that_are_no_vit():
     torch.manual_seed(0)
     cnn = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 3))
     data = coloured()
-    card = Card(data.classes, (0.4,) * 3, (0.2,) * 3)
+    card = ModelCard(data.classes, (0.4,) * 3, (0.2,) * 3)
     history = fit(cnn, data, data, card, RECIPES["modern"], epochs=8, batch_size=16, progress=False)
     assert history.epochs[-1]["validation_accuracy"] > 0.9
 
@@ -286,7 +286,7 @@ def test_averaged_weights_come_with_the_running_statistics_of_batch_norm():
     data = coloured()
     recipe = replace(RECIPES["modern"], learning_rate=0.1, average=0.5)
     cnn = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 36, 3))
-    training = Training(cnn, Card(data.classes, (0.4,) * 3, (0.2,) * 3), recipe, 5)
+    training = Training(cnn, ModelCard(data.classes, (0.4,) * 3, (0.2,) * 3), recipe, 5)
     for batch, size in zip(*reversed(training.epoch_batches(data, 1, 16, 4)), strict=True):
         training.step(*batch, size)
     kept, last = training.kept[1], training.model[1]
@@ -372,7 +372,7 @@ def test_averaging_does_not_change_the_training_itself(taken):
 def one_epoch(batch_size=16, epoch=1, seed=0) -> dict[str, torch.Tensor]:
     """What one epoch consists of: the images in their order, the labels, and the numbers of their augmentation."""
     data, recipe = coloured(), replace(RECIPES["modern"], augmentation=Augmentation(2, 0.5, 3))
-    card = Card(data.classes, (0.5,) * 3, (0.25,) * 3)
+    card = ModelCard(data.classes, (0.5,) * 3, (0.25,) * 3)
     training = Training(create_model("tiny", 3), card, recipe, 100, seed=seed)
     sizes, batches = training.epoch_batches(data, epoch, batch_size, math.ceil(len(data) / batch_size))
     assert [len(labels) for _, labels, _ in batches] == sizes and sum(sizes) == len(data)
@@ -411,7 +411,9 @@ def test_an_epoch_has_every_image_once_with_its_label():
 def test_images_are_mixed_until_their_share_of_the_training_is_over():
     data = coloured()
     recipe = replace(RECIPES["modern"], augmentation=Augmentation(mixing=0.5, hole=0), mix_until=0.5)
-    training = Training(create_model("tiny", 3), Card(data.classes, (0.5,) * 3, (0.25,) * 3), recipe, total_steps=16)
+    training = Training(
+        create_model("tiny", 3), ModelCard(data.classes, (0.5,) * 3, (0.25,) * 3), recipe, total_steps=16
+    )
     mixed = [
         any("mix_share" in drawn for _, _, drawn in training.epoch_batches(data, epoch, 16, steps=4)[1])
         for epoch in (1, 2, 3, 4)
@@ -421,7 +423,9 @@ def test_images_are_mixed_until_their_share_of_the_training_is_over():
 
 def test_the_loss_of_a_mixed_image_is_that_of_a_target_with_two_labels():
     recipe = replace(RECIPES["modern"], augmentation=Augmentation(mixing=0.5), label_smoothing=0.1)
-    training = Training(create_model("tiny", 3), Card(("a", "b", "c"), (0.5,) * 3, (0.25,) * 3), recipe, total_steps=1)
+    training = Training(
+        create_model("tiny", 3), ModelCard(("a", "b", "c"), (0.5,) * 3, (0.25,) * 3), recipe, total_steps=1
+    )
     logits, labels = torch.randn(5, 3), torch.tensor([0, 2, 1, 1, 2])
     kept = torch.tensor([0.7, 0.4, 0.9, 1.0, 1.0])
     targets = kept[:, None] * F.one_hot(labels, 3) + (1 - kept)[:, None] * F.one_hot(labels[[1, 0, 3, 2, 4]], 3)

@@ -35,7 +35,7 @@ from vitlib.training.recipes import FINETUNING, RECIPES, Recipe, named_recipe
 from vitlib.training.stages import evaluate, finetune, fit, pretrain, record_test, resolve_device, resolve_precision
 from vitlib.weights import checkpoint as checkpoints
 from vitlib.weights import convert, data, explain, predict, shapes, train
-from vitlib.weights.checkpoint import Card, ResumeFile, load_weights
+from vitlib.weights.checkpoint import ModelCard, ResumeFile, load_weights
 
 LIBRARY = str(Path(vitlib.__file__).parent)
 WAYS_OUT = {"give", "choose", "must", "check", "takes", "leave", "name a"}
@@ -130,8 +130,8 @@ def pictures(count: int = 12, classes: int = 3, side: int = 8, channels: int = 3
     return LabelledImages(images, torch.arange(count) % classes, tuple(f"class {n}" for n in range(classes)))
 
 
-def card_of(classes: int = 3, channels: int = 3) -> Card:
-    return Card(tuple(f"class {n}" for n in range(classes)), (0.5,) * channels, (0.25,) * channels)
+def card_of(classes: int = 3, channels: int = 3) -> ModelCard:
+    return ModelCard(tuple(f"class {n}" for n in range(classes)), (0.5,) * channels, (0.25,) * channels)
 
 
 def attention(images: int = 2) -> Tensor:
@@ -276,7 +276,7 @@ def library_entries(folder: Path) -> Iterator[Entry]:
 
     # weights
     yield Entry(
-        "Card", Card, {"classes": ("a",), "mean": (0.5,), "std": (0.5,)},
+        "ModelCard", ModelCard, {"classes": ("a",), "mean": (0.5,), "std": (0.5,)},
         {"classes": lambda v: v in ((), []), "mean": nothing, "std": nothing, "preset": or_none(instance(str)),
          "record": instance(dict)},
     )  # fmt: skip
@@ -296,8 +296,8 @@ def library_entries(folder: Path) -> Iterator[Entry]:
          "drop_path": probability},
     )  # fmt: skip
     yield Entry(
-        "resized",
-        checkpoints.resized,
+        "with_image_size",
+        checkpoints.with_image_size,
         {"model": model, "image_size": 8},
         {"model": nothing, "image_size": MODEL["image_size"]},
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vitlib.utils import atomic_write
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 # GitHub's own rule; links to a repository may end in .git, so no name does
 NAME = re.compile(r"[A-Za-z0-9](?:-?[A-Za-z0-9]){0,38}/(?!\.{1,2}$)(?!.*\.git$)[A-Za-z0-9._-]{1,100}")
 WITHOUT_GIT = ("README.md", "CITATION.cff", "pyproject.toml", "notebooks/**/*", "docs/**/*")

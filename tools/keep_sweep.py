@@ -1,4 +1,4 @@
-"""Makes the results of a sweep a record that ships with vitlib, as JSON beside this script: parameters, figures, time
+"""Makes the results of a sweep a record that ships with vitlib, as JSON beside the weights: parameters, figures, time
 and memory of every run, the command and the versions, but no host, no folder and no time of day.
 
 python tools/keep_sweep.py runs/sweep-patches/results.json

@@ -1,4 +1,4 @@
-"""Makes a checkpoint one that ships with vitlib: float16, beside this script, its SHA-256 in index.json and its record,
+"""Makes a checkpoint one that ships with vitlib: float16, its SHA-256 in index.json and its record,
 the curve included, as JSON beside it.
 
 python tools/ship.py runs/pretrain/pretrained.safetensors cifar100-small

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from vitlib.arguments import check_path, check_type
 from vitlib.training.stages import predict
 from vitlib.utils import atomic_write, printable
-from vitlib.weights.checkpoint import Card, unwrap
+from vitlib.weights.checkpoint import ModelCard, unwrap
 
 TOLERANCE = 1e-4  # the largest difference of a logit; the order of the sums is the runtime's own, so some there is
 BATCH_SIZES = (1, 2, 5)  # to be checked; the model is traced with two images
@@ -44,7 +44,7 @@ class Deployable(nn.Module):
     It holds a copy of ``model``, on the CPU and in eval mode.
     """
 
-    def __init__(self, model: nn.Module, card: Card):
+    def __init__(self, model: nn.Module, card: ModelCard):
         super().__init__()
         self.model = copy.deepcopy(unwrap(model)).cpu().requires_grad_(False)
         # as in augment.normalise, whose numbers are kept between calls; tracing would leave its fake tensors there
@@ -56,7 +56,7 @@ class Deployable(nn.Module):
         return self.model((images.float() / 255 - self.mean) / self.std)
 
 
-def export_model(model: nn.Module, card: Card, path: str | Path) -> float:
+def export_model(model: nn.Module, card: ModelCard, path: str | Path) -> float:
     """Write a model for use elsewhere: as ONNX if ``path`` ends in .onnx, for ``torch.export.load`` if in .pt2.
 
     Either takes batches of any size. The card's classes, mean and std and the model's image_size and num_channels
@@ -75,7 +75,7 @@ def export_model(model: nn.Module, card: Card, path: str | Path) -> float:
         ModuleNotFoundError: for ONNX without the packages that it needs.
     """
     check_path("path", path)
-    check_type("card", card, Card, "a Card, as load_weights gives one")
+    check_type("card", card, ModelCard, "a ModelCard, as load_weights gives one")
     unwrap(model)  # one without a ViT is refused first
     path = Path(path)
     if path.suffix not in FORMATS or path.is_dir():
@@ -107,7 +107,7 @@ def export_model(model: nn.Module, card: Card, path: str | Path) -> float:
     return difference
 
 
-def _described(model: nn.Module, card: Card) -> dict[str, str]:
+def _described(model: nn.Module, card: ModelCard) -> dict[str, str]:
     """What one has to know to use the file, by name, each as JSON."""
     about = {"classes": card.classes, "mean": card.mean, "std": card.std}
     about |= {name: model.config[name] for name in ("image_size", "num_channels")}

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from vitlib.arguments import check, check_path, check_tensor, check_type, check_whole
-from vitlib.data.folders import read_picture
+from vitlib.data.folders import read_image
 from vitlib.training.stages import predict
-from vitlib.weights.checkpoint import Card, unwrap
+from vitlib.weights.checkpoint import ModelCard, unwrap
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Prediction:
 
 
 def predict_files(
-    model: nn.Module, card: Card, paths: Iterable[str | os.PathLike], *, top: int = 5, batch_size: int = 32
+    model: nn.Module, card: ModelCard, paths: Iterable[str | os.PathLike], *, top: int = 5, batch_size: int = 32
 ) -> Iterator[Prediction]:
     """The ``top`` most probable classes of each image file, in the order of ``paths``, a batch at a time.
 
-    The images are read as those of a folder are in training (:func:`vitlib.data.folders.read_picture`) and normalised
+    The images are read as those of a folder are in training (:func:`vitlib.data.folders.read_image`) and normalised
     with the card's numbers. A file that cannot be read is reported in its place, and the others are still predicted.
     No more than ``batch_size`` images are in memory, however many ``paths`` there are.
 
@@ -55,7 +55,7 @@ def predict_files(
     """
     check_whole("top", top)
     check_whole("batch_size", batch_size)
-    check_type("card", card, Card, "a Card, as load_weights gives one")
+    check_type("card", card, ModelCard, "a ModelCard, as load_weights gives one")
     # a text is a list of letters, and none of them is an image
     are_many = isinstance(paths, Iterable) and not isinstance(paths, str | bytes | os.PathLike)
     check("paths", paths, are_many, "a list of paths")
@@ -69,7 +69,7 @@ def predict_files(
     def read(path) -> np.ndarray | str:
         try:
             check_path("paths", path)
-            return read_picture(path, config["image_size"], config["num_channels"])
+            return read_image(path, config["image_size"], config["num_channels"])
         except (ValueError, OSError) as error:
             return str(error)
 
@@ -91,7 +91,7 @@ def predict_files(
 
 
 def _top_classes(
-    model: nn.Module, card: Card, pictures: list[np.ndarray], top: int
+    model: nn.Module, card: ModelCard, pictures: list[np.ndarray], top: int
 ) -> list[tuple[tuple[str, float], ...]]:
     if not pictures:
         return []

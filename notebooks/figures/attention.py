@@ -9,8 +9,8 @@ import matplotlib.pyplot as plt
 import torch
 
 from vitlib import plots
-from vitlib.data.augment import normalise
 from vitlib.data import load_images
+from vitlib.data.augment import normalise
 from vitlib.explain import query_attention
 from vitlib.weights import load_pretrained
 

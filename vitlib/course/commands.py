@@ -20,7 +20,7 @@ from vitlib.training.distributed import current_processes, join_processes, leave
 from vitlib.training.recipes import FINETUNING, RECIPES
 from vitlib.training.stages import Trained, finetune, predict, pretrain, record_test
 from vitlib.utils import atomic_write
-from vitlib.weights.checkpoint import Card, load_weights, resized
+from vitlib.weights.checkpoint import ModelCard, load_weights, with_image_size
 
 DATA = {"data_dir": None, "image_size": None}
 TRAINING = {
@@ -110,15 +110,15 @@ def finetune_command(downstream, weights, run_dir, data_dir, image_size, recipe,
         click.echo(f"Use it: {shlex.join(['python', '-m', 'vitlib', 'predict', str(checkpoint)])} image.jpg")
 
 
-def _new_encoder(train: LabelledImages, seed: int) -> tuple[ViTModel, Card]:
+def _new_encoder(train: LabelledImages, seed: int) -> tuple[ViTModel, ModelCard]:
     torch.manual_seed(seed)
     model = create_model("small", 1, image_size=train.images.shape[-1], num_channels=train.images.shape[1])
-    return model, Card(("none",), *channel_statistics(train.images), "small", {"stage": "random"})
+    return model, ModelCard(("none",), *channel_statistics(train.images), "small", {"stage": "random"})
 
 
 def _for_images_of(model: ViTModel, image_size: int, batch_size: int) -> ViTModel:
     """The model for images of that size; where this is not its own, a line says what the change means."""
-    other = resized(model, image_size)
+    other = with_image_size(model, image_size)
     if other is not model and current_processes().is_first:
         old, before, after = model.config["image_size"], costs(model.config), costs(other.config, batch_size)
         ratio = after.training_flops.total / batch_size / before.training_flops.total

@@ -207,13 +207,13 @@ def training_speed(
     from vitlib.model import create_model
     from vitlib.training.recipes import RECIPES
     from vitlib.training.stages import Training
-    from vitlib.weights.checkpoint import Card
+    from vitlib.weights.checkpoint import ModelCard
 
     classes = tuple(map(str, range(100)))
     images = torch.randint(256, (batch_size, 3, 32, 32), dtype=torch.uint8)
     data = LabelledImages(images, torch.randint(100, (batch_size,)), classes)
     model = create_model(preset, 100, norm_first=norm_first, drop=RECIPES[recipe].drop).to(device)
-    card = Card(classes, 3 * (0.5,), 3 * (0.25,))
+    card = ModelCard(classes, 3 * (0.5,), 3 * (0.25,))
     training = Training(model, card, RECIPES[recipe], total_steps=1000, precision=precision)
     _, (batch,) = training.epoch_batches(data, 1, batch_size, 1)
     steps = passed = 0

@@ -25,9 +25,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from vitlib.utils import import_torchvision
-from vitlib.utils import cache_dir
-from vitlib.utils import progress_bar
+from vitlib.utils import cache_dir, import_torchvision, progress_bar
 
 # ciFAIR is CIFAR with another archive and other test images: Barz and Denzler, "Do We Train on Test Data? Purging
 # CIFAR of Near-Duplicates", Journal of Imaging 6(6), 2020.

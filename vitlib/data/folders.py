@@ -25,9 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vitlib.utils import import_torchvision
-from vitlib.utils import cache_dir, printable, atomic_write
-from vitlib.utils import progress_bar
+from vitlib.utils import atomic_write, cache_dir, import_torchvision, printable, progress_bar
 
 CACHE_VERSION = 3  # to be raised when the same files and options come to give other pixels
 MOST_UNREADABLE = 0.1  # of a folder's images; more are no accident, and leaving them out would change the data set
@@ -37,7 +35,7 @@ NAMED = 10  # unreadable files that a message names; it counts all
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
 
-def read_picture(path: str | os.PathLike, image_size: int | None = None, num_channels: int = 3) -> np.ndarray:
+def read_image(path: str | os.PathLike, image_size: int | None = None, num_channels: int = 3) -> np.ndarray:
     """One image file as uint8 ``[C, H, W]``, just as ``load_images`` gives the images of a folder: turned upright, in
     RGB (3 channels) or grey (1), and with ``image_size`` scaled and cut to a square of that side.
 
@@ -110,7 +108,7 @@ def load_folder(
 
     def read(index: int) -> np.ndarray | str:
         try:
-            return read_picture(paths[index], image_size, num_channels)
+            return read_image(paths[index], image_size, num_channels)
         except (ValueError, OSError) as error:
             return str(error)
 

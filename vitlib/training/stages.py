@@ -35,9 +35,9 @@ from vitlib.training.distributed import current_processes
 from vitlib.training.recipes import FINETUNING, RECIPES, Recipe, build_optimizers, named_recipe, rate_factor
 from vitlib.utils import atomic_write, progress_bar
 from vitlib.weights.checkpoint import (
-    Card,
+    ModelCard,
     ResumeFile,
-    digest,
+    fingerprint,
     save_checkpoint,
     transfer_encoder,
     versions,
@@ -82,7 +82,7 @@ class Trained:
     """What training leaves: the model with its last weights, its card, and the history."""
 
     model: nn.Module
-    card: Card
+    card: ModelCard
     history: History
 
 
@@ -134,7 +134,7 @@ def hardware(device: torch.device) -> str:
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, images: Tensor, card: Card, batch_size: int = 256) -> Tensor:
+def predict(model: nn.Module, images: Tensor, card: ModelCard, batch_size: int = 256) -> Tensor:
     """Logits ``[N, num_classes]``, float32 on the CPU, for uint8 images ``[N, C, H, W]``.
 
     The model is switched to eval mode for this and back to the mode it was in.
@@ -157,7 +157,7 @@ def predict(model: nn.Module, images: Tensor, card: Card, batch_size: int = 256)
 
 
 def evaluate(
-    model: nn.Module, data: LabelledImages, card: Card, batch_size: int = 256, steps: int | None = None
+    model: nn.Module, data: LabelledImages, card: ModelCard, batch_size: int = 256, steps: int | None = None
 ) -> dict[str, float]:
     """Mean cross-entropy ("loss") and top-1 accuracy as a share ("accuracy") over ``data``, computed in float32.
 
@@ -187,7 +187,7 @@ def fit(
     model: nn.Module,
     train: LabelledImages,
     validation: LabelledImages,
-    card: Card,
+    card: ModelCard,
     recipe: Recipe,
     *,
     epochs: int,
@@ -285,7 +285,7 @@ class Training:
     def __init__(
         self,
         model: nn.Module,
-        card: Card,
+        card: ModelCard,
         recipe: Recipe,
         total_steps: int,
         *,
@@ -549,7 +549,7 @@ def pretrain(
         drop_path=recipe.drop_path,
         pooling=pooling,
     )
-    card = Card(train.classes, mean, std, preset, {"stage": "pretraining", "source": source})
+    card = ModelCard(train.classes, mean, std, preset, {"stage": "pretraining", "source": source})
     lengths = {"train_steps_per_epoch": train_steps_per_epoch, "eval_steps_per_epoch": eval_steps_per_epoch}
     return _train_stage(
         "pretrained", model, train, card, recipe, validation_fraction, device, run_dir, resume,
@@ -560,7 +560,7 @@ def pretrain(
 
 def finetune(
     pretrained: nn.Module,
-    card: Card,
+    card: ModelCard,
     train: LabelledImages,
     *,
     recipe: str | Recipe = "modern",
@@ -606,7 +606,7 @@ def finetune(
     )
     model.vit_encoder.requires_grad_(not freeze_encoder)
     record = {"stage": "linear probe" if freeze_encoder else "fine-tuning", "source": source, "upstream": card.record}
-    card = Card(train.classes, card.mean, card.std, card.preset, record)
+    card = ModelCard(train.classes, card.mean, card.std, card.preset, record)
     lengths = {"train_steps_per_epoch": train_steps_per_epoch, "eval_steps_per_epoch": eval_steps_per_epoch}
     return _train_stage(
         "finetuned", model, train, card, recipe, validation_fraction, device, run_dir, resume,
@@ -667,15 +667,15 @@ def _train_stage(
         identity = {
             "stage": card.record["stage"],
             "config": model.config,
-            "images": digest(train.images, train.labels),
+            "images": fingerprint(train.images, train.labels),
             "device": device.type,
         }
-        start = digest(*model.state_dict().values())
+        start = fingerprint(*model.state_dict().values())
         resume_file = ResumeFile(Path(run_dir) / f"{name}-resume.pt", settings | identity | {"start": start})
     train, validation = train_validation_split(train, validation_fraction, fit_arguments["seed"])
     model = model.to(device)
 
-    def described(history: History) -> Card:
+    def described(history: History) -> ModelCard:
         sizes = {"train_images": len(train), "validation_images": len(validation)}
         record = {**settings, **sizes, "epochs_run": history.epochs, "hardware": hardware(device)}
         return replace(card, record=card.record | record | {"versions": versions()})
@@ -701,7 +701,7 @@ _CHECKS: dict[str, Callable[[str, object], None]] = {  # of the arguments that s
     "train": partial(check_type, kind=LabelledImages, allowed=IMAGES),
     "validation": partial(check_type, kind=LabelledImages, allowed=IMAGES),
     "data": partial(check_type, kind=LabelledImages, allowed=IMAGES),
-    "card": partial(check_type, kind=Card, allowed="a Card, as load_weights returns one"),
+    "card": partial(check_type, kind=ModelCard, allowed="a ModelCard, as load_weights returns one"),
     "epochs": check_whole,
     "pretrain_epochs": check_whole,
     "finetune_epochs": check_whole,
@@ -730,7 +730,7 @@ def _check_arguments(values: dict) -> None:
             _CHECKS[name](name, value)
 
 
-def _check_can_learn(model: nn.Module, train: LabelledImages, card: Card) -> None:
+def _check_can_learn(model: nn.Module, train: LabelledImages, card: ModelCard) -> None:
     """Whether there is something to learn and the images and labels fit: asked with one image, before the training."""
     learns = any(parameter.requires_grad for parameter in model.parameters())
     check("model", model, learns, "one with parameters that require a gradient")

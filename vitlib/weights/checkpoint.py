@@ -26,7 +26,7 @@ PRETRAINED = Path(__file__).parent / "pretrained"
 
 
 @dataclass(frozen=True)
-class Card:
+class ModelCard:
     """What one has to know to use a set of weights.
 
     Args:
@@ -117,7 +117,7 @@ def transfer_encoder(pretrained: nn.Module, num_classes: int, **overrides) -> Vi
     source = unwrap(pretrained, "pretrained")
     check_whole("num_classes", num_classes)
     if "image_size" in overrides:
-        source = resized(source, overrides["image_size"])
+        source = with_image_size(source, overrides["image_size"])
     model = ViTModel(**{**source.config, "num_classes": num_classes, "pre_logits": None, **overrides})
     model.vit_encoder.load_state_dict(source.vit_encoder.state_dict())
     nn.init.zeros_(model.linear_classifier.weight)
@@ -125,7 +125,7 @@ def transfer_encoder(pretrained: nn.Module, num_classes: int, **overrides) -> Vi
     return model
 
 
-def resized(model: ViTModel, image_size: int) -> ViTModel:
+def with_image_size(model: ViTModel, image_size: int) -> ViTModel:
     """The same model for images of ``image_size`` pixels a side: its positions are interpolated, all other weights
     copied. The patches keep their size, so there are more or fewer of them. Where the size is already right, this is
     ``model`` itself.
@@ -144,7 +144,7 @@ def resized(model: ViTModel, image_size: int) -> ViTModel:
     return other.train(model.training)
 
 
-def save_checkpoint(path: str | Path, model: nn.Module, card: Card, dtype: torch.dtype = torch.float32) -> None:
+def save_checkpoint(path: str | Path, model: nn.Module, card: ModelCard, dtype: torch.dtype = torch.float32) -> None:
     """Write weights and card to ``path``, whole or not at all. float16 halves the file and loads as float32 again.
 
     Raises:
@@ -153,7 +153,7 @@ def save_checkpoint(path: str | Path, model: nn.Module, card: Card, dtype: torch
     from safetensors.torch import save_file
 
     check_path("path", path)
-    check_type("card", card, Card, "a Card")
+    check_type("card", card, ModelCard, "a ModelCard")
     is_float = isinstance(dtype, torch.dtype) and dtype.is_floating_point
     check("dtype", dtype, is_float, "a floating point dtype, such as torch.float16")
     model = unwrap(model)
@@ -163,7 +163,7 @@ def save_checkpoint(path: str | Path, model: nn.Module, card: Card, dtype: torch
         save_file(tensors, temporary, metadata={"vitlib": json.dumps(description)})
 
 
-def load_checkpoint(path: str | Path) -> tuple[ViTModel, Card]:
+def load_checkpoint(path: str | Path) -> tuple[ViTModel, ModelCard]:
     """The model, float32 and in eval mode on the CPU, and its card.
 
     Raises:
@@ -184,7 +184,7 @@ def load_checkpoint(path: str | Path) -> tuple[ViTModel, Card]:
             tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (not a dict)
         model = ViTModel(**description["config"])
         model.load_state_dict(tensors)
-        card = Card(**description["card"])
+        card = ModelCard(**description["card"])
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
@@ -194,7 +194,7 @@ def load_checkpoint(path: str | Path) -> tuple[ViTModel, Card]:
     return model.eval(), card
 
 
-def load_pretrained(name: str) -> tuple[ViTModel, Card]:
+def load_pretrained(name: str) -> tuple[ViTModel, ModelCard]:
     """A model that ships with vitlib, and its card; its file is checked against a fixed SHA-256 first.
 
     Raises:
@@ -209,17 +209,17 @@ def load_pretrained(name: str) -> tuple[ViTModel, Card]:
     return load_checkpoint(path)
 
 
-def load_weights(weights: str | Path, image_size: int | None = None) -> tuple[ViTModel, Card]:
+def load_weights(weights: str | Path, image_size: int | None = None) -> tuple[ViTModel, ModelCard]:
     """Weights by whatever names them: a file of :func:`save_checkpoint`, or a name of :func:`load_pretrained`; with
-    ``image_size``, :func:`resized` to it. Errors are theirs."""
+    ``image_size``, :func:`with_image_size` to it. Errors are theirs."""
     check_path("weights", weights)
     check_whole("image_size", image_size, optional=True)
     is_file = str(weights).endswith(".safetensors") or Path(weights).exists()
     model, card = load_checkpoint(weights) if is_file else load_pretrained(str(weights))
-    return (model if image_size is None else resized(model, image_size)), card
+    return (model if image_size is None else with_image_size(model, image_size)), card
 
 
-def digest(*tensors: Tensor) -> str:
+def fingerprint(*tensors: Tensor) -> str:
     """A short name for the contents of tensors: the first 16 hexadecimal digits of the SHA-256 of their bytes."""
     sha = hashlib.sha256()
     for tensor in tensors:

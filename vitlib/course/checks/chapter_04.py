@@ -7,7 +7,7 @@ import torch
 from vitlib.data.augment import normalise
 from vitlib.data.images import channel_statistics
 from vitlib.model import ViTModel
-from vitlib.weights.checkpoint import Card
+from vitlib.weights.checkpoint import ModelCard
 
 from .frame import Mistake, NotAttempted, answer, as_number, call, compare, exercise, expect, tensor_answer
 
@@ -170,7 +170,7 @@ def _judge_gains(gains: Sequence[float], runs: Sequence) -> None:
 def normalisation(learners: Callable) -> None:
     """Of ``normalisation(images, card)``: downstream images as the encoder with this card expects them."""
     images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
-    card = Card(("a", "b"), mean=(0.52, 0.4, 0.31), std=(0.2, 0.25, 0.3))
+    card = ModelCard(("a", "b"), mean=(0.52, 0.4, 0.31), std=(0.2, 0.25, 0.3))
     result = tensor_answer(learners, images, card, shape=(4, 3, 8, 8))
     mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (card.mean, card.std))
     shares = images.float() / 255
