@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import runpy
+from pathlib import Path
 
 import nbformat
 import pytest

@@ -211,8 +211,8 @@ def _decode(
                 images, first = _room(len(paths), pixels.shape), paths[index]
             if pixels.shape != images.shape[1:]:
                 raise ValueError(
-                    f"the images differ in size, for instance {printable(first)} with {images.shape[3]}x{images.shape[2]} "
-                    f"and {printable(paths[index])} with {pixels.shape[2]}x{pixels.shape[1]} pixels; "
+                    f"the images differ in size: {printable(first)} has {images.shape[3]}x{images.shape[2]} "
+                    f"pixels and {printable(paths[index])} {pixels.shape[2]}x{pixels.shape[1]} pixels; "
                     "give image_size, for instance image_size=32, to bring all to one size."
                 )
             images[count] = pixels

@@ -132,11 +132,12 @@ RECIPES = {
 RECIPES["muon"] = replace(RECIPES["modern"], optimizer="muon", matrix_rate=3.0, average=0.995)
 RECIPES["long"] = replace(
     RECIPES["muon"],
+    learning_rate=1.4e-3,
     average=0.999,
     drop_path=0.1,
     augmentation=Augmentation(padding=4, flip=0.5, hole=0, randaugment=2, magnitude=9, erase=0.25, mixing=0.5),
-    mix_until=0.9,
-    keep_patches=((0.85, 0.5),),
+    mix_until=0.95,
+    keep_patches=((0.8, 0.5),),
 )
 RECIPES["short"] = replace(
     RECIPES["modern"],

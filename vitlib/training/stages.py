@@ -107,9 +107,10 @@ def resolve_device(device: str = "auto") -> torch.device:
 
 def resolve_precision(precision: str, device: torch.device) -> str:
     """How wide the matrix products of a training are: ``float32``, or ``bfloat16`` at half the width (autocast; the
-    weights stay float32); ``auto`` is bfloat16 on CUDA GPUs that compute in it and float32 elsewhere.
+    weights stay float32); ``auto`` is bfloat16 on CUDA GPUs and CPUs that compute in it natively, and float32 elsewhere.
 
-    Some CPUs are twice as fast in bfloat16, others many times slower: benchmarks/throughput.py tells which.
+    On a CPU with AVX512-BF16 or AMX bfloat16 is two to three times as fast, on others slower than float32
+    (benchmarks/throughput.py).
 
     Raises:
         ValueError: for any other word.
@@ -118,10 +119,9 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     if precision == "auto":
         if device.type == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:  # AVX512-BF16 or AMX
-            native = device.type == "cpu" and any(
-                value for name, value in torch.cpu.get_capabilities().items() if name.endswith("_bf16")
-            )
+        else:  # AVX512-BF16 or AMX: elsewhere bfloat16 is slower than float32
+            has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+            native = any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
         return "bfloat16" if native else "float32"
     return precision
 
