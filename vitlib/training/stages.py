@@ -107,7 +107,7 @@ def resolve_device(device: str = "auto") -> torch.device:
 
 def resolve_precision(precision: str, device: torch.device) -> str:
     """How wide the matrix products of a training are: ``float32``, or ``bfloat16`` at half the width (autocast; the
-    weights stay float32); ``auto`` is bfloat16 on CUDA GPUs and CPUs that compute in it natively, and float32 elsewhere.
+    weights stay float32); ``auto`` is bfloat16 on CUDA GPUs and CPUs that compute in it, and float32 elsewhere.
 
     On a CPU with AVX512-BF16 or AMX bfloat16 is two to three times as fast, on others slower than float32
     (benchmarks/throughput.py).
