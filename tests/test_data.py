@@ -122,6 +122,8 @@ def test_to_moves_images_and_labels():
         ({"classes": ["a", "b"]}, "['a', 'b']"),
         ({"classes": ("a", 1)}, "('a', 1)"),
         ({"classes": "ab"}, "'ab'"),
+        ({"kept": torch.ones(3)}, "float32 [3]"),
+        ({"kept": torch.ones(2, dtype=torch.bool)}, "bool [2]"),
     ],
 )
 def test_parts_that_do_not_fit_together_are_refused_in_one_sentence(change, part):
@@ -820,6 +822,41 @@ def test_processes_and_threads_that_decode_the_same_folder_at_once_do_not_spoil_
     assert torch.equal(load_images(herd, data_dir=data_dir, progress=False).images, first.images)
 
 
+# --- what ciFAIR kept ----------------------------------------------------------------------------------------------
+
+
+def test_lists_of_flagged_images_have_the_published_counts():
+    for name, count, classes in (("cifar100", 959, 100), ("cifar10", 329, 10)):
+        flagged = cifar.flagged_by_cifair()[name]
+        indices = [index for stems in flagged.values() for index in stems.values()]
+        assert len(flagged) == classes and len(set(indices)) == len(indices) == count and max(indices) < 10_000
+        assert cifar.kept_by_index(name, 10_000).sum() == 10_000 - count
+
+
+def make_cifar10_folder(root, test_files):
+    for name in cifar.flagged_by_cifair()["cifar10"]:
+        save_picture(root / "train" / name / "one_s_000001.png", noise(4, 4, 3))
+    for file in test_files:
+        save_picture(root / "test" / file, noise(4, 4, 3))
+    return root
+
+
+def test_folder_with_cifars_own_names_knows_what_cifair_kept(tmp_path, data_dir):
+    files = ["dog/pekingese_s_000608.png", "dog/pug_s_000001.png", "cat/pekingese_s_000608.png"]
+    root = make_cifar10_folder(tmp_path / "part", files)
+    test = load_images(root, "test", data_dir=data_dir, progress=False)
+    assert test.kept.tolist() == [True, False, True]  # cat, dog, dog: flagged is a file of its class
+    assert test.subset([1, 0]).kept.tolist() == [False, True] and test.to("cpu").kept is not None
+    assert load_images(root, "train", data_dir=data_dir, progress=False).kept is None
+
+
+def test_folder_with_other_names_or_classes_knows_nothing_of_cifair(tmp_path, data_dir, folder):
+    files = ["dog/pekingese_s_000608.png", "cat/my cat.png"]
+    root = make_cifar10_folder(tmp_path / "own", files)
+    assert load_images(root, "test", data_dir=data_dir, progress=False).kept is None
+    assert load_images(folder, "test", data_dir=data_dir, progress=False).kept is None
+
+
 # --- validation split ----------------------------------------------------------------------------------------------
 
 
@@ -925,6 +962,7 @@ def test_real_photographs_load_with_the_classes_of_their_folders(name, classes, 
     assert loaded.images.shape == (1000, 3, 32, 32)
     assert loaded.classes == tuple(sorted(path.name for path in (REAL / name / "train").iterdir()))
     assert torch.bincount(loaded.labels).tolist() == [1000 // classes] * classes
+    assert (~loaded.kept).sum() == {100: 112, 10: 45}[classes], "of those that ciFAIR flags, so many are in this part"
     mean, std = channel_statistics(loaded.images)
     assert all(0.4 < value < 0.6 for value in mean) and all(0.2 < value < 0.3 for value in std)
 

@@ -205,7 +205,9 @@ def test_a_data_set_is_downloaded_unpacked_and_loaded(fake, name):
     assert torch.equal(loaded.images, fake.pixels(*train)) and loaded.images.is_contiguous()
     assert loaded.labels.tolist() == [0, 1, 2, 0] * len(train)
     assert loaded.classes == (("apple", "bear", "clock") if name.endswith("100") else ("ant", "bee", "cat"))
-    assert torch.equal(fake.load("test").images, fake.pixels(test))
+    tested = fake.load("test")
+    assert torch.equal(tested.images, fake.pixels(test))
+    assert (None if tested.kept is None else tested.kept.tolist()) == (None if "fair" in name else [True] * 4)
     assert fake.server.requests == [(f"/{fake.filename}", 0)], "one request serves all later calls"
     assert fake.contents() == sorted([fake.filename, fake.base]), "nothing else is left behind"
 

@@ -6,17 +6,19 @@ archive come the files of the data set and nothing else, within limits (``MOST_B
 
 import hashlib
 import http.client
+import json
 import os
 import pickle
 import posixpath
+import re
 import shutil
 import tarfile
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import IO
 
@@ -116,6 +118,36 @@ def load_cifar(
     labels = [label for batch in batches for label in batch["labels" if "labels" in batch else "fine_labels"]]
     classes = _unpickle(folder / dataset.meta["filename"], dataset.meta["md5"])[dataset.meta["key"]]
     return torch.from_numpy(images), torch.tensor(labels), tuple(classes)
+
+
+@cache
+def flagged_by_cifair() -> dict[str, dict[str, dict[str, int]]]:
+    """Return the test images of CIFAR that ciFAIR flags as near-duplicates: data set, class, file stem, test index.
+
+    959 of CIFAR-100 and 329 of CIFAR-10. The others, 9,041 and 9,671, are the same images in CIFAR and in ciFAIR.
+    """
+    lists = json.loads(Path(__file__).with_name("cifair_flagged.json").read_text())
+    return {name: lists[name] for name in ("cifar100", "cifar10")}
+
+
+def kept_by_index(name: str, count: int) -> Tensor:
+    """Return which of the first ``count`` test images of CIFAR ciFAIR kept, bool [count]."""
+    flagged = {index for stems in flagged_by_cifair()[name].values() for index in stems.values()}
+    return torch.tensor([index not in flagged for index in range(count)])
+
+
+def kept_by_file(paths: Sequence[Path], labels: Tensor, classes: tuple[str, ...]) -> Tensor | None:
+    """Return which test images of a folder ciFAIR kept, bool [N], if the folder holds CIFAR or a part of it.
+
+    It does if its classes are CIFAR's and all its files have CIFAR's own names. For any other folder return None.
+    """
+    own_name = re.compile(r".+_s_\d{6}|manual2?-(beaver|shrew|skunk)\d+")
+    stems = [path.stem for path in paths]
+    for flagged in flagged_by_cifair().values():
+        if set(classes) == set(flagged) and all(map(own_name.fullmatch, stems)):
+            named = zip(stems, labels.tolist(), strict=True)
+            return torch.tensor([stem not in flagged[classes[label]] for stem, label in named])
+    return None
 
 
 def _unpickle(file: Path, md5: str) -> dict:

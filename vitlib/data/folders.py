@@ -93,8 +93,8 @@ def load_folder(
     image_size: int | None,
     num_channels: int,
     progress: bool,
-) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """Images uint8 [N, C, H, W], labels int64 [N] and class names of one split; options as in ``load_images``.
+) -> tuple[Tensor, Tensor, tuple[str, ...], list[Path]]:
+    """Images uint8 [N, C, H, W], labels int64 [N], class names and files of one split; options as in ``load_images``.
 
     Images that cannot be read are left out, and a line on stdout counts and names them.
 
@@ -123,7 +123,7 @@ def load_folder(
         _write_cache(cache, images, kept)
     if left_out:
         print(f"{_summary(left_out, paths)}; the rest is used.")
-    return images, labels[kept], classes
+    return images, labels[kept], classes, [path for path, is_kept in zip(paths, kept.tolist(), strict=True) if is_kept]
 
 
 def class_names(folder: Path) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from vitlib.arguments import (
     check_type,
     check_whole,
 )
-from vitlib.data.cifar import load_cifar, prepare_cifar
+from vitlib.data.cifar import kept_by_file, kept_by_index, load_cifar, prepare_cifar
 from vitlib.data.folders import class_names, load_folder, refit
 from vitlib.data.shapes import draw_shapes
 
@@ -45,11 +45,14 @@ class LabelledImages:
         images: uint8 [N, C, H, W].
         labels: int64 [N], indices into ``classes``.
         classes: names of the classes, in the order of the logits.
+        kept: bool [N], True where ciFAIR kept a test image of CIFAR, False where it is flagged as a near-duplicate;
+            None for images of which this is not known.
     """
 
     images: Tensor
     labels: Tensor
     classes: tuple[str, ...]
+    kept: Tensor | None = None
 
     def __post_init__(self):
         _check_images(self.images)
@@ -68,6 +71,8 @@ class LabelledImages:
                 f"labels run from {self.labels.min()} to {self.labels.max()} but must be indices into the "
                 f"{len(self.classes)} classes, the first of which is 0."
             )
+        if self.kept is not None and (self.kept.dtype != torch.bool or self.kept.shape != self.labels.shape):
+            raise ValueError(f"kept is {brief(self.kept)} but must be bool [{len(self)}], one for each image, or None.")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -77,12 +82,14 @@ class LabelledImages:
         return f"LabelledImages({len(self)} images of {shape}, {len(self.classes)} classes)"
 
     def subset(self, indices) -> "LabelledImages":
-        """The images at ``indices``: a list or tensor of integers, a boolean mask or a slice."""
-        return LabelledImages(self.images[indices], self.labels[indices], self.classes)
+        """Return the images at ``indices``: a list or tensor of integers, a boolean mask or a slice."""
+        kept = None if self.kept is None else self.kept[indices]
+        return LabelledImages(self.images[indices], self.labels[indices], self.classes, kept)
 
     def to(self, device: str | torch.device) -> "LabelledImages":
-        """The same data set on another device."""
-        return LabelledImages(self.images.to(device), self.labels.to(device), self.classes)
+        """Return the same data set on another device."""
+        kept = None if self.kept is None else self.kept.to(device)
+        return LabelledImages(self.images.to(device), self.labels.to(device), self.classes, kept)
 
 
 def load_images(
@@ -126,12 +133,17 @@ def load_images(
     name = str(source)
     if name not in SOURCES:
         folder = Path(os.path.expanduser(name))
-        return LabelledImages(*load_folder(folder, split, data_dir, image_size, num_channels, progress))
+        images, labels, classes, files = load_folder(folder, split, data_dir, image_size, num_channels, progress)
+        kept = kept_by_file(files, labels, classes) if split == "test" else None
+        return LabelledImages(images, labels, classes, kept)
+    kept = None
     if name.startswith("shapes"):
         images, labels, classes, _ = draw_shapes(name, split)
     else:
         images, labels, classes = load_cifar(name, split, data_dir, progress)
-    return LabelledImages(refit(images, image_size, num_channels), labels, classes)
+        if split == "test" and name in ("cifar100", "cifar10"):
+            kept = kept_by_index(name, len(labels))
+    return LabelledImages(refit(images, image_size, num_channels), labels, classes, kept)
 
 
 def check_source(source: str | os.PathLike, name: str = "source") -> None:
