@@ -28,6 +28,12 @@ unexport JUPYTER_PATH
 export JUPYTER_PREFER_ENV_PATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+# as vitlib/__init__.py does, for kernels that import torch first
+ifndef OMP_WAIT_POLICY
+export GOMP_SPINCOUNT ?= 1000
+export KMP_BLOCKTIME ?= 1
+endif
+
 .DEFAULT_GOAL := help
 .PHONY: help venv course test test-browser lab lint format notebooks address clean
 

@@ -6,6 +6,10 @@ from pathlib import Path
 
 import kernel_memory
 import pytest
+
+import vitlib  # noqa: F401  before torch, whose threads shall not spin beside other programs
+
+# isort: split
 import torch
 
 from vitlib.course import checks, early

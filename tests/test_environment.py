@@ -67,7 +67,7 @@ def imported_packages(folder):
                 modules |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 modules.add(node.module.split(".")[0])
-    local = {"vitlib", *(path.stem for place in ("tests", "benchmarks") for path in (ROOT / place).glob("*.py"))}
+    local = {"vitlib", "tools", *(path.stem for place in ("tests", "benchmarks") for path in (ROOT / place).glob("*.py"))}
     return modules - set(sys.stdlib_module_names) - local
 
 
@@ -146,6 +146,18 @@ def test_on_binder_torch_has_as_many_threads_as_the_container_grants_cores(given
     command = ["python", "-c", "import os; print(os.environ['OMP_NUM_THREADS'])", "an argument"]
     printed = subprocess.check_output([ROOT / "binder/start", *command], env=environment, text=True)
     assert printed == f"{given or granted_cores()}\n"
+
+
+@pytest.mark.parametrize(("variable", "given", "expected"), [
+    ("GOMP_SPINCOUNT", {}, "1000"),
+    ("GOMP_SPINCOUNT", {"GOMP_SPINCOUNT": "7"}, "7"),
+    ("GOMP_SPINCOUNT", {"OMP_WAIT_POLICY": "active"}, None),
+    ("KMP_BLOCKTIME", {}, "1"),
+])  # fmt: skip
+def test_importing_vitlib_says_how_threads_wait(variable, given, expected):
+    kept = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "KMP_BLOCKTIME")}
+    code = f"import os, sys, vitlib; print(os.environ.get({variable!r}), 'torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], env=kept | given, text=True) == f"{expected} False\n"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no executable bit")

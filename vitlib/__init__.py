@@ -4,6 +4,17 @@ The names that everyone types can be imported from here; each loads its module w
 """
 
 import importlib
+import os
+
+# How long OpenMP's threads spin while they wait. Beside other programs they spin in the way of the thread that they
+# wait for (benchmarks/busy_machine.py measures it). torch reads this when it is imported, and children inherit it.
+WAITING = {
+    "GOMP_SPINCOUNT": "1000",  # libgomp, in torch's wheels for Linux: rounds, 300,000 without it
+    "KMP_BLOCKTIME": "1",  # Intel's and LLVM's (macOS, Windows, conda): milliseconds, 200 without it; not tried
+}
+if "OMP_WAIT_POLICY" not in os.environ:  # the user's own settings win
+    for _name, _value in WAITING.items():
+        os.environ.setdefault(_name, _value)
 
 _HOMES = {
     "ViTModel": "model",
