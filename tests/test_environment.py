@@ -67,8 +67,8 @@ def imported_packages(folder):
                 modules |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 modules.add(node.module.split(".")[0])
-    local = {"vitlib", "tools", *(path.stem for place in ("tests", "benchmarks") for path in (ROOT / place).glob("*.py"))}
-    return modules - set(sys.stdlib_module_names) - local
+    local = {path.stem for place in ("tests", "benchmarks") for path in (ROOT / place).glob("*.py")}
+    return modules - set(sys.stdlib_module_names) - local - {"vitlib", "tools"}
 
 
 def not_provided(folder, provided):
