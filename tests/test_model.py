@@ -413,16 +413,6 @@ def test_interpolation_of_a_linear_ramp_stays_a_ramp_along_its_axis():
     assert (grid[0].diff() > 0).all()
 
 
-def test_interpolation_from_and_to_oblong_grids_is_that_of_each_axis():
-    """Bicubic resizing is separable: a picture that varies along one axis is resized along that axis alone."""
-    rows = torch.randn(3)
-    oblong = torch.cat([torch.zeros(1), rows.repeat_interleave(5)])[None, :, None]  # a 3x5 grid, equal along columns
-    square = torch.cat([torch.zeros(1), rows.repeat_interleave(3)])[None, :, None]  # 3x3 likewise
-    result = interpolate_positions(oblong, (6, 4), old_grid=(3, 5))[0, 1:, 0].view(6, 4)
-    expected = interpolate_positions(square, 6)[0, 1:, 0].view(6, 6)
-    torch.testing.assert_close(result, expected[:, :4])
-
-
 def test_without_classes_the_model_gives_what_its_classifier_would_see():
     model = tiny(pooling="mean", pre_logits=24)
     headless = ViTModel(**{**model.config, "num_classes": 0}).eval()
@@ -452,36 +442,26 @@ def test_the_largest_model_costs_no_memory_on_the_meta_device():
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"image_size": 30}, ["image_size=30", "patch_size=4"]),
-        ({"em_dim": 18}, ["em_dim=18", "num_heads=4"]),
-        ({"num_layers": 0}, ["num_layers=0", "at least 1"]),
-        ({"num_classes": -3}, ["num_classes=-3", "at least 0"]),
-        ({"pre_logits": 0}, ["pre_logits=0", "at least 1"]),
-        ({"norm_eps": 0}, ["norm_eps=0", "above 0"]),
-        ({"norm_eps": True}, ["norm_eps=True", "above 0"]),
-        ({"num_heads": 2.0}, ["num_heads=2.0", "whole number"]),
-        ({"patch_size": "4"}, ["patch_size='4'", "whole number"]),
-        ({"drop": 1.0}, ["drop=1.0", "probability"]),
-        ({"drop": "0.1"}, ["drop='0.1'", "probability"]),
-        ({"norm_first": 1}, ["norm_first=1", "True or False"]),
-        ({"drop_path": 1}, ["drop_path=1", "probability"]),
-        ({"drop_path": -0.1}, ["drop_path=-0.1", "probability"]),
-        ({"pooling": "max"}, ["pooling='max'", "cls or mean"]),
-        ({"pooling": None}, ["pooling=None", "cls or mean"]),
+        ({"image_size": 30}, "image_size=30 is not a multiple of patch_size=4"),
+        ({"em_dim": 18}, "em_dim=18 is not a multiple of num_heads=4"),
+        ({"pooling": "max"}, "pooling='max' is not known; choose cls or mean"),
     ],
 )
-def test_a_bad_configuration_gives_one_sentence(changes, words):
-    with pytest.raises(ValueError) as error:
+def test_sizes_that_do_not_divide_are_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
         ViTModel(**{"num_classes": 5, **TINY, **changes})
-    message = str(error.value)
-    assert all(word in message for word in words) and "\n" not in message and message.endswith(".")
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 16, 16), (2, 1, 8, 8), (3, 8, 8), (2, 3, 8, 4)])
-def test_images_of_the_wrong_shape_give_one_sentence(shape):
-    with pytest.raises(ValueError, match=r"\[B, 3, 8, 8\], not \[") as error:
+def test_images_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match=r"\[B, 3, 8, 8\], not \["):
         tiny()(torch.randn(shape))
-    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float64, torch.bfloat16])
+def test_images_of_another_dtype_are_refused(dtype):
+    with pytest.raises(ValueError, match=f"torch.float32, not {dtype}; normalise"):
+        tiny()(torch.zeros(1, 3, 8, 8, dtype=dtype))
 
 
 def test_an_unknown_preset_lists_the_known_ones():
@@ -489,12 +469,6 @@ def test_an_unknown_preset_lists_the_known_ones():
         create_model("huge", 10)
 
 
-def test_patches_that_do_not_fit_give_one_sentence():
+def test_images_that_patches_do_not_fill_are_refused():
     with pytest.raises(ValueError, match="8x8 pixels cannot be cut into patches of 3"):
         patchify(torch.randn(1, 3, 8, 8), 3)
-    with pytest.raises(ValueError, match="do not fill a square image"):
-        unpatchify(torch.randn(1, 3, 48), 4)
-    with pytest.raises(ValueError, match="15 patch positions cannot go from a 3x3 to a 4x4 grid"):
-        interpolate_positions(torch.randn(1, 1 + 15, 8), 4)
-    with pytest.raises(ValueError, match="from a 3x5 to a 0x4 grid"):
-        interpolate_positions(torch.randn(1, 1 + 15, 8), (0, 4), old_grid=(3, 5))

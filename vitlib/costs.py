@@ -16,14 +16,13 @@ Before such numbers are compared, two conventions have to be known:
   dropout masks take one byte a number instead of four.
 """
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, replace
 
 import torch
 
 from vitlib.arguments import check_type, check_whole
-from vitlib.model import ViTModel, check_configuration, create_model
+from vitlib.model import ViTModel, create_model
 
 FLOAT = 4  # bytes of a float32
 
@@ -83,10 +82,8 @@ def costs(config: Mapping, batch_size: int = 1) -> Costs:
     """
     check_type("config", config, Mapping, "a mapping of arguments of ViTModel, such as a model's config")
     check_whole("batch_size", batch_size)
-    arguments = inspect.signature(ViTModel).bind(**config)
-    arguments.apply_defaults()
-    config = arguments.arguments
-    check_configuration(config)
+    with torch.device("meta"):  # fills in the defaults, and refuses sizes that do not divide
+        config = ViTModel(**config).config
     S, P, D, H = (config[name] for name in ("image_size", "patch_size", "em_dim", "num_heads"))
     N = (S // P) ** 2
     letters = {

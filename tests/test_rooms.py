@@ -1,0 +1,45 @@
+"""The rooms of vitlib: who may import whom."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import vitlib
+
+ROOT = Path(vitlib.__file__).parent
+ORDER = (  # a room imports only from rooms before it
+    "arguments utils model data costs explain weights records training predict export spread plots widgets course "
+    "__main__"
+).split()
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Full names of the modules that a file imports, those in functions too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def edges() -> Iterator[tuple[str, str]]:
+    """(room, imported room) for every import from one room into another."""
+    for path in ROOT.rglob("*.py"):
+        room = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        for name in imports(path):
+            if name.startswith("vitlib.") and name.split(".")[1] != room:
+                yield room, name.split(".")[1]
+
+
+def test_the_model_imports_nothing_but_torch():
+    foreign = {name.split(".")[0] for name in imports(ROOT / "model.py")} - set(sys.stdlib_module_names)
+    assert foreign == {"torch"}
+
+
+def test_only_the_course_imports_the_course():
+    assert {room for room, imported in edges() if imported == "course"} <= {"__main__"}
+
+
+def test_imports_run_one_way():
+    assert [edge for edge in edges() if ORDER.index(edge[1]) >= ORDER.index(edge[0])] == []
