@@ -2,6 +2,7 @@
 
 import json
 import math
+from unittest import mock
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -63,6 +64,9 @@ B16 = preset_config("B/16", 1000, drop=0)
 # every public function that draws, with arguments that make it draw all it can
 FIGURES = {
     "image_grid": lambda: plots.image_grid(IMAGES, ["a", "b", "c", "d", "e"], columns=3, title="images"),
+    "heatmap": lambda: plots.heatmap(torch.rand(2, 2), ["a", "b"], ["c", "d"], title="a matrix"),
+    "dots": lambda: plots.dots({"ours": [0.5, 0.6], "theirs": [0.3]}, "accuracy", "runs", reference={"chance": 0.1}),
+    "cost_bars": lambda: plots.cost_bars({"B/16": costs(B16)}, "costs"),
     "top_classes": lambda: plots.top_classes(
         IMAGES[0], torch.tensor([0.2, 0.7, 0.1]), ["cat", "dog", "ant"], 2, "top 2"
     ),
@@ -99,6 +103,15 @@ def words(figure: Figure) -> list[str]:
 
 def shown_texts(figure: Figure) -> list[Text]:
     return [text for text in figure.findobj(Text) if text.get_text().strip() and text.get_visible()]
+
+
+def test_a_figure_is_shown_with_its_alternative_text():
+    shown = []
+    with mock.patch("IPython.display.display", lambda *given, **named: shown.append((given, named))):
+        assert plots.show(FIGURES["lines"](), "Two curves that cross.") is None
+    ((picture,), named) = shown.pop()
+    assert picture["image/png"].startswith(b"\x89PNG") and picture["text/plain"] == "Two curves that cross."
+    assert named["metadata"] == {"image/png": {"alt": "Two curves that cross."}}
 
 
 def drawn_image(ax, number: int = 0) -> np.ndarray:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 
 from vitlib import records
-from vitlib.records import recorded_cnn, recorded_curves, recorded_label_budgets, recorded_patches
+from vitlib.records import load_record, recorded_cnn, recorded_curves, recorded_label_budgets, recorded_patches
 from vitlib.training.recipes import RECIPES
 from vitlib.weights.checkpoint import ModelCard, load_pretrained
 
@@ -156,3 +156,9 @@ def test_the_learning_rates_of_the_comparison_lie_inside_of_what_was_tried():
             == record["models"][name]["learning_rate"]
             not in (min(map(float, tried)), max(map(float, tried)))
         )
+
+
+def test_a_record_is_the_file_that_ships():
+    assert len(load_record("published")["accuracy"]) == 100
+    with pytest.raises(ValueError, match="'index'; choose one of cifar100-small, published, .* vit_against_cnn"):
+        load_record("index")

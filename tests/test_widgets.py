@@ -1,14 +1,17 @@
 """The widgets, moved without a browser: what a slider does is the same whoever moves it."""
 
 import time
+from unittest import mock
 
+import ipywidgets
 import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from vitlib import widgets
+from vitlib import plots, widgets
 from vitlib.costs import costs, preset_config
 from vitlib.records import recorded_curves, recorded_label_budgets
+from vitlib.widgets import explorer
 
 PNG = b"\x89PNG"
 
@@ -166,3 +169,30 @@ def test_a_slider_answers_at_once_and_leaves_no_figure_behind(chapter):
         # the goal is 0.2 s from hand to eye on a quiet machine (RESULTS.md); a busy one computes half as fast
         assert min(taken) < 0.4, f"{name}: {min(taken):.2f} s of computing"
     assert plt.get_fignums() == []
+
+
+def test_an_explorer_makes_its_controls_and_starts_at_the_defaults(image):
+    seen = []
+
+    def draw(patch_size=8, colour="grey"):
+        seen.append((patch_size, colour))
+        return plots.patch_grid(image, patch_size)
+
+    box = explorer(draw, "An image in patches.", patch_size=[4, 8, 16], colour=["grey", "red"])
+    slider, menu, picture = box.children
+    assert isinstance(slider, ipywidgets.SelectionSlider) and isinstance(menu, ipywidgets.Dropdown)
+    assert slider.description == "patch size"
+    slider.value, menu.value = 16, "red"
+    assert seen == [(8, "grey"), (16, "grey"), (16, "red")]
+    assert bytes(picture.value) == plots.png(plots.patch_grid(image, 16))
+
+
+def test_a_page_without_a_kernel_shows_the_first_picture(image):
+    shown = []
+    with mock.patch("vitlib.widgets.display", lambda bundle, **named: shown.append((bundle, named["metadata"]))):
+        box = explorer(lambda patch_size: plots.patch_grid(image, patch_size), "In patches.", patch_size=[4, 8])
+        box._ipython_display_()
+    ((bundle, metadata),) = shown
+    assert bundle["application/vnd.jupyter.widget-view+json"]["model_id"] == box.model_id
+    assert bundle["image/png"] == box.picture.value and bundle["text/plain"] == "In patches."
+    assert metadata == {"image/png": {"alt": "In patches."}}

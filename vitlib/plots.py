@@ -1,22 +1,35 @@
-"""Every figure of the course, as a function that returns a matplotlib ``Figure``.
+"""Six kinds of figure, each a function that returns a matplotlib ``Figure``, and ``show``, which displays it.
 
-A figure is displayed once, where a notebook names it last in a cell. Colours are those of Okabe and Ito, which
-colour-blind readers can tell apart; maps of numbers use viridis and cividis, which also survive a grey printout.
+image_grid(images, titles)              pictures and maps side by side, in rows
+patch_grid(image, patch_size)           one image cut into numbered patches
+heatmap(matrix, rows, columns)          a matrix in colours, with its numbers where there is room; or tiles of maps
+lines(x, series, xlabel, ylabel)        curves by name, with bands, runs, a reference such as chance, a reading
+dots(groups, xlabel)                    a row for each group: a dot for each run, a bar at the mean
+cost_bars(costs_by_name)                what the parts of one or several models cost
+panels(count)                           axes side by side, for the ``ax=`` of these functions
+show(figure, alt)                       display a figure with its alternative text
+
+Colours are those of Okabe and Ito, which colour-blind readers can tell apart; maps of numbers use viridis, and PuOr
+around zero, which also survive a grey printout.
 """
 
+import io
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from functools import wraps
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
+from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.textpath import text_to_path
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 from torch import Tensor
 
 from vitlib.costs import Costs
@@ -40,6 +53,7 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.prop_cycle": plt.cycler(color=COLOURS),
+    "legend.edgecolor": "none",
     "figure.dpi": 100,  # a screen counts 96 pixels to the inch, so a font of 10 pt is shown with 10 pt at least
     "figure.constrained_layout.use": True,
     "image.cmap": "viridis",
@@ -71,25 +85,151 @@ def _without_ticks(ax) -> None:
     ax.spines[:].set_visible(False)
 
 
+def show(figure: Figure, alt: str) -> None:
+    """Display a figure in a notebook, with the text that says what is seen in it, for readers who cannot see it."""
+    from IPython.display import display  # only notebooks have it loaded
+
+    picture = {"image/png": png(figure), "text/plain": alt}
+    display(picture, metadata={"image/png": {"alt": alt}}, raw=True)
+
+
+def png(figure: Figure) -> bytes:
+    """Return a figure as the bytes of a PNG file."""
+    file = io.BytesIO()
+    with plt.rc_context(STYLE):
+        figure.savefig(file, format="png", metadata={"Software": None})
+    return file.getvalue()
+
+
+def panels(count: int, height: float = 3.8) -> list[Axes]:
+    """Return ``count`` axes side by side in a new figure, one for the ``ax=`` of each drawing."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, count, figsize=(WIDEST, height), squeeze=False)
+    plt.close(figure)
+    return list(axes[0])
+
+
 @_styled
 def image_grid(
-    images: Tensor, titles: Sequence[str] = (), columns: int = 6, title: str = "", side: float = 1.4
+    images: Tensor | Sequence[Tensor],
+    titles: Sequence[str] = (),
+    columns: int = 6,
+    title: str = "",
+    side: float = 1.4,
+    rows: Sequence[str] = (),
+    limit: float | None = None,
+    frames: Mapping[int, tuple[float, float, float]] | None = None,
 ) -> Figure:
-    """Images uint8 ``[N, C, H, W]`` in rows of ``columns``, each under its own title and ``side`` inches wide, or
-    less where the rows would leave the page."""
+    """Draw pictures and maps in rows.
+
+    Args:
+        images: pictures uint8 ``[C, H, W]``, or maps ``[g, g]`` of numbers from 0 on, bright where they are large.
+        titles: one for each.
+        columns: pictures in a row.
+        title: of the whole figure.
+        side: of a picture in inches, less where a row would leave the page.
+        rows: a name for each row.
+        limit: the brightest number of all maps; by default the largest of each.
+        frames: by number of the picture a square to outline: its top, left and side, in pixels or cells.
+    """
     columns = min(columns, len(images))
-    side = min(side, WIDEST / columns)
-    rows = -(-len(images) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(side * columns, (side + 0.2) * rows + 0.3), squeeze=False)
+    side = min(side, (WIDEST - bool(rows)) / columns)
+    count = -(-len(images) // columns)
+    room = 0.25 * max((str(text).count("\n") + 1 for text in titles), default=0)
+    size = (side * columns + bool(rows), (side + room) * count + 0.4 * bool(title))
+    figure, axes = plt.subplots(count, columns, figsize=size, squeeze=False)
     for ax in axes.flat:
         _without_ticks(ax)
     for ax, image in zip(axes.flat, images, strict=False):
-        ax.imshow(_picture(image), cmap="gray", vmin=0, vmax=255)
+        if image.ndim == 3:
+            ax.imshow(_picture(image), cmap="gray", vmin=0, vmax=255)
+        else:
+            ax.imshow(image.detach().cpu().numpy(), vmin=0, vmax=limit)
     for ax, text in zip(axes.flat, titles, strict=False):
         ax.set_title(text, fontsize=10)
+    for ax, text in zip(axes[:, 0], rows, strict=False):
+        ax.set_ylabel(text, rotation=0, ha="right", va="center")
+    for number, (top, left, length) in (frames or {}).items():
+        axes.flat[number].add_patch(_frame(top, left, length))
     if title:
         figure.suptitle(title)
     return figure
+
+
+def _frame(top: float, left: float, side: float) -> Rectangle:
+    """Return an outline that is visible on any colour, by its white border."""
+    border = [withStroke(linewidth=5, foreground="white")]
+    corner = (left - 0.5, top - 0.5)
+    return Rectangle(corner, side, side, fill=False, edgecolor=COLOURS[1], linewidth=3, path_effects=border)
+
+
+@_styled
+def heatmap(
+    matrix: Tensor,
+    rows: Sequence | Mapping[int, str] = (),
+    columns: Sequence | Mapping[int, str] = (),
+    *,
+    xlabel: str = "",
+    ylabel: str = "",
+    title: str = "",
+    label: str = "",
+    numbers: str = "{:.2f}",
+    limits: tuple[float, float] | None = None,
+    frame: tuple[int, int] | None = None,
+    cuts: Sequence[float] = (),
+    ax: Axes | None = None,
+) -> Figure:
+    """Draw a matrix in colours: from dark to bright, or where numbers are negative, from orange to purple.
+
+    Args:
+        matrix: ``[R, C]``; or ``[R, C, h, w]``, drawn as R x C tiles with gaps between them.
+        rows, columns: names of all rows or columns in turn, or of some by number.
+        label: the meaning of a colour, written beside the scale.
+        numbers: the format of the numbers in the cells, which are written up to 400 cells; "" for none.
+        limits: the numbers at the two ends of the scale from dark to bright.
+        frame: row and column of a cell to outline.
+        cuts: columns before which to draw a line.
+    """
+    values, tiled = matrix.detach().cpu().float(), matrix.ndim == 4
+    written = bool(numbers) and not tiled and values.numel() <= 400
+    negative = bool((values < 0).any())
+    largest = values.nan_to_num().abs().max().item()
+    low, high = limits or (-largest if negative else 0, largest)
+    if tiled:
+        step = values.shape[-1] + 1
+        values = F.pad(values, (0, 1, 0, 1), value=torch.nan).permute(0, 2, 1, 3).flatten(2).flatten(0, 1)[:-1, :-1]
+    height, width = values.shape
+    if written:
+        size = min(WIDEST, 0.9 * width + 2), min(WIDEST, 0.55 * height + 1.5)
+    else:
+        size = (5.8, 5.0) if width == height else (8, 4.4)
+    ax = _axes(ax, *size)
+    aspect = "equal" if width == height and not written else "auto"
+    colours = "PuOr" if negative and not limits else "viridis"
+    drawn = ax.imshow(values.numpy(), cmap=colours, vmin=low, vmax=high, aspect=aspect, interpolation="none")
+    if written:
+        for (row, column), value in np.ndenumerate(values.numpy()):
+            red, green, blue, _ = drawn.cmap(drawn.norm(value))
+            colour = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.5 else "white"
+            text = numbers.format(value)
+            ax.text(column, row, text, ha="center", va="center", color=colour, fontsize=12 if width <= 10 else 10)
+    else:
+        ax.figure.colorbar(drawn, ax=ax, label=label, shrink=0.85 if aspect == "equal" else 1)
+    for axis, names, length in ((ax.yaxis, rows, height), (ax.xaxis, columns, width)):
+        named = dict(names) if isinstance(names, Mapping) else dict(enumerate(names))
+        places = [place * step + (step - 2) / 2 if tiled else place for place in named]
+        if named or written:
+            axis.set_ticks(places, [str(name) for name in named.values()])
+        if axis is ax.xaxis and sum(len(str(name)) + 2 for name in named.values()) > 9 * size[0]:
+            plt.setp(ax.get_xticklabels(), rotation=45, ha="right", rotation_mode="anchor")
+        axis.set_tick_params(length=0 if len(named) == length or tiled else 3)
+    for cut in cuts:
+        ax.axvline(cut - 0.5, color="black", linewidth=1)
+    if frame:
+        ax.add_patch(_frame(*frame, 1))
+    ax.spines[:].set_visible(False)
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    return ax.figure
 
 
 @_styled
@@ -115,13 +255,13 @@ def top_classes(
 
 
 @_styled
-def patch_grid(image: Tensor, patch_size: int) -> Figure:
-    """One image uint8 ``[C, H, W]`` with its patches outlined and, while there is room, numbered row by row. The title
-    says what the cut costs: N patches of so many numbers, and N^2 weights in each head of each attention layer."""
+def patch_grid(image: Tensor, patch_size: int, title: str | None = None, ax: Axes | None = None) -> Figure:
+    """Draw one image uint8 ``[C, H, W]`` with its patches outlined and, up to 12 columns, numbered row by row. The
+    title says what the cut costs: N patches of so many numbers, and N^2 weights in each head."""
     channels, height, width = image.shape
     rows, columns = height // patch_size, width // patch_size
     patches = rows * columns
-    figure, ax = plt.subplots(figsize=(5.2, 5.2 * height / width + 0.6))
+    ax = _axes(ax, 5.2, 5.2 * height / width + 0.6)
     ax.imshow(_picture(image), cmap="gray", vmin=0, vmax=255)
     for row in range(rows + 1):
         ax.axhline(row * patch_size - 0.5, color="white", linewidth=0.8)
@@ -136,11 +276,12 @@ def patch_grid(image: Tensor, patch_size: int) -> Figure:
                 bbox={"boxstyle": "round,pad=0.15", "facecolor": "black", "alpha": 0.55, "linewidth": 0},
             )  # fmt: skip
     _without_ticks(ax)
-    ax.set_title(
+    cost = (
         f"patch size {patch_size}: N = {rows} x {columns} = {patches:,} patches\n"
         f"{channels * patch_size**2:,} numbers per patch, N² = {patches**2:,} attention weights"
     )
-    return figure
+    ax.set_title(cost if title is None else title)
+    return ax.figure
 
 
 @_styled
@@ -347,14 +488,153 @@ def spreads(
 
 
 @_styled
-def lines(x: Sequence, series: Mapping[str, Sequence], xlabel: str, ylabel: str, title: str = "", **axis) -> Figure:
-    """Named curves over one x axis. ``axis`` goes to ``Axes.set`` (``xscale="log"``, ``ylim=(0, 1)``, ...)."""
-    figure, ax = plt.subplots(figsize=(7, 3.8))
-    for name, values in series.items():
-        ax.plot(x, values, marker="o" if len(x) <= 20 else "", label=name)
+def lines(
+    x: Sequence | Mapping[str, Sequence],
+    series: Mapping[str, Sequence],
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    *,
+    bands: Mapping[str, tuple[Sequence, Sequence]] | None = None,
+    reference: Mapping[str, float] | None = None,
+    read_at: float | None = None,
+    percent: bool = False,
+    ax: Axes | None = None,
+    **axis,
+) -> Figure:
+    """Draw curves by name.
+
+    Args:
+        x: the places of the points, for all curves or by name for each. A shorter curve takes the first of them.
+        series: by name a number for each point; or several numbers for each, one of every run: then the curve goes
+            through their means, and every run is a dot.
+        bands: by name the lower and the upper edge of a band around the curve.
+        reference: numbers to draw dotted lines at, by name, such as ``{"chance": 0.1}``.
+        read_at: a place to mark. The legend says where each curve is there; one that ends earlier is read at its end.
+        percent: whether the numbers are shares, to be written in percent.
+        axis: given to ``Axes.set``, as ``xscale="log"`` or ``ylim=(0, None)``.
+    """
+    ax = _axes(ax, 7, 3.8)
+    for number, (name, values) in enumerate(series.items()):
+        values = np.asarray(values, dtype=float)
+        places = list(x[name] if isinstance(x, Mapping) else x)[: len(values)]
+        means = values if values.ndim == 1 else values.mean(axis=1)
+        colour, marker = COLOURS[number % len(COLOURS)], "os^Dv"[number % 5]
+        style = {"color": colour, "linestyle": ("-", "--", "-.", (0, (1, 1)))[number % 4]}
+        if read_at is not None:
+            known = [place for place in range(len(places)) if places[place] <= read_at] or [0]
+            read = means[known[-1]]
+            ended = "" if places[-1] >= read_at else f" (at {places[-1]:,})"
+            name_shown = f"{name}: {_number(read, percent)}{ended}"
+            ax.plot(places[known[-1]], read, marker, color=colour, markersize=9, zorder=3)
+        else:
+            name_shown = name
+        few = len(places) <= 20
+        ax.plot(places, means, marker=marker if few and values.ndim == 1 else "", label=name_shown, **style)
+        if values.ndim == 2:
+            ax.plot(places, values, marker, color=colour, alpha=0.6, markersize=6)
+        if name in (bands or {}):
+            ax.fill_between(places, *bands[name], color=colour, alpha=0.2, linewidth=0)
+    for name, value in (reference or {}).items():
+        ax.axhline(value, color="black", linestyle=":")
+        place = {"xy": (1, value), "xycoords": ax.get_yaxis_transform(), "xytext": (0, 3), "ha": "right"}
+        ax.annotate(name, textcoords="offset points", fontsize=10, path_effects=[HALO], **place)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title, **axis)
-    if len(series) > 1:
-        ax.legend(frameon=False)
+    if percent:
+        ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    if axis.get("xscale") == "log" and not isinstance(x, Mapping) and len(x) <= 12 and "xticks" not in axis:
+        ax.set_xticks(list(x), [f"{place:,}" for place in x])
+        ax.set_xticks([], minor=True)
+    if read_at is not None:
+        ax.axvline(read_at, color="black", linewidth=1, linestyle="--", zorder=0)
+    if len(series) > 1 or read_at is not None:
+        ax.legend(fontsize=10, title=None if read_at is None else f"{xlabel} {read_at:,}")
+    return ax.figure
+
+
+@_styled
+def dots(
+    groups: Mapping[str, Sequence[float]],
+    xlabel: str,
+    title: str = "",
+    *,
+    reference: Mapping[str, float] | None = None,
+    kinds: Sequence[str] = (),
+    percent: bool = False,
+    ax: Axes | None = None,
+    **axis,
+) -> Figure:
+    """Draw a row for each group: a dot for each run, a bar at the mean, and beside it the mean (lowest to highest).
+
+    Args:
+        groups: by name the numbers of its runs, such as accuracies over seeds.
+        reference: numbers to draw dotted lines at, by name, such as ``{"chance": 0.1}``.
+        kinds: one for each group; groups of one kind share a colour.
+        percent: whether the numbers are shares, to be written in percent.
+        axis: given to ``Axes.set``, as ``xlim=(0, None)``.
+    """
+    ax = _axes(ax, 7.5, 1.1 + 0.5 * len(groups))
+    kinds = list(kinds) or list(groups)
+    colours = dict(zip(dict.fromkeys(kinds), COLOURS * len(kinds), strict=False))
+    for row, (values, kind) in enumerate(zip(groups.values(), kinds, strict=True)):
+        values = np.asarray(values, dtype=float)
+        heights = np.full(len(values), float(row))
+        if len(values) > 20:  # dots would hide dots
+            heights += np.random.default_rng(0).uniform(-0.3, 0.3, len(values))
+        ax.plot(values, heights, "o", color=colours[kind], markersize=8 if len(values) <= 20 else 3, alpha=0.6)
+        mean, *ends = (_number(value, percent) for value in (values.mean(), values.min(), values.max()))
+        ax.plot([values.mean()] * 2, [row - 0.32, row + 0.32], color=colours[kind], linewidth=4, solid_capstyle="butt")
+        written = mean if len(values) == 1 else f"{mean} ({ends[0]} to {ends[1]})"
+        place = {"xy": (1, row), "xycoords": ax.get_yaxis_transform(), "xytext": (8, 0), "va": "center"}
+        ax.annotate(written, textcoords="offset points", fontsize=10, **place)
+    for name, value in (reference or {}).items():
+        ax.axvline(value, color="black", linestyle=":")
+        place = {"xy": (value, 0), "xycoords": ax.get_xaxis_transform(), "xytext": (4, 3)}
+        ax.annotate(name, textcoords="offset points", fontsize=10, path_effects=[HALO], **place)
+    ax.set_yticks(range(len(groups)), groups)
+    ax.set(xlabel=xlabel, title=title, ylim=(len(groups) - 0.4, -0.6), **axis)
+    if percent:
+        ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    return ax.figure
+
+
+def _number(value: float, percent: bool) -> str:
+    return f"{value:.1%}" if percent else f"{value:.3g}"
+
+
+def _axes(ax: Axes | None, width: float, height: float) -> Axes:
+    """Return ``ax``, or the axes of a new figure of this size in inches."""
+    return ax if ax is not None else plt.subplots(figsize=(width, height))[1]
+
+
+@_styled
+def cost_bars(models: Mapping[str, Costs], title: str = "") -> Figure:
+    """Draw the costs of models for one image, each a bar that is divided among the parts: parameters, FLOPs of the
+    forward pass, and the bytes of activations that a training step keeps.
+
+    Args:
+        models: by name, from :func:`vitlib.costs.costs`.
+    """
+    scaled = EngFormatter(places=1)
+    quantities = {
+        "parameters": "parameters", "forward_flops": "FLOPs, forward", "activation_bytes": "bytes of activations",
+    }  # fmt: skip
+    figure, axes = plt.subplots(len(quantities), figsize=(7.5, len(quantities) * (0.5 + 0.4 * len(models)) + 0.9))
+    for ax, (quantity, name) in zip(axes, quantities.items(), strict=True):
+        starts = np.zeros(len(models))
+        for (part, fields), colour in zip(COST_PARTS.items(), COLOURS, strict=False):
+            counts = [sum(getattr(getattr(cost, quantity), field) for field in fields) for cost in models.values()]
+            ax.barh(range(len(models)), counts, 0.7, starts, color=colour, label=part)
+            starts += counts
+        for row, total in enumerate(starts):
+            ax.annotate(scaled(total).strip(), (total, row), (5, 0), textcoords="offset points", va="center")
+        _rows(ax, models)
+        ax.margins(x=0.12)
+        ax.set(title=name)
+        ax.xaxis.set_major_formatter(EngFormatter())
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=10)
+    if title:
+        figure.suptitle(title)
     return figure
 
 

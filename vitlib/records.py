@@ -10,6 +10,26 @@ SHIPPED = "cifar100-small"
 OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW", "muon": "Muon and AdamW"}
 
 
+def load_record(name: str) -> dict:
+    """Return a measurement that ships with vitlib, as the JSON file holds it.
+
+    - ``published``: the published system, epoch by epoch (``accuracy``, ``loss``), as its authors recorded it.
+    - ``cifar100-small``, ``shapes100-mini``: the training of the shipped weights (``record``, ``classes``, ...).
+    - ``sweep_labels``, ``sweep_patches``: the sweeps of notebooks/sweeps (``runs``: ``parameters`` and ``figures``).
+    - ``vit_against_cnn``: benchmarks/vit_against_cnn.py (``models``, ``trainings``: a training for each seed).
+
+    Shares are in [0, 1], losses in nats. ``command`` says how to measure it again.
+
+    Raises:
+        ValueError: for another name.
+    """
+    file = PRETRAINED / f"{name}.json"
+    if not file.is_file() or name == "index":
+        known = sorted(file.stem for file in PRETRAINED.glob("*.json") if file.stem != "index")
+        raise ValueError(f"There is no record named {name!r}; choose one of {', '.join(known)}.")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
 def recorded_curves() -> dict[str, dict]:
     """Two trainings of models of one size on 100 classes of photographs, epoch by epoch.
 
