@@ -297,7 +297,7 @@ def test_help_is_there_without_importing_torch_or_papermill():
 
 def test_recorded_figures_come_back_as_plain_values_in_order(monkeypatch):
     shown = []
-    monkeypatch.setattr("vitlib.course.figures._in_notebook", lambda: True)
+    monkeypatch.setattr("IPython.get_ipython", lambda: object())
     monkeypatch.setattr("IPython.display.display", lambda bundle, raw: shown.append(bundle))
     record_figures(
         top1=torch.tensor(0.5), chance=np.float32(0.25), images=np.int64(7), preset="mini", loss=float("nan")

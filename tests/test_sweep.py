@@ -272,7 +272,7 @@ def test_what_is_too_much_to_send_is_left_out_and_named(tmp_path, monkeypatch):
 
 def test_names_that_climb_out_of_the_folder_are_not_written(notebook, tmp_path):
     plan = make_plan(Grid(notebook))
-    outcome = worker.Outcome("ok")
+    outcome = worker.RunResult("ok")
     sent = {"07_case.ipynb": b"{}", "../../evil.txt": b"x", f"{tmp_path}/evil.txt": b"x"}
     with results.SweepFolder(tmp_path / "out", plan) as folder:
         folder.store(plan.runs[0], worker.Result(outcome, "host", None, sent), 1)
@@ -501,7 +501,7 @@ class Done(Dead):
         self.end = lambda: function(self)
 
     def result(self):
-        return worker.Result(worker.Outcome("failed" if self.key == "4" else "ok"), "somewhere")
+        return worker.Result(worker.RunResult("failed" if self.key == "4" else "ok"), "somewhere")
 
 
 def test_as_many_runs_are_under_way_as_there_are_threads_in_the_order_of_the_plan_and_what_failed_comes_first():

@@ -19,7 +19,7 @@ from distributed import Client, Future, KilledWorker, LocalCluster
 from distributed.system import MEMORY_LIMIT
 
 from vitlib.course.early import start_method
-from vitlib.course.notebook import Outcome
+from vitlib.course.runner import RunResult
 from vitlib.course.worker import Job, Result, facts, run_job
 from vitlib.utils import progress_bar
 
@@ -240,7 +240,7 @@ def _result_of(future: Future, host: str) -> Result:
         error = "its worker died (killed, or no memory left)"
     except Exception as failure:  # of the worker, not of the notebook: a full disk, another version of a package
         error = f"its worker failed with {type(failure).__name__}: {failure}"
-    return Result(Outcome("failed", error), host)
+    return Result(RunResult("failed", error), host)
 
 
 class Display:

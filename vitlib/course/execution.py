@@ -28,7 +28,7 @@ from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, papermill_engines
 
 from vitlib.course import contain
-from vitlib.course.notebook import kernel_manager, reason
+from vitlib.course.runner import KernelMonitor, _kernel_manager, reason
 from vitlib.utils import atomic_write, cache_dir
 
 PROCESSES = 100  # that a notebook may have at once
@@ -246,7 +246,7 @@ class _Client(PapermillNotebookClient):
         super().__init__(
             nb_man,
             kernel_name=kernel_name,
-            kernel_manager_class=_contained(kernel_manager(lambda pid: None), rights),
+            kernel_manager_class=_contained(_kernel_manager(KernelMonitor(), None, {}, None), rights),
             allow_errors=True,
             on_cell_execute=lambda **_: self.save(),
             # messages lost in a flood, or still on their way

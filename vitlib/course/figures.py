@@ -1,4 +1,4 @@
-"""The figures of a run (accuracies, counts), shown in a notebook and read back from it afterwards."""
+"""Record the figures of a run (accuracies, counts) in a notebook, and read them back."""
 
 import math
 import sys
@@ -10,11 +10,11 @@ MIME_TYPE = "application/vnd.vitlib.figures+json"
 def record_figures(**figures: float | int | str | None) -> None:
     """Show figures as a small table, and store them in the notebook for ``metrics.json``.
 
-    The first ones named are the main ones: the runner's table shows as many as fit. NumPy and torch scalars are
-    converted; JSON has no nan or infinity, so these are shown but stored as null.
+    Name the main ones first: the runner's table shows as many as fit. NumPy and torch scalars are converted. JSON has
+    no nan or infinity, so these are shown as they are and stored as null.
 
     Raises:
-        ValueError: for a figure that is no number, text or None.
+        ValueError: for a figure that is not a number, a text or None.
 
     >>> record_figures(top1=0.5, chance=0.1)
     top1    0.5
@@ -23,27 +23,30 @@ def record_figures(**figures: float | int | str | None) -> None:
     plain = {name: _plain(name, value) for name, value in figures.items()}
     width = max(map(len, plain), default=0)
     table = "\n".join(f"{name:<{width}}  {format_figure(value)}" for name, value in plain.items())
-    if not _in_notebook():
+    if "IPython" not in sys.modules or sys.modules["IPython"].get_ipython() is None:
         print(table)
         return
     from IPython.display import display
 
-    # a list of pairs, since notebooks are stored with the keys of every mapping in alphabetical order
-    stored = [[name, None if _not_finite(value) else value] for name, value in plain.items()]
+    # a list of pairs, because stored notebooks sort the keys of every mapping
+    stored = [[name, None if _is_not_finite(value) else value] for name, value in plain.items()]
     display({"text/plain": table, MIME_TYPE: stored}, raw=True)
 
 
 def recorded_figures(notebook: Mapping) -> dict[str, float | int | str | None]:
-    """All figures recorded in an executed notebook (an ``nbformat`` node); of two with one name, the later."""
+    """Return all figures of an executed notebook (an ``nbformat`` node); a later one replaces one of the same name.
+
+    Numbers that are not finite become None here too: a notebook from elsewhere may hold bare NaN.
+    """
     figures: dict = {}
     for cell in notebook["cells"]:
         for output in cell.get("outputs", ()):
             figures.update(output.get("data", {}).get(MIME_TYPE, ()))
-    return figures
+    return {name: None if _is_not_finite(value) else value for name, value in figures.items()}
 
 
 def format_figure(value: float | int | str | None) -> str:
-    """Four significant digits for a float, all of them for the rest."""
+    """Format a float with four significant digits, anything else in full."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -55,10 +58,5 @@ def _plain(name: str, value):
     return value
 
 
-def _not_finite(value) -> bool:
+def _is_not_finite(value) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
-
-
-def _in_notebook() -> bool:
-    # a program that has not imported IPython is not running inside it
-    return "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None

@@ -27,16 +27,17 @@ from vitlib.course import contain
 from vitlib.course.checks import VERDICT
 from vitlib.course.checks.frame import CORRECT, NOT_ATTEMPTED, NOT_YET
 from vitlib.course.execution import Limits, execute_apart
-from vitlib.course.notebook import reason
 from vitlib.course.parameters import PARAMETERS
 from vitlib.course.runner import (
     COURSE_FOLDER,
     Lesson,
     checked_values,
+    escape_formula,
     parameters_from_file,
     read_lessons,
+    reason,
+    text_table,
 )
-from vitlib.course.tables import aligned, defused
 from vitlib.utils import atomic_write
 
 WORDS = {CORRECT: "correct", NOT_YET: "not yet", NOT_ATTEMPTED: "open"}  # a verdict's status to the table's word
@@ -309,7 +310,7 @@ def _write_grades(out: Path, graded: Iterable[Submission]) -> None:
         for one in graded:
             for exercise, (status, message) in one.verdicts.items():
                 texts = (one.student, one.chapter.name, exercise, status, message, f"{one.seconds:.1f}", one.note)
-                rows.writerow(map(defused, texts))
+                rows.writerow(map(escape_formula, texts))
 
 
 def _in_one_line(one: Submission) -> str:
@@ -342,4 +343,4 @@ def _table(chapter: Chapter, rows: Sequence[Submission], folder: Path) -> list[s
         statuses = (one.verdicts[name][0] for name in chapter.exercises)
         note = " ".join(filter(None, (one.note, origin)))
         lines.append((one.student, *statuses, f"{one.passed}/{len(chapter.exercises)}", note))
-    return aligned(lines)
+    return text_table(lines)

@@ -24,8 +24,7 @@ import filelock
 import nbformat
 
 from vitlib.course.grid import Plan, Run
-from vitlib.course.notebook import Outcome, last_cell
-from vitlib.course.tables import defused
+from vitlib.course.runner import RunResult, escape_formula, last_cell
 from vitlib.course.worker import LOG, TOKEN, Result
 from vitlib.utils import atomic_write
 
@@ -108,7 +107,7 @@ class SweepFolder:
         records = [
             self._records.get(run.key)
             or _failed(self.path, run)
-            or self._new_record(run, Outcome("not run")) | {"host": None, "attempts": 0, "left_out": []}
+            or self._new_record(run, RunResult("not run")) | {"host": None, "attempts": 0, "left_out": []}
             for run in plan.runs
         ] + self._others
         results = {
@@ -125,7 +124,7 @@ class SweepFolder:
             write_csv(temporary, records, results["varied"])
         return results
 
-    def _new_record(self, run: Run, outcome: Outcome) -> dict:
+    def _new_record(self, run: Run, outcome: RunResult) -> dict:
         about = {"run": run.label, "key": run.key, "notebook": self._plan.lesson.name}
         about |= {"notebook_sha256": self._plan.sha256, "vitlib": version("vitlib")}
         given = {"parameters": run.parameters, "seed": run.parameters.get("seed"), "varied": run.varied}
@@ -155,7 +154,7 @@ class SweepFolder:
                 target.write_bytes(content)
         return folder
 
-    def _rescue(self, folder: Path, outcome: Outcome) -> None:
+    def _rescue(self, folder: Path, outcome: RunResult) -> None:
         """Of a run whose worker was killed, keep as the failed notebook what papermill had written, and name the cell;
         the log says why it ended."""
         partial = folder / f"{self._plan.lesson.name}.partial.ipynb"
@@ -206,4 +205,4 @@ def write_csv(path: Path, records: Sequence[dict], varied: Sequence[str]) -> Non
             cells += [record["figures"].get(name) for name in figures]
             cells += [record.get(name) for name in rest]
             cells += [record["versions"].get(name) for name in versions]
-            rows.writerow([defused(cell) if isinstance(cell, str) else cell for cell in cells])
+            rows.writerow([escape_formula(cell) if isinstance(cell, str) else cell for cell in cells])

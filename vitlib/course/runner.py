@@ -1,36 +1,255 @@
-"""Runs the course's notebooks through papermill, one after another, and records what came out.
+"""Run notebooks through papermill, one after another, and record what came out.
 
-A run is a folder: the executed notebooks, what they saved, and ``metrics.json``. Whatever stands there under a final
-name is whole: notebooks are executed under a temporary name and moved when they are done.
+A run is a folder: the executed notebooks, the files they saved, and ``metrics.json``. Notebooks are executed under a
+temporary name and renamed at the end, so a file with its final name is complete.
 """
 
 import ast
+import functools
 import json
+import logging
+import platform
+import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
 import nbformat
 import papermill
+import psutil
 import yaml
+from nbclient.exceptions import CellTimeoutError, DeadKernelError
+from nbformat import NotebookNode
 
-from vitlib.course.figures import format_figure
-from vitlib.course.notebook import Outcome, run_notebook
-from vitlib.course.parameters import PARAMETERS, Parameter, near_match
-from vitlib.course.tables import aligned
+from vitlib.course.figures import format_figure, recorded_figures
 from vitlib.utils import atomic_write
+
+if TYPE_CHECKING:  # parameters loads torch, which a process that only starts kernels does without
+    from vitlib.course.parameters import Parameter
 
 COURSE_FOLDER = Path(__file__).parents[2] / "notebooks"
 FIGURES_IN_TABLE = 4
+STARTS = 3  # attempts to start a kernel
+NOT_STARTED = "Kernel died before replying"  # jupyter_client's words
+
+
+@dataclass
+class RunResult:
+    """The result of one notebook; its fields are the entry in ``metrics.json``."""
+
+    status: str  # ok, failed, interrupted or not run
+    error: str | None = None
+    parameters: dict[str, object] = field(default_factory=dict)
+    figures: dict[str, object] = field(default_factory=dict)
+    seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    started: str | None = None
+    seed: int | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+class KernelMonitor:
+    """Watch a process and its children from a thread, and kill them on demand.
+
+    ``peak_bytes`` is the most memory they have had. A text returned by ``end`` kills them, because a cell that hangs
+    in compiled code ignores interrupts; ``ended`` then holds the text.
+    """
+
+    def __init__(self, end: Callable[[], str] = lambda: "", interval: float = 0.2):
+        self.pid: int | None = None
+        self.peak_bytes: int | None = None
+        self.ended = ""
+        self._end, self._interval = end, interval
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "KernelMonitor":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(self._interval):
+            if self.pid is None:
+                continue
+            with suppress(psutil.Error, OSError):  # the process is ending
+                self.peak_bytes = max(self.peak_bytes or 0, peak_memory(self.pid))
+                self.ended = self.ended or self._end()
+                for process in with_children(self.pid) if self.ended else ():
+                    process.kill()
+
+
+def with_children(pid: int) -> list[psutil.Process]:
+    """Return a process and all it has started; raise psutil.Error if there is none."""
+    process = psutil.Process(pid)
+    return [process, *process.children(recursive=True)]
+
+
+def peak_memory(pid: int) -> int:
+    """Return the most bytes that a process and its children have had in memory; raise psutil.Error if it is gone."""
+    return sum(map(_peak_resident, with_children(pid)))
+
+
+def _peak_resident(process: psutil.Process) -> int:
+    if sys.platform == "linux":
+        for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    usage = process.memory_info()
+    return getattr(usage, "peak_wset", usage.rss)  # the peak on Windows, the current value on macOS
+
+
+def run_notebook(
+    notebook: Path | NotebookNode,
+    out: Path,
+    name: str,
+    parameters: Mapping[str, object],
+    *,
+    defaults: Mapping[str, object],
+    cell_timeout: float | None = None,
+    progress_bar: bool | dict = False,
+    log: TextIO | None = None,
+    end: Callable[[], str] = lambda: "",
+    folder: Path | None = None,
+    environment: Mapping[str, str | None] | None = None,
+    **options,
+) -> RunResult:
+    """Run one notebook to ``out/<name>.ipynb``, or to ``out/<name>.failed.ipynb`` and keep an earlier good one.
+
+    Errors, dead kernels, timeouts and Ctrl-C are in the result; only a missing folder raises.
+
+    Args:
+        notebook: a file, or a notebook read by nbformat.
+        parameters: values that papermill injects.
+        defaults: values of the notebook's own parameters cell, for the record.
+        cell_timeout: longest time for one cell, in seconds; None for no limit.
+        progress_bar: papermill's, over the cells.
+        log: gets the text that cells and the kernel print.
+        end: called a few times a second; a text kills the kernel and is the reason.
+        folder, environment: where the kernel starts, and its variables beside this process's; None removes one.
+        options: further options of nbclient, for example ``allow_errors=True``.
+    """
+    partial, failed = out / f"{name}.partial.ipynb", out / f"{name}.failed.ipynb"
+    in_full = {**defaults, **parameters}
+    versions = {package: version(package) for package in ("torch", "vitlib", "papermill")}
+    versions = {"python": platform.python_version(), **versions, "platform": platform.platform()}
+    result = RunResult("ok", parameters=in_full, seed=in_full.get("seed"), versions=versions)
+    result.started = datetime.now().astimezone().isoformat(timespec="seconds")
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # the result says it in one line
+    start = time.perf_counter()
+    with KernelMonitor(end) as monitor:
+        execute = functools.partial(
+            papermill.execute_notebook,
+            _verbatim(notebook) if isinstance(notebook, Path) else notebook,
+            _verbatim(partial),
+            dict(parameters),
+            kernel_name="python3",
+            language="python",
+            kernel_manager_class=_kernel_manager(monitor, folder, environment or {}, log),
+            execution_timeout=cell_timeout,
+            progress_bar=progress_bar,
+            stdout_file=log,
+            stderr_file=log,
+            **options,
+        )
+        try:
+            _start_and_retry(execute)
+        except KeyboardInterrupt:
+            result.status, result.error = "interrupted", "Ctrl-C"
+        except Exception as error:  # one notebook's failure must not stop the others
+            result.status, result.error = "failed", monitor.ended or reason(error, cell_timeout)
+    result.seconds = round(time.perf_counter() - start, 2)
+    result.peak_memory_bytes = monitor.peak_bytes
+    if partial.exists():
+        executed = nbformat.read(partial, as_version=4)
+        result.figures = recorded_figures(executed)
+        if result.status == "ok":
+            partial.replace(out / f"{name}.ipynb")
+            failed.unlink(missing_ok=True)
+        else:
+            result.error = f"{last_cell(executed)}{result.error}"
+            partial.replace(failed)
+    return result
+
+
+def _start_and_retry(execute: Callable[[], object]) -> None:
+    """Retry a failed start: Jupyter picks free ports before the kernel binds them, and another kernel may be faster."""
+    for attempt in range(STARTS):
+        try:
+            execute()
+            return
+        except RuntimeError as error:
+            if attempt == STARTS - 1 or NOT_STARTED not in str(error):
+                raise
+
+
+def _kernel_manager(monitor: KernelMonitor, folder: Path | None, environment: Mapping, log: TextIO | None) -> type:
+    """Make a kernel manager that starts this interpreter, even if a user's own kernel is named python3."""
+    from ipykernel.kernelspec import RESOURCES, get_kernel_dict
+    from jupyter_client import AsyncKernelManager
+    from jupyter_client.kernelspec import KernelSpec
+
+    class ThisInterpreter(AsyncKernelManager):
+        kernel_spec = KernelSpec(resource_dir=RESOURCES, **get_kernel_dict(["--log-level=ERROR"]))
+
+        async def _async_launch_kernel(self, *arguments, **options):
+            variables = {**options["env"], **environment}
+            options["env"] = {name: value for name, value in variables.items() if value is not None}
+            options["stderr"] = log or subprocess.DEVNULL  # a dying kernel's words would break the progress lines
+            if folder is not None:
+                options["cwd"] = str(folder)
+            await super()._async_launch_kernel(*arguments, **options)
+            monitor.pid = self.provisioner.pid
+
+    return ThisInterpreter
+
+
+def reason(error: Exception, timeout: float | None = None) -> str:
+    """Say in one line why a notebook stopped."""
+    if isinstance(error, papermill.PapermillExecutionError):
+        name, text = error.ename, error.evalue
+    elif isinstance(error, DeadKernelError):
+        return "the kernel died (no memory left, or the process was ended)"
+    elif isinstance(error, CellTimeoutError):
+        return f"no answer for {timeout:g} seconds; allow more with --timeout"
+    else:
+        name, text = type(error).__name__, str(error)
+    lines = text.strip().splitlines()
+    return f"{name}: {lines[0]}" if lines else name
+
+
+def _verbatim(path: Path) -> str:
+    """Escape braces, which papermill would fill in."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
+def last_cell(executed: NotebookNode) -> str:
+    """Name the cell that ran last, as ``In [3] "first line": ``, by the number that Jupyter shows."""
+    code = [cell for cell in executed.cells if cell.cell_type == "code" and cell.source.strip()]
+    started = [number for number, cell in enumerate(code) if cell.metadata.papermill.start_time]
+    if not started:
+        return ""
+    cell = code[started[-1]]
+    number = cell.execution_count or started[-1] + 1  # a cell that ended its kernel has no count
+    return f'In [{number}] "{cell.source.strip().splitlines()[0]}": '
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """A notebook as it stands on disk: where it is, what it takes and which notebooks must have run before it."""
+    """A notebook file with its declared parameters, and the notebooks that must have run before it."""
 
     path: Path
-    parameters: dict[str, Parameter]
+    parameters: dict[str, "Parameter"]
     defaults: dict[str, object]
     needs: tuple[str, ...]
 
@@ -47,96 +266,91 @@ def run_course(
     shared: Mapping[str, object] | None = None,
     given: Mapping[str, object] | None = None,
     timeout: float | None = 3600,
-) -> dict[str, Outcome]:
-    """Run notebooks in order into the folder ``out``. Kernels start in the current folder, so relative paths among
-    the parameters mean what they mean on the command line.
+) -> dict[str, RunResult]:
+    """Run notebooks in order into the folder ``out``; a failure stops only the notebooks that need it.
+
+    Kernels start in the current folder, so relative paths mean the same as on the command line.
 
     Args:
-        out: folder of the run; every notebook that has a ``run_dir`` gets it.
+        out: folder of the run; notebooks with a parameter ``run_dir`` get it.
         notebooks: folder whose ``[0-9]*.ipynb`` are the course.
         only: numbers or names of the notebooks to run; empty for all.
-        shared: values for whichever notebooks take them, as a parameters file has.
-        given: values that some selected notebook must take; they win over ``shared``. Texts are parsed.
+        shared: values for the notebooks that take them, as in a parameters file.
+        given: values that a selected notebook must take; they win over ``shared``. Texts are parsed.
         timeout: longest time for one cell, in seconds; None for no limit.
 
     Returns:
-        one outcome per selected notebook, in order. A notebook that fails stops only those that need it.
+        one result per selected notebook, in order.
 
     Raises:
         ValueError: for an unknown notebook or parameter or a value that is not allowed, before any kernel starts.
         FileNotFoundError: if there is no notebook.
     """
-    out = Path(out).resolve()
+    out = Path(out).expanduser().resolve()
     lessons = read_lessons(notebooks)
     if out == lessons[0].path.resolve().parent:
         raise ValueError(f"The run folder {out} holds the notebooks themselves; choose another with --out.")
     selected = _select(lessons, only)
     values = checked_values(lessons, selected, shared or {}, given or {})
-    _read_metrics(out)  # a broken file is better found now than after the first notebook
+    _read_metrics(out)  # find a broken file now, not after the first notebook
     out.mkdir(parents=True, exist_ok=True)
 
-    outcomes: dict[str, Outcome] = {}
+    results: dict[str, RunResult] = {}
     width = max(len(lesson.name) for lesson in selected)
     for lesson in selected:
-        missing = [name for name in lesson.needs if name in outcomes and outcomes[name].status != "ok"]
-        if any(outcome.status == "interrupted" for outcome in outcomes.values()):
-            outcomes[lesson.name] = Outcome("not run", "interrupted")
+        missing = [name for name in lesson.needs if name in results and results[name].status != "ok"]
+        if any(result.status == "interrupted" for result in results.values()):
+            results[lesson.name] = RunResult("not run", "interrupted")
         elif missing:
-            outcomes[lesson.name] = Outcome("not run", f"needs {', '.join(missing)}")
+            results[lesson.name] = RunResult("not run", f"needs {', '.join(missing)}")
         else:
             parameters = {name: values[name] for name in lesson.parameters if name in values}
             if "run_dir" in lesson.parameters:
                 parameters["run_dir"] = str(out)
             bar = {"desc": f"{lesson.name:<{width}}", "mininterval": 0.5 if sys.stderr.isatty() else 30}
-            outcomes[lesson.name] = run_notebook(
+            results[lesson.name] = run_notebook(
                 lesson.path, out, lesson.name, parameters,
                 defaults=lesson.defaults, cell_timeout=timeout, progress_bar=bar,
             )  # fmt: skip
-        _record(out, lesson.name, outcomes[lesson.name])
-    return outcomes
+        _record(out, lesson.name, results[lesson.name])
+    return results
 
 
 def read_lessons(folder: str | Path) -> list[Lesson]:
-    """The notebooks ``[0-9]*.ipynb`` of a folder, in order, with the parameters they declare."""
-    paths = sorted(Path(folder).glob("[0-9]*.ipynb"))
+    """Read the notebooks ``[0-9]*.ipynb`` of a folder, in order."""
+    paths = sorted(Path(folder).expanduser().glob("[0-9]*.ipynb"))
     if not paths:
         raise FileNotFoundError(f"No notebook [0-9]*.ipynb in {folder}; name the course's folder with --notebooks.")
     return [read_lesson(path) for path in paths]
 
 
 def read_lesson(path: Path) -> Lesson:
-    """A notebook with the parameters it declares.
+    """Read a notebook's parameters; raise ValueError for another kind of file, OSError for one that cannot be read."""
+    from vitlib.course.parameters import PARAMETERS
 
-    Raises:
-        ValueError: if the file is no notebook.
-        OSError: if it cannot be read.
-    """
     try:
         notebook = nbformat.read(path, as_version=4)
     except nbformat.reader.NotJSONError as error:
         raise ValueError(f"{path} is not a notebook; restore it or move it out of the folder.") from error
     except FileNotFoundError as error:
         raise FileNotFoundError(f"There is no notebook {path}; the course's own are in notebooks/.") from error
-    # papermill asks the notebook for its language, which one saved by some editors does not have
+    # some editors leave out the language, which papermill asks for
     notebook.metadata["kernelspec"] = {"name": "python3", "language": "python", "display_name": "Python 3"}
     notebook.metadata["language_info"] = {"name": "python"}
     for cell in notebook.cells:
         cell.metadata.setdefault("tags", [])
     declared = papermill.inspect_notebook(notebook)
     defaults = {name: _literal(entry["default"]) for name, entry in declared.items()}
-    return Lesson(
-        path=path,
-        parameters={
-            name: PARAMETERS.get(name) or _own_parameter(name, entry, defaults[name])
-            for name, entry in declared.items()
-        },
-        defaults=defaults,
-        needs=tuple(notebook.metadata.get("vitlib", {}).get("needs", ())),
-    )
+    parameters = {
+        name: PARAMETERS.get(name) or _own_parameter(name, entry, defaults[name]) for name, entry in declared.items()
+    }
+    return Lesson(path, parameters, defaults, tuple(notebook.metadata.get("vitlib", {}).get("needs", ())))
 
 
-def _own_parameter(name: str, entry: Mapping[str, str], default: object) -> Parameter:
-    """A parameter outside the course's table, as a teacher's own notebook may have: its annotation says the type."""
+def _own_parameter(name: str, entry: Mapping[str, str], default: object) -> "Parameter":
+    """Make a parameter for a teacher's own notebook; its annotation gives the type."""
+    from vitlib.course.parameters import Parameter
+
     annotation = entry["inferred_type_name"]
     optional = annotation.startswith("Optional[")
     by_name = {"int": int, "float": float, "bool": bool, "str": str, "None": type(default)}
@@ -153,6 +367,8 @@ def _literal(source: str) -> object:
 
 
 def _select(lessons: list[Lesson], only: Sequence[str]) -> list[Lesson]:
+    from vitlib.course.parameters import near_match
+
     known = {lesson.name.split("_")[0]: lesson for lesson in lessons} | {lesson.name: lesson for lesson in lessons}
     only = [word.zfill(2) for word in only]
     for word in only:
@@ -167,7 +383,9 @@ def _select(lessons: list[Lesson], only: Sequence[str]) -> list[Lesson]:
 def checked_values(
     lessons: list[Lesson], selected: list[Lesson], shared: Mapping[str, object], given: Mapping[str, object]
 ) -> dict[str, object]:
-    """Values of parameters, those of ``given`` parsed and winning; for an unknown or wrong one, ValueError."""
+    """Parse and check values of parameters; ``given`` wins. An unknown or wrong one raises ValueError."""
+    from vitlib.course.parameters import near_match
+
     known = {name: parameter for lesson in lessons for name, parameter in lesson.parameters.items()}
     for name in [*shared, *given]:
         if name == "run_dir":
@@ -175,9 +393,8 @@ def checked_values(
         if name not in known:
             hint = near_match(name, known)
             raise ValueError(f"{name!r} is not a parameter of the course{hint}. There are:\n{_parameter_list(known)}")
-    taken = {name for lesson in selected for name in lesson.parameters}
     for name in given:
-        if name not in taken:
+        if not any(name in lesson.parameters for lesson in selected):
             takers = ", ".join(lesson.name for lesson in lessons if name in lesson.parameters)
             raise ValueError(f"{name} is a parameter of {takers} only, which this run leaves out; drop one of the two.")
     parsed = {name: known[name].parse(value) if isinstance(value, str) else value for name, value in given.items()}
@@ -187,28 +404,19 @@ def checked_values(
     return values
 
 
-def _parameter_list(parameters: Mapping[str, Parameter]) -> str:
-    width = max(len(f"{name}: {parameter.annotation}") for name, parameter in parameters.items())
-    return "\n".join(
-        f"  {name + ': ' + parameter.annotation:<{width}}  {parameter.help}" for name, parameter in parameters.items()
-    )
+def _parameter_list(parameters: Mapping[str, "Parameter"]) -> str:
+    return "\n".join(text_table([(f"  {name}: {one.annotation}", one.help) for name, one in parameters.items()]))
 
 
 def parameters_from_file(path: str | Path) -> dict[str, object]:
-    """The mapping of names to values in a YAML file.
-
-    Raises:
-        ValueError: if the file is not such a mapping.
-        OSError: if it cannot be read.
-    """
+    """Read a YAML file of names and values; raise ValueError for other content, OSError if it cannot be read."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"There is no file {path}; the course's own are in notebooks/parameters/.") from error
     except yaml.YAMLError as error:
-        raise ValueError(
-            f"{path} is not YAML: {' '.join(str(error).split())}; write one 'name: value' a line."
-        ) from error
+        told = " ".join(str(error).split())
+        raise ValueError(f"{path} is not YAML: {told}; write one 'name: value' a line.") from error
     if not isinstance(values or {}, dict):
         raise ValueError(f"{path} holds {values!r}, not a mapping; write one 'name: value' a line.")
     return values or {}
@@ -222,31 +430,46 @@ def _read_metrics(out: Path) -> dict:
         metrics = json.loads(path.read_text(encoding="utf-8"))
         metrics["notebooks"].items()
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is not a record of runs; move it away, and it is begun again.") from error
+        raise ValueError(f"{path} is not a record of runs; move it away to start a new one.") from error
     return metrics
 
 
-def _record(out: Path, name: str, outcome: Outcome) -> None:
-    """Write one notebook's entry of ``metrics.json``; the entries of others stay."""
+def _record(out: Path, name: str, result: RunResult) -> None:
+    """Write one notebook's entry of ``metrics.json`` and keep the others."""
     metrics = _read_metrics(out)
-    metrics["notebooks"] = dict(sorted((metrics["notebooks"] | {name: asdict(outcome)}).items()))
+    metrics["notebooks"] = dict(sorted((metrics["notebooks"] | {name: asdict(result)}).items()))
     with atomic_write(out / "metrics.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=2, default=str) + "\n", encoding="utf-8")
 
 
-def summary(outcomes: Mapping[str, Outcome]) -> str:
-    """The closing table: notebook, status, seconds, peak memory and main figures, then one line per failure."""
+def summary(results: Mapping[str, RunResult]) -> str:
+    """Make the closing table: notebook, status, seconds, peak memory and main figures, then one line per failure."""
     rows = [("notebook", "status", "seconds", "peak memory", "figures")]
-    for name, outcome in outcomes.items():
-        figures = list(outcome.figures.items())[:FIGURES_IN_TABLE]
+    for name, one in results.items():
+        figures = list(one.figures.items())[:FIGURES_IN_TABLE]
         rows.append(
             (
                 name,
-                f"not run ({outcome.error})" if outcome.status == "not run" else outcome.status,
-                "" if outcome.seconds is None else f"{outcome.seconds:.1f}",
-                "" if outcome.peak_memory_bytes is None else f"{outcome.peak_memory_bytes / 2**20:.0f} MiB",
+                f"not run ({one.error})" if one.status == "not run" else one.status,
+                "" if one.seconds is None else f"{one.seconds:.1f}",
+                "" if one.peak_memory_bytes is None else f"{one.peak_memory_bytes / 2**20:.0f} MiB",
                 ", ".join(f"{key} {format_figure(value)}" for key, value in figures),
             )
         )
-    failures = [f"{name}: {o.error}" for name, o in outcomes.items() if o.status in ("failed", "interrupted")]
-    return "\n".join([*aligned(rows, right=(2, 3)), *failures])
+    failures = [f"{name}: {one.error}" for name, one in results.items() if one.status in ("failed", "interrupted")]
+    return "\n".join([*text_table(rows, right=(2, 3)), *failures])
+
+
+def text_table(rows: Iterable[tuple[str, ...]], right: Collection[int] = ()) -> list[str]:
+    """Align the columns of a table; those numbered in ``right`` to the right."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(f"{text:{'>' if n in right else '<'}{widths[n]}}" for n, text in enumerate(row)).rstrip()
+        for row in rows
+    ]
+
+
+def escape_formula(text: str) -> str:
+    """Quote a text that a spreadsheet would run as a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text

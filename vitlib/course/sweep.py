@@ -11,8 +11,7 @@ from vitlib.arguments import check_number, check_path, check_text, check_type, c
 from vitlib.course.figures import format_figure
 from vitlib.course.grid import Plan, Run
 from vitlib.course.results import SweepFolder, finished
-from vitlib.course.runner import FIGURES_IN_TABLE
-from vitlib.course.tables import aligned
+from vitlib.course.runner import FIGURES_IN_TABLE, text_table
 from vitlib.course.worker import Job, Result
 
 
@@ -138,7 +137,7 @@ def preview(plan: Plan, out: str | Path) -> str:
         (str(number), *(str(run.varied[name]) for name in plan.varied), state)
         for number, (run, state) in enumerate(zip(plan.runs, states, strict=True), start=1)
     ]
-    return "\n".join([*aligned(rows), f"Runs: {len(plan.runs)}; to run: {states.count('to run')}."])
+    return "\n".join([*text_table(rows), f"Runs: {len(plan.runs)}; to run: {states.count('to run')}."])
 
 
 MOST_ROWS = 40
@@ -171,7 +170,7 @@ def table(records: Sequence[dict], varied: Sequence[str]) -> str:
             )
         )
     numbers = range(1 + len(varied), len(rows[0]) - 1)
-    return "\n".join(aligned(rows, right=numbers))
+    return "\n".join(text_table(rows, right=numbers))
 
 
 def line(record: dict) -> str:

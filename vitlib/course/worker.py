@@ -18,7 +18,7 @@ from pathlib import Path
 
 import nbformat
 
-from vitlib.course.notebook import Outcome, run_notebook
+from vitlib.course.runner import RunResult, run_notebook
 
 LOG = "log.txt"
 TOKEN = "token"
@@ -65,7 +65,7 @@ class Job:
 class Result:
     """What came of a job: the outcome, and the run's files in a ``folder`` that the client sees, or as ``files``."""
 
-    outcome: Outcome
+    outcome: RunResult
     host: str
     folder: str | None = None
     files: dict[str, bytes] = field(default_factory=dict)
@@ -117,7 +117,7 @@ def _umask() -> int:
     return mask
 
 
-def _run(job: Job, folder: Path, end: Callable[[], str]) -> Outcome:
+def _run(job: Job, folder: Path, end: Callable[[], str]) -> RunResult:
     run_dir = {"run_dir": str(folder)} if job.has_run_dir else {}
     home = Path(job.home)
     with open(folder / LOG, "a", encoding="utf-8") as log:
