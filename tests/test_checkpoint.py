@@ -23,7 +23,6 @@ from vitlib.utils import atomic_write
 from vitlib.weights import checkpoint
 from vitlib.weights.checkpoint import (
     ModelCard,
-    ResumeFile,
     fingerprint,
     load_checkpoint,
     load_pretrained,
@@ -155,18 +154,6 @@ def test_the_command_line_refuses_it_in_one_sentence(tmp_path, monkeypatch, trap
     result = CliRunner().invoke(main, [str(path) if word == "FILE" else word for word in words])
     assert result.exit_code == 2 and result.stderr.startswith(f"Error: {path} is not a whole checkpoint of vitlib (")
     assert len(result.stderr.splitlines()) == 1 and {file.name for file in tmp_path.iterdir()} == {"a.pt"}
-
-
-@TRAPS
-@pytest.mark.parametrize("last", [True, False])
-def test_a_resume_file_that_would_run_code_is_refused_and_not_run(tmp_path, trap, last):
-    file = ResumeFile(tmp_path / "a-resume.pt", {})
-    path = file.path if last else file.previous
-    trap(path, tmp_path / "sprung")
-    with pytest.raises(ValueError) as error:
-        file.load()
-    assert str(error.value).startswith(f"{path} is not a whole resume file of vitlib (")
-    assert "\n" not in str(error.value) and not (tmp_path / "sprung").exists()
 
 
 # What opens a file, or text, and may run code from it: never, or only with the argument that forbids it.
@@ -326,67 +313,6 @@ def test_a_shipped_checkpoint_is_half_as_large_and_found_by_name(model, tmp_path
         loaded, card = load_pretrained(name)
         assert card == CARD
         torch.testing.assert_close(loaded.linear_classifier.weight, model.linear_classifier.weight, rtol=0, atol=1e-3)
-
-
-# Resume files; what a whole training does with them is in test_resume.py.
-
-
-def test_a_resume_file_gives_back_what_was_saved_last_and_keeps_the_one_before(tmp_path):
-    file = ResumeFile(tmp_path / "folder" / "a-resume.pt", {"seed": 1, "sizes": (1, 2)})
-    assert file.load() is None
-    for number in range(3):
-        file.save({"step": number, "weights": [torch.full((2,), number)], "notes": {"name": "x", "none": None}})
-    again = ResumeFile(tmp_path / "folder" / "a-resume.pt", {"sizes": [1, 2], "seed": 1})
-    state = again.load()
-    assert state["step"] == 2 and torch.equal(state["weights"][0], torch.tensor([2, 2]))
-    assert state["notes"] == {"name": "x", "none": None}
-    assert {path.name for path in file.path.parent.iterdir()} == {"a-resume.pt", "a-resume-previous.pt"}
-    file.path.unlink()
-    assert again.load()["step"] == 1, "killed between the two moves"
-
-
-@pytest.mark.parametrize("fails_at", ["a-resume-previous.pt", "a-resume.pt"])
-def test_a_move_that_fails_leaves_a_state_to_go_on_from(tmp_path, monkeypatch, fails_at):
-    file = ResumeFile(tmp_path / "a-resume.pt", {})
-    file.save({"step": 0})
-    file.save({"step": 1})
-    move = os.replace
-
-    def failing(source, target):
-        if os.path.basename(target) == fails_at:
-            raise OSError("the disk is full")
-        move(source, target)
-
-    with monkeypatch.context() as patched, pytest.raises(OSError, match="disk is full"):
-        patched.setattr(os, "replace", failing)
-        file.save({"step": 2})
-    assert file.load()["step"] == 1
-    assert {path.name for path in tmp_path.iterdir()} <= {"a-resume.pt", "a-resume-previous.pt"}, "nothing half-written"
-    file.save({"step": 3})
-    assert file.load()["step"] == 3
-
-
-def test_a_resume_file_is_due_when_its_minutes_are_over(tmp_path, monkeypatch):
-    now = 1000.0
-    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
-    file = ResumeFile(tmp_path / "a-resume.pt", {}, minutes=5)
-    assert not file.is_due
-    now += 299
-    assert not file.is_due
-    now += 1
-    assert file.is_due
-    file.save({})
-    assert not file.is_due
-    now += 300
-    assert file.is_due
-
-
-def test_settings_that_only_one_side_has_are_refused(tmp_path):
-    ResumeFile(tmp_path / "a-resume.pt", {"seed": 1}).save({})
-    with pytest.raises(ValueError, match="a-resume.pt belongs to a training with new=None, this one has new=2;"):
-        ResumeFile(tmp_path / "a-resume.pt", {"seed": 1, "new": 2}).load()
-    with pytest.raises(ValueError, match="belongs to a training with seed=1, this one has seed=None"):
-        ResumeFile(tmp_path / "a-resume.pt", {}).load()
 
 
 def test_a_digest_names_contents():

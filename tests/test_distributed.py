@@ -24,8 +24,9 @@ from vitlib.model import PRESETS
 from vitlib.training import stages as train_module
 from vitlib.training.distributed import Processes, current_processes, join_processes, leave_processes
 from vitlib.training.recipes import RECIPES
+from vitlib.training.resume import ResumeFile
 from vitlib.training.stages import History, Training, pretrain
-from vitlib.weights.checkpoint import ResumeFile, load_checkpoint
+from vitlib.weights.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.skipif(
     not (distributed.is_available() and distributed.is_gloo_available()), reason="this torch has no gloo"

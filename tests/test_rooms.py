@@ -8,10 +8,9 @@ from pathlib import Path
 import vitlib
 
 ROOT = Path(vitlib.__file__).parent
-ORDER = (  # a room imports only from rooms before it
-    "arguments utils model data costs explain weights records training predict export spread plots widgets course "
-    "__main__"
-).split()
+# a room imports only from rooms before it
+ORDER = ["arguments", "utils", "model", "data", "costs", "explain", "weights", "records", "training"]
+ORDER += ["predict", "export", "spread", "plots", "widgets", "course", "__main__"]
 
 
 def imports(path: Path) -> Iterator[str]:

@@ -33,10 +33,10 @@ from vitlib.data.images import LabelledImages, channel_statistics, train_validat
 from vitlib.model import create_model
 from vitlib.training.distributed import current_processes
 from vitlib.training.recipes import FINETUNING, RECIPES, Recipe, build_optimizers, named_recipe, rate_factor
+from vitlib.training.resume import ResumeFile
 from vitlib.utils import atomic_write, progress_bar
 from vitlib.weights.checkpoint import (
     ModelCard,
-    ResumeFile,
     fingerprint,
     save_checkpoint,
     transfer_encoder,

@@ -7,10 +7,8 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import platform
 import subprocess
-import time
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vitlib.arguments import brief, check, check_number, check_path, check_text, check_type, check_whole, is_number
+from vitlib.arguments import brief, check, check_path, check_text, check_type, check_whole, is_number
 from vitlib.model import ViTModel, interpolate_positions
 from vitlib.utils import atomic_write, printable
 
@@ -225,82 +223,3 @@ def fingerprint(*tensors: Tensor) -> str:
     for tensor in tensors:
         sha.update(tensor.detach().cpu().contiguous().numpy().data)
     return sha.hexdigest()[:16]
-
-
-class ResumeFile:
-    """Where an unfinished training is kept, so that it can be taken up again exactly.
-
-    The file before the last one is kept too, as ``<name>-previous.pt``: should the last be damaged, the training goes
-    on from there. Files are read with ``weights_only=True``, which runs no code from them.
-
-    Args:
-        path: of the file.
-        settings: all that decides the course of the training, as JSON can hold it; a file with others is refused.
-        minutes: time between two files within an epoch.
-    """
-
-    FORMAT = "vitlib resume 1"
-
-    def __init__(self, path: str | Path, settings: dict, minutes: float = 5.0):
-        check_path("path", path)
-        check_type("settings", settings, dict, "a dict")
-        check_number("minutes", minutes, least=0)
-        self.path = Path(path)
-        self.previous = self.path.with_name(f"{self.path.stem}-previous{self.path.suffix}")
-        self.settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
-        self.minutes = minutes
-        self.written = time.monotonic()
-
-    @property
-    def is_due(self) -> bool:
-        """Whether the last file is older than ``minutes``."""
-        return time.monotonic() - self.written >= 60 * self.minutes
-
-    def save(self, state: dict) -> None:
-        """Write ``state``: tensors, numbers, texts, and lists and dicts of them."""
-        with atomic_write(self.path) as temporary:
-            torch.save({"format": self.FORMAT, "settings": json.dumps(self.settings), "state": state}, temporary)
-            if self.path.exists():
-                os.replace(self.path, self.previous)
-        self.written = time.monotonic()
-
-    def load(self) -> dict | None:
-        """The state that was saved last, on the CPU; None if there is none.
-
-        Raises:
-            ValueError: if the file is damaged or foreign, or belongs to a training with other settings.
-        """
-        for unfinished in self.path.parent.glob(f".{self.path.name}.*.part"):  # left by a kill while it was written
-            unfinished.unlink(missing_ok=True)
-        path = self.path if self.path.exists() else self.previous  # killed between the two moves of save
-        if not path.exists():
-            return None
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            if content["format"] != self.FORMAT:
-                raise ValueError(f"its format is {content['format']!r}")
-            settings, state = json.loads(content["settings"]), content["state"]
-        except Exception as error:  # damaged files fail in many ways: zip, pickle, key, type
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            way_out = (
-                f"delete it to go on from {self.previous.name}"
-                if path == self.path and self.previous.exists()
-                else "delete it to begin again"
-            )
-            raise ValueError(f"{path} is not a whole resume file of vitlib ({reason:.100}); {way_out}.") from error
-        theirs, ours = _flat(settings), _flat(self.settings)
-        for name in sorted(theirs.keys() | ours.keys()):
-            if theirs.get(name) != ours.get(name):
-                raise ValueError(
-                    f"{path} belongs to a training with {name}={theirs.get(name)!r}, this one has "
-                    f"{name}={ours.get(name)!r}; give the same settings, another run_dir, or delete the resume files."
-                )
-        return state
-
-
-def _flat(settings: dict, prefix: str = "") -> dict:
-    """Nested settings by names with dots, such as ``recipe.clip``."""
-    flat = {}
-    for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat

@@ -1,0 +1,95 @@
+"""The file of an unfinished training; test_resume.py shows what whole trainings do with it."""
+
+import os
+import pickle
+
+import pytest
+import torch
+
+from vitlib.training import resume
+from vitlib.training.resume import ResumeFile
+
+
+def test_the_last_state_comes_back_and_the_one_before_is_kept(tmp_path):
+    file = ResumeFile(tmp_path / "folder" / "a-resume.pt", {"seed": 1, "sizes": (1, 2)})
+    assert file.load() is None
+    for number in range(3):
+        file.save({"step": number, "weights": [torch.full((2,), number)], "notes": {"name": "x", "none": None}})
+    again = ResumeFile(tmp_path / "folder" / "a-resume.pt", {"sizes": [1, 2], "seed": 1})
+    state = again.load()
+    assert state["step"] == 2 and torch.equal(state["weights"][0], torch.tensor([2, 2]))
+    assert state["notes"] == {"name": "x", "none": None}
+    assert {path.name for path in file.path.parent.iterdir()} == {"a-resume.pt", "a-resume-previous.pt"}
+    file.path.unlink()
+    assert again.load()["step"] == 1, "killed between the two moves"
+
+
+@pytest.mark.parametrize("fails_at", ["a-resume-previous.pt", "a-resume.pt"])
+def test_a_failed_move_leaves_a_state_to_resume(tmp_path, monkeypatch, fails_at):
+    file = ResumeFile(tmp_path / "a-resume.pt", {})
+    file.save({"step": 0})
+    file.save({"step": 1})
+    move = os.replace
+
+    def failing(source, target):
+        if os.path.basename(target) == fails_at:
+            raise OSError("the disk is full")
+        move(source, target)
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="disk is full"):
+        patched.setattr(os, "replace", failing)
+        file.save({"step": 2})
+    assert file.load()["step"] == 1
+    assert {path.name for path in tmp_path.iterdir()} <= {"a-resume.pt", "a-resume-previous.pt"}, "nothing half-written"
+    file.save({"step": 3})
+    assert file.load()["step"] == 3
+
+
+def test_a_file_is_due_when_its_minutes_are_over(tmp_path, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(resume.time, "monotonic", lambda: now)
+    file = ResumeFile(tmp_path / "a-resume.pt", {}, minutes=5)
+    now += 299
+    assert not file.is_due
+    now += 1
+    assert file.is_due
+    file.save({})
+    assert not file.is_due
+
+
+@pytest.mark.parametrize(
+    "theirs, ours, message",
+    [
+        ({"seed": 1}, {"seed": 2}, "belongs to a training with seed=1, this one has seed=2; give the same settings"),
+        ({"recipe": {"clip": 1}}, {"recipe": {"clip": 2}}, "with recipe.clip=1, this one has recipe.clip=2;"),
+        ({}, {"new": 2}, "belongs to a training with new=None, this one has new=2;"),
+        ({"batch": 8, "images": "0af"}, {"batch": 4, "images": "1be"}, "because the training images have changed"),
+        ({"start": "0af"}, {"start": "1be"}, "because it started from other weights"),
+    ],
+)
+def test_a_training_with_other_settings_is_refused(tmp_path, theirs, ours, message):
+    ResumeFile(tmp_path / "a-resume.pt", theirs).save({})
+    with pytest.raises(ValueError, match=message) as error:
+        ResumeFile(tmp_path / "a-resume.pt", ours).load()
+    assert "0af" not in str(error.value) and str(tmp_path / "a-resume.pt") in str(error.value)
+
+
+class Trap:
+    """Its pickle makes a folder when it is opened."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("kind", ["pickle", "torch"])
+def test_a_file_that_would_run_code_is_refused(tmp_path, kind, last):
+    file = ResumeFile(tmp_path / "a-resume.pt", {})
+    path, trap = file.path if last else file.previous, Trap(tmp_path / "sprung")
+    path.write_bytes(pickle.dumps(trap, protocol=2)) if kind == "pickle" else torch.save({"state": trap}, path)
+    with pytest.raises(ValueError, match="is not a whole resume file of vitlib"):
+        file.load()
+    assert not (tmp_path / "sprung").exists()

@@ -1,0 +1,97 @@
+"""The file from which an interrupted training resumes exactly."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from vitlib.utils import atomic_write
+
+# settings that are fingerprints: two hashes would tell nobody anything
+_CHANGED = {"images": "the training images have changed since", "start": "it started from other weights"}
+
+
+class ResumeFile:
+    """Keep the state of an unfinished training on disk.
+
+    The file before the last one is kept too, as ``<name>-previous.pt``, in case the last is damaged. Files are read
+    with ``weights_only=True``, which runs no code from them.
+
+    Args:
+        path: of the file.
+        settings: everything that decides the course of the training, as JSON can hold it; fingerprints of data are
+            named ``images`` and ``start``. A file with other settings is refused.
+        minutes: time between two files within an epoch.
+    """
+
+    FORMAT = "vitlib resume 1"
+
+    def __init__(self, path: str | Path, settings: dict, minutes: float = 5.0):
+        self.path = Path(path)
+        self.previous = self.path.with_name(f"{self.path.stem}-previous{self.path.suffix}")
+        self.settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
+        self.minutes = minutes
+        self.written = time.monotonic()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the last file is older than ``minutes``."""
+        return time.monotonic() - self.written >= 60 * self.minutes
+
+    def save(self, state: dict) -> None:
+        """Write ``state``: tensors, numbers, texts, and lists and dicts of them."""
+        with atomic_write(self.path) as temporary:
+            torch.save({"format": self.FORMAT, "settings": json.dumps(self.settings), "state": state}, temporary)
+            if self.path.exists():
+                os.replace(self.path, self.previous)
+        self.written = time.monotonic()
+
+    def load(self) -> dict | None:
+        """Return the last state, on the CPU, or None if there is no file.
+
+        Raises:
+            ValueError: if the file is damaged or foreign, or belongs to a training with other settings.
+        """
+        for unfinished in self.path.parent.glob(f".{self.path.name}.*.part"):  # left by a kill while it was written
+            unfinished.unlink(missing_ok=True)
+        path = self.path if self.path.exists() else self.previous  # killed between the two moves of save
+        if not path.exists():
+            return None
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            if content["format"] != self.FORMAT:
+                raise ValueError(f"its format is {content['format']!r}")
+            settings, state = json.loads(content["settings"]), content["state"]
+        except Exception as error:  # damaged files fail in many ways: zip, pickle, key, type
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            has_previous = path == self.path and self.previous.exists()
+            way_out = f"go on from {self.previous.name}" if has_previous else "begin again"
+            raise ValueError(
+                f"{path} is not a whole resume file of vitlib ({reason:.100}); delete it to {way_out}."
+            ) from error
+        self._compare(path, _flat(settings), _flat(self.settings))
+        return state
+
+    def _compare(self, path: Path, theirs: dict, ours: dict) -> None:
+        differing = [name for name in theirs | ours if theirs.get(name) != ours.get(name)]
+        # other images can change settings, and settings the weights at the start: the cause is named first
+        for name in sorted(differing, key=lambda name: (name != "images", name == "start", name)):
+            if name in _CHANGED:
+                raise ValueError(
+                    f"Choose another run_dir, or delete the resume files to begin again: {path} belongs to a training "
+                    f"that cannot go on, because {_CHANGED[name]}."
+                )
+            raise ValueError(
+                f"{path} belongs to a training with {name}={theirs.get(name)!r}, this one has {name}="
+                f"{ours.get(name)!r}; give the same settings, another run_dir, or delete the resume files."
+            )
+
+
+def _flat(settings: dict, prefix: str = "") -> dict:
+    """Name nested settings with dots, such as ``recipe.clip``."""
+    flat = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
