@@ -1,6 +1,7 @@
 """The table of the course's parameters, and what it refuses."""
 
 import math
+from pathlib import Path
 
 import nbformat.v4
 import papermill
@@ -136,6 +137,19 @@ def test_a_folder_of_images_is_a_source(tmp_path):
     PARAMETERS["upstream"].check(str(tmp_path))
     with pytest.raises(ValueError, match="absent"):
         PARAMETERS["upstream"].check(str(tmp_path / "absent"))
+
+
+def test_a_tilde_in_a_path_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))  # Windows
+    (tmp_path / "images" / "train" / "cat").mkdir(parents=True)
+    (tmp_path / "images" / "train" / "dog").mkdir(parents=True)
+    values = {"weights": "~/x.safetensors", "run_dir": "~/r", "data_dir": "~/d", "downstream": "~/images", "seed": 0}
+    check_parameters(values)
+    assert {name: str(Path(value)) for name, value in values.items() if name != "seed"} == {
+        "weights": str(tmp_path / "x.safetensors"), "run_dir": str(tmp_path / "r"), "data_dir": str(tmp_path / "d"),
+        "downstream": str(tmp_path / "images"),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, "1", True, None])

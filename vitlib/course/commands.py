@@ -41,9 +41,7 @@ def course_options(**defaults: object):
 
     def convert(parameter: Parameter):
         def converted(context, option, text):
-            value = parameter.parse(text) if isinstance(text, str) else text
-            parameter.check(value)
-            return value
+            return parameter.check(parameter.parse(text) if isinstance(text, str) else text)
 
         return converted
 

@@ -400,7 +400,7 @@ def checked_values(
     parsed = {name: known[name].parse(value) if isinstance(value, str) else value for name, value in given.items()}
     values = {**shared, **parsed}
     for name, value in values.items():
-        known[name].check(value)
+        values[name] = known[name].check(value)
     return values
 
 
