@@ -49,7 +49,7 @@ def options(**values: object) -> list[str]:
     return [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
-SMALL = {"image_size": 8, "batch_size": 16, "device": "cpu", "recipe": "short"}
+SMALL = {"image_size": 8, "batch_size": 16, "device": "cpu", "recipe": "short", "precision": "float32"}
 
 
 def call(command: str, **values: object):
