@@ -2,7 +2,10 @@
 
 import json
 import math
+import runpy
+from pathlib import Path
 from unittest import mock
+from xml.etree import ElementTree
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -728,3 +731,16 @@ def test_words_of_cost_breakdown_neither_overlap_nor_leave_the_figure(side, patc
     boxes = [text.get_window_extent() for text in shown_texts(figure)]
     assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 <= figure.bbox.y1 for box in boxes)
     assert not any(a.overlaps(b) for n, a in enumerate(boxes) for b in boxes[:n])
+
+
+def test_the_diagrams_are_those_that_the_script_draws(tmp_path):
+    folder = Path(__file__).parents[1] / "notebooks/figures"
+    script = tmp_path / "diagrams.py"
+    script.write_text((folder / "diagrams.py").read_text())
+    runpy.run_path(str(script), run_name="__main__")
+    drawn = sorted(tmp_path.glob("*.svg"))
+    assert [file.name for file in drawn] == sorted(file.name for file in folder.glob("*.svg"))
+    for file in drawn:
+        assert file.read_text() == (folder / file.name).read_text(), file.name
+        root = ElementTree.parse(file).getroot()
+        assert [child.tag.rpartition("}")[2] for child in root][:2] == ["title", "desc"] and root.get("width") == "700"
