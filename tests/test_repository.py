@@ -54,6 +54,7 @@ HOSTS = {
     "mybinder.org",
     "pypi.org",
     "192.0.2.1",  # nobody's (RFC 5737), for tests
+    "www.w3.org",  # the name of SVG
 }
 URL = re.compile(r"\b[a-z][a-z0-9+]{2,}://((?:[A-Za-z0-9_-]|\\?\.)+)")  # the dot of a regular expression too
 # pip's options for another registry, on a command line, in a file of requirements or in the environment
