@@ -3,13 +3,13 @@
     python benchmarks/input_pipeline.py --out input_pipeline.json
 
 vitlib prepares whole batches: for every epoch it draws the order and all random numbers and gathers the images
-(``Training.epoch_batches``); for every batch it augments, normalises and, where the recipe says so, mixes images
+(``Trainer.batches``); for every batch it augments, normalises and, where the recipe says so, mixes images
 (``Augmentation.apply`` and ``mix``). The usual way is a DataLoader that hands one image after the other to
 torchvision.transforms.v2. Both get uint8 tensors in memory, do the steps of the same recipe and give float32 batches;
 torchvision too moves pixels about while they are uint8, and is spared the mixing, which it does by the batch as well.
 
 Each is given one core (a DataLoader without workers) and all cores (a worker per core). The training step is that of
-``vitlib.training.stages.Training`` with the model ``small``, on all cores, with the preparation of its images.
+``vitlib.training.fit`` with the model ``small``, on all cores, with the preparation of its images.
 """
 
 import time
@@ -27,8 +27,7 @@ from vitlib.course.doctor import usable_cores
 from vitlib.data import LabelledImages
 from vitlib.data.augment import CIFAR10_MEAN, CIFAR10_STD
 from vitlib.model import create_model
-from vitlib.training import Training
-from vitlib.training.recipes import RECIPES
+from vitlib.training import RECIPES, Trainer, TrainingOptions, fit
 from vitlib.utils import import_torchvision
 from vitlib.weights import ModelCard
 
@@ -44,8 +43,8 @@ def torchvision_transform(recipe: str) -> Callable:
     if augmentation.randaugment:
         steps.append(v2.RandAugment(augmentation.randaugment, augmentation.magnitude))
     steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(CIFAR10_MEAN, CIFAR10_STD)]
-    if augmentation.hole:
-        area = (augmentation.hole / 32) ** 2
+    if augmentation.cutout:
+        area = (augmentation.cutout / 32) ** 2
         steps.append(v2.RandomErasing(p=1.0, scale=(area, area), ratio=(1.0, 1.0)))
     if augmentation.erase:
         steps.append(v2.RandomErasing(p=augmentation.erase, scale=(0.02, 0.33), ratio=(0.3, 3.3)))
@@ -65,27 +64,26 @@ class OneByOne(Dataset):
         return self.transform(self.data.images[index]), self.data.labels[index]
 
 
-def new_training(recipe: str, precision: str, data: LabelledImages) -> Training:
-    """The first step of a long training of the model ``small``, on the device of ``data``."""
+def new_trainer(recipe: str, precision: str, data: LabelledImages, batch_size: int) -> Trainer:
+    """The first epoch of a training of the model ``small``, on the device of ``data``."""
     norm_first, recipe = recipe != "published", RECIPES[recipe]
     model = create_model(
         "small", len(data.classes), drop=recipe.drop, drop_path=recipe.drop_path, norm_first=norm_first
     )
     card = ModelCard(data.classes, CIFAR10_MEAN, CIFAR10_STD)
-    return Training(model.to(data.images.device), card, recipe, total_steps=100_000, precision=precision)
+    options = TrainingOptions(epochs=1, batch_size=batch_size, precision=precision)
+    return Trainer(model.to(data.images.device), data, card, recipe, options)
 
 
-def vitlib_task(training: Training, data: LabelledImages, batch_size: int, cores: int) -> Callable[[], float]:
+def vitlib_task(trainer: Trainer, data: LabelledImages, cores: int) -> Callable[[], float]:
     """A function that prepares all images once and returns images/s."""
-    augmentation, card, device = training.recipe.augmentation, training.card, training.device
 
     def prepare() -> float:
         with common.threads(cores):
-            start = common.clock(device)
-            _, batches = training.epoch_batches(data, 1, batch_size, steps=len(data))
-            for images, _, numbers in batches:
-                augmentation.mix(augmentation.apply(images, numbers, card.mean, card.std), numbers)
-            return len(data) / (common.clock(device) - start)
+            start = common.clock(trainer.device)
+            for batch in trainer.batches(1):
+                trainer.augment(batch)
+            return len(data) / (common.clock(trainer.device) - start)
 
     return prepare
 
@@ -107,17 +105,16 @@ def torchvision_task(recipe: str, data: LabelledImages, batch_size: int, cores: 
     return fetch
 
 
-def step_task(training: Training, data: LabelledImages, batch_size: int, steps: int, cores: int) -> Callable[[], float]:
+def step_task(trainer: Trainer, data: LabelledImages, steps: int, cores: int) -> Callable[[], float]:
     """A function that trains for ``steps`` and returns seconds per step, with drawing and gathering."""
+    options = {"epochs": 1, "train_steps_per_epoch": steps, "batch_size": trainer.options.batch_size}
+    options |= {"precision": trainer.precision, "progress": False}
 
     def train() -> float:
         with common.threads(cores):
-            start = common.clock(training.device)
-            sizes, batches = training.epoch_batches(data, 1, batch_size, steps)
-            training.model.train()
-            for size, batch in zip(sizes, batches, strict=True):
-                training.step(*batch, size)
-            return (common.clock(training.device) - start) / len(sizes)
+            one = data.subset(slice(0, 1))
+            history = fit(trainer.model, data, one, trainer.card, trainer.recipe, **options)
+            return history.epochs[0]["seconds"] / len(history.steps)
 
     return train
 
@@ -189,14 +186,14 @@ def main(images, batch_size, rounds, steps, cores, recipes, device, precisions, 
     data = common.random_images(images)
     on_device = data.to(device)
     keys = [(recipe, precision) for precision in precisions for recipe in recipes]
-    trainings = {key: new_training(*key, on_device) for key in keys}
+    trainers = {key: new_trainer(*key, on_device, batch_size) for key in keys}
     preparing = {}
     for recipe in recipes:
         for count in sorted({1, cores}):
-            training = trainings[recipe, precisions[0]]
+            trainer = trainers[recipe, precisions[0]]
             preparing["torchvision", recipe, count] = torchvision_task(recipe, data, batch_size, count)
-            preparing["vitlib", recipe, count] = vitlib_task(training, on_device, batch_size, count)
-    stepping = {key: step_task(one, on_device, batch_size, steps, cores) for key, one in trainings.items()}
+            preparing["vitlib", recipe, count] = vitlib_task(trainer, on_device, count)
+    stepping = {key: step_task(one, on_device, steps, cores) for key, one in trainers.items()}
     tasks = preparing | stepping
     common.interleave(tasks, 1, "warming up")
     measured = common.interleave(tasks, rounds)

@@ -23,11 +23,10 @@ import click
 import common
 import torch
 
-from vitlib.data import LabelledImages, channel_statistics
+from vitlib.data import channel_statistics
 from vitlib.model import PRESETS, ViTModel, create_model
-from vitlib.training import Training, resolve_precision
+from vitlib.training import fit, resolve_precision
 from vitlib.training.recipes import RECIPES
-from vitlib.utils import progress_bar
 from vitlib.weights import ModelCard
 
 FULL = 100 * 50_000  # images of a whole pretraining: 100 epochs of CIFAR-100
@@ -42,20 +41,6 @@ def training_flops(model: ViTModel) -> int:
     layer = 4 * tokens * width**2 + 2 * tokens * width * config["ff_dim"] + 2 * tokens**2 * width
     embedding = patches * config["num_channels"] * patch**2 * width
     return 3 * 2 * (layers * layer + embedding + width * config["num_classes"])
-
-
-def epoch_seconds(training: Training, data: LabelledImages, batch_size: int, epochs: int) -> list[float]:
-    """Train for ``epochs`` and return the seconds of each, evaluation left out."""
-    seconds = []
-    steps = -(-len(data) // batch_size)
-    for epoch in range(1, epochs + 1):
-        start = common.clock(training.device)
-        sizes, batches = training.epoch_batches(data, epoch, batch_size, steps)
-        with progress_bar(description=f"epoch {epoch}", show=False) as bar:
-            training.history.epochs.append(training.run_epoch(sizes, batches, bar))
-        seconds.append(common.clock(training.device) - start)
-        click.echo(f"epoch {epoch}: {seconds[-1]:.2f} s, {len(data) / seconds[-1]:,.0f} images/s")
-    return seconds
 
 
 def summary(seconds: list[float], images: int, flops: int, peak_tflops: float) -> dict[str, float]:
@@ -102,10 +87,10 @@ def main(images, epochs, batch_size, preset, recipe, device, precision, compile,
     chosen = RECIPES[recipe]
     model = create_model(preset, len(data.classes), drop=chosen.drop, drop_path=chosen.drop_path).to(device)
     card = ModelCard(data.classes, *channel_statistics(data.images))
-    total = epochs * -(-images // batch_size)
-    training = Training(model, card, chosen, total, precision=precision, compile=compile)
     precision = resolve_precision(precision, device)
-    seconds = epoch_seconds(training, data, batch_size, epochs)
+    options = {"epochs": epochs, "batch_size": batch_size, "precision": precision, "compile": compile}
+    history = fit(model, data, data.subset(slice(0, 1)), card, chosen, **options)
+    seconds = [epoch["seconds"] for epoch in history.epochs]
     figures = summary(seconds, images, training_flops(model), peak_tflops)
     click.echo(
         "first epoch: {first_epoch_seconds:.2f} s, compilation included\n"

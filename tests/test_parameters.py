@@ -9,8 +9,8 @@ import pytest
 
 from vitlib.course.parameters import PARAMETERS, check_parameters
 from vitlib.model import PRESETS, ViTModel
+from vitlib.training.devices import PRECISIONS
 from vitlib.training.recipes import FINETUNING, RECIPES
-from vitlib.training.stages import PRECISIONS
 
 GOOD = {
     "dataset": "shapes100",

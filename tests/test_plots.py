@@ -16,7 +16,7 @@ from matplotlib.text import Text
 
 from vitlib import plots
 from vitlib.costs import Parts, costs, preset_config
-from vitlib.training.stages import History
+from vitlib.training.history import History
 from vitlib.weights.checkpoint import PRETRAINED
 
 IMAGES = torch.randint(256, (5, 3, 12, 12), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)

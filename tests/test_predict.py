@@ -21,7 +21,7 @@ from vitlib.data.folders import read_image
 from vitlib.data.images import load_images
 from vitlib.model import ViTModel
 from vitlib.predict import Prediction, confident_mistakes, predict_files
-from vitlib.training.stages import predict
+from vitlib.training.loop import predict
 from vitlib.weights.checkpoint import ModelCard, save_checkpoint
 
 CLASSES = ("ant", "bee", "crab")

@@ -132,7 +132,7 @@ def test_models_that_are_no_vit_are_trained_whole_at_one_rate(optimizer):
     [
         (lambda: build_optimizers(nn.Linear(2, 2), replace(PLAIN, layer_decay=0.5)), "layer_decay=0.5 needs"),
         (lambda: build_optimizers(ViTModel(5, **TINY), replace(PLAIN, optimizer="lion")), "'lion' .*sgd, adamw, muon"),
-        (lambda: rate_factor(replace(PLAIN, schedule="linear"), 5, 10), "schedule='linear' .*constant or cosine"),
+        (lambda: replace(PLAIN, schedule="linear"), "schedule='linear' .*constant, cosine"),
         (lambda: named_recipe("secret", RECIPES), "recipe='secret' is not .*published, modern, .*give a Recipe"),
     ],
 )  # fmt: skip
@@ -151,7 +151,7 @@ def test_recipes_are_found_by_name_and_ones_own_are_given_back():
 def test_every_recipe_of_the_course_can_be_built(known):
     for name, recipe in known.items():
         assert build_optimizers(ViTModel(5, **TINY), recipe), name
-        assert rate_factor(recipe, 0, 100) > 0 and 0 <= recipe.average < 1, name
+        assert rate_factor(recipe, 0, 100) > 0 and 0 <= recipe.ema_decay < 1, name
 
 
 def test_both_stages_know_the_same_recipes():

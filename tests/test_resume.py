@@ -19,22 +19,32 @@ import torch
 from vitlib.data.augment import Augmentation
 from vitlib.data.images import LabelledImages
 from vitlib.model import PRESETS
-from vitlib.training import stages as train_module
+from vitlib.training import loop, stages
+from vitlib.training.history import History
 from vitlib.training.recipes import RECIPES
 from vitlib.training.resume import ResumeFile
-from vitlib.training.stages import History, Training, finetune, pretrain
+from vitlib.training.stages import finetune, pretrain
+from vitlib.training.trainer import Trainer
 from vitlib.weights.checkpoint import load_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
 
 TINY = {"num_layers": 2, "image_size": 8, "patch_size": 4, "em_dim": 16, "num_heads": 2, "ff_dim": 32}
-AUGMENTATION = Augmentation(padding=2, flip=0.5, hole=2, randaugment=1, erase=0.5, mixing=0.5)
-ALL_AT_ONCE = replace(RECIPES["modern"], drop=0.2, drop_path=0.4, average=0.9, augmentation=AUGMENTATION, mix_until=0.7)
+AUGMENTATION = Augmentation(padding=2, flip=0.5, cutout=2, randaugment=1, erase=0.5, mixing=0.5)
+ALL_AT_ONCE = replace(
+    RECIPES["modern"],
+    drop=0.2,
+    drop_path=0.4,
+    ema_decay=0.9,
+    augmentation=AUGMENTATION,
+    mix_until=0.7,
+    keep_patches=((0.7, 0.5),),
+)
 RUNS = {  # 54 training images in batches of 16: four steps an epoch, the last of six images
     "everything": {"recipe": ALL_AT_ONCE},
     "sgd": {"recipe": RECIPES["published"]},
     "muon": {"recipe": replace(ALL_AT_ONCE, optimizer="muon", matrix_rate=3.0)},
-    "bfloat16": {"recipe": replace(ALL_AT_ONCE, average=0.0), "precision": "bfloat16", "pooling": "mean"},
+    "bfloat16": {"recipe": replace(ALL_AT_ONCE, ema_decay=0.0), "precision": "bfloat16", "pooling": "mean"},
 }
 TIMINGS = ("seconds", "images_per_second")
 
@@ -86,11 +96,11 @@ def write_half(content, path) -> None:
 
 
 PLACES = {
-    "a step": lambda count: before_call(Training, "step", count),
-    "the evaluation": lambda count: before_call(train_module, "evaluate", count),
-    "writing the weights": lambda count: before_call(train_module, "save_checkpoint", count),
+    "a step": lambda count: before_call(Trainer, "augment", count),
+    "the evaluation": lambda count: before_call(loop, "evaluate", count),
+    "writing the weights": lambda count: before_call(stages, "save_checkpoint", count),
     "writing the history": lambda count: before_call(History, "save", count),
-    "the next epoch": lambda count: before_call(Training, "epoch_batches", count),
+    "the next epoch": lambda count: before_call(Trainer, "batches", count),
     "writing the state": lambda count: before_call(torch, "save", count, act=write_half),
     "the first move": lambda count: before_call(os, "replace", count, moves_to("-resume-previous.pt")),
     "the second move": lambda count: before_call(os, "replace", count, moves_to("-resume.pt")),
@@ -99,18 +109,18 @@ PLACES = {
 
 def print_steps() -> None:
     """Every training step prints its number, from 0, before it does anything."""
-    original = Training.step
+    original = Trainer.augment
 
-    def step(self, *arguments):
-        print("step", len(self.history.steps) + len(self.losses), flush=True)
+    def augment(self, *arguments):
+        print("step", self.step, flush=True)
         return original(self, *arguments)
 
-    Training.step = step
+    Trainer.augment = augment
 
 
 def train_until(run_dir, run, place, count, minutes):
     PRESETS["tiny"] = TINY
-    train_module.ResumeFile = functools.partial(ResumeFile, minutes=minutes)
+    stages.ResumeFile = functools.partial(ResumeFile, minutes=minutes)
     print_steps()
     if place is not None:
         PLACES[place](count)
@@ -233,16 +243,16 @@ class Steps(list):
 
 
 def count_steps(monkeypatch) -> Steps:
-    steps, original = Steps(), Training.step
+    steps, original = Steps(), Trainer.augment
 
-    def step(self, *arguments):
-        steps.append(len(self.history.steps) + len(self.losses))
+    def augment(self, *arguments):
+        steps.append(self.step)
         if steps[-1] == steps.stop:
             raise Stop
         return original(self, *arguments)
 
-    monkeypatch.setattr(Training, "step", step)
-    monkeypatch.setattr(train_module, "ResumeFile", functools.partial(ResumeFile, minutes=0))
+    monkeypatch.setattr(Trainer, "augment", augment)
+    monkeypatch.setattr(stages, "ResumeFile", functools.partial(ResumeFile, minutes=0))
     return steps
 
 

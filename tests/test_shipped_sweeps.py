@@ -18,8 +18,8 @@ from vitlib.course.parameters import ARMS
 from vitlib.data.images import LabelledImages
 from vitlib.model import create_model
 from vitlib.records import recorded_label_budgets, recorded_patches
+from vitlib.training.history import History
 from vitlib.training.recipes import FINETUNING, RECIPES
-from vitlib.training.stages import History
 from vitlib.weights.checkpoint import PRETRAINED, ModelCard, load_checkpoint
 
 FOLDER = Path(__file__).parents[1] / "notebooks" / "sweeps"

@@ -1,5 +1,6 @@
 """Training: it learns, it is repeatable, it counts its steps, it survives Ctrl-C, it moves only what it should."""
 
+import itertools
 import math
 import os
 import shutil
@@ -10,24 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vitlib.data.augment import CIFAR10_MEAN, PUBLISHED, Augmentation
+from vitlib.data.augment import CIFAR10_MEAN, PUBLISHED, Augmentation, mixed_cross_entropy
 from vitlib.data.images import LabelledImages, train_validation_split
-from vitlib.model import create_model, interpolate_positions
-from vitlib.training import stages as train_module
+from vitlib.model import PRESETS, create_model, interpolate_positions
+from vitlib.training import loop
+from vitlib.training.devices import hardware, resolve_device, resolve_precision
+from vitlib.training.history import History
+from vitlib.training.loop import evaluate, fit, predict
 from vitlib.training.recipes import FINETUNING, RECIPES, build_optimizers, rate_factor
-from vitlib.training.stages import (
-    History,
-    Training,
-    evaluate,
-    finetune,
-    fit,
-    hardware,
-    predict,
-    pretrain,
-    record_test,
-    resolve_device,
-    resolve_precision,
-)
+from vitlib.training.stages import finetune, pretrain, record_test
+from vitlib.training.trainer import Batch, Trainer, TrainingOptions
 from vitlib.weights.checkpoint import ModelCard, load_checkpoint, transfer_encoder
 
 SIZES = {"num_layers": 1, "image_size": 8, "patch_size": 4, "em_dim": 16, "num_heads": 2, "ff_dim": 32}
@@ -35,7 +28,7 @@ SIZES = {"num_layers": 1, "image_size": 8, "patch_size": 4, "em_dim": 16, "num_h
 
 @pytest.fixture(autouse=True)
 def _tiny_preset(monkeypatch):
-    monkeypatch.setitem(train_module.create_model.__globals__["PRESETS"], "tiny", SIZES)
+    monkeypatch.setitem(PRESETS, "tiny", SIZES)
 
 
 def coloured(count=60, classes=3, seed=0) -> LabelledImages:
@@ -93,7 +86,7 @@ def test_history_records_every_epoch_and_survives_a_round_trip(tmp_path):
 
 def test_best_and_last_weights_are_both_kept(tmp_path, monkeypatch):
     scores = iter([0.2, 0.9, 0.5])
-    monkeypatch.setattr(train_module, "evaluate", lambda *a: {"loss": 1.0, "accuracy": next(scores)})
+    monkeypatch.setattr(loop, "evaluate", lambda *a, **options: {"loss": 1.0, "accuracy": next(scores)})
     trained = pretrain(coloured(), **quick(pretrain_epochs=3, run_dir=tmp_path))
     last, last_card = load_checkpoint(tmp_path / "pretrained.safetensors")
     best, best_card = load_checkpoint(tmp_path / "pretrained-best.safetensors")
@@ -190,19 +183,13 @@ def test_linear_probe_trains_the_head_alone():
     assert probe.model.linear_classifier.weight.any()
 
 
-def test_evaluation_with_few_steps_sees_all_classes_of_sorted_data():
+def test_evaluation_with_few_steps_sees_all_classes_of_sorted_data(monkeypatch):
     data = coloured(300)
     data = data.subset(data.labels.argsort())
     trained = pretrain(data, **quick())
     seen = []
-    train_module_predict, train_module.predict = (
-        train_module.predict,
-        lambda m, images, *a: seen.append(images) or train_module_predict(m, images, *a),
-    )
-    try:
-        evaluate(trained.model, data, trained.card, batch_size=3, steps=2)
-    finally:
-        train_module.predict = train_module_predict
+    monkeypatch.setattr(loop, "predict", lambda model, images, *a: seen.append(images) or predict(model, images, *a))
+    evaluate(trained.model, data, trained.card, batch_size=3, steps=2)
     assert len(seen[0]) == 6 and len(set(seen[0].float().mean((2, 3)).argmax(1).tolist())) == 3
 
 
@@ -219,12 +206,10 @@ def test_prediction_does_not_depend_on_the_batch_size_or_change_the_mode():
     [
         ({"pretrain_epochs": 0}, "epochs=0 is not allowed"),
         ({"batch_size": -1}, "batch_size=-1 is not allowed"),
-        ({"train_steps_per_epoch": 0}, "train_steps_per_epoch=0 is not allowed"),
-        ({"eval_steps_per_epoch": 1.5}, "eval_steps_per_epoch=1.5 is not allowed"),
         ({"recipe": "secret"}, "recipe='secret' is not known; choose one of published, modern"),
         ({"preset": "huge"}, "preset='huge' is not known"),
-        ({"device": "tpu"}, "device='tpu' is not to be had"),
-        ({"precision": "half"}, "precision='half' is not known; choose one of auto, float32, bfloat16"),
+        ({"device": "tpu"}, "device='tpu' is not available here"),
+        ({"precision": "half"}, "precision='half' is not allowed; choose one of auto, float32, bfloat16"),
         ({"pooling": "max"}, "pooling='max' is not known"),
         ({"validation_fraction": 2}, "fraction"),
     ],
@@ -281,18 +266,47 @@ def test_fit_trains_models_that_are_no_vit():
     assert history.epochs[-1]["validation_accuracy"] > 0.9
 
 
-def test_averaged_weights_come_with_the_running_statistics_of_batch_norm():
-    """Without them the kept model would normalise with mean 0 and variance 1, which its layers have never seen."""
-    data = coloured()
-    recipe = replace(RECIPES["modern"], learning_rate=0.1, average=0.5)
+def test_averaged_weights_come_with_running_statistics_of_batch_norm():
+    """Without them the averaged model would normalise with mean 0 and variance 1, which its layers never saw."""
+    data, recipe = coloured(), replace(RECIPES["modern"], learning_rate=0.1, ema_decay=0.5)
     cnn = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 36, 3))
-    training = Training(cnn, ModelCard(data.classes, (0.4,) * 3, (0.2,) * 3), recipe, 5)
-    for batch, size in zip(*reversed(training.epoch_batches(data, 1, 16, 4)), strict=True):
-        training.step(*batch, size)
-    kept, last = training.kept[1], training.model[1]
-    assert not torch.equal(kept.weight, last.weight)
-    assert torch.equal(kept.running_mean, last.running_mean) and torch.equal(kept.running_var, last.running_var)
-    assert kept.running_mean.abs().min() > 0 and kept.num_batches_tracked == 4
+    averages = []
+    card, options = ModelCard(data.classes, (0.4,) * 3, (0.2,) * 3), {"epochs": 1, "batch_size": 16, "progress": False}
+    last = {}
+
+    def compare(model, history):
+        averages.append(model)
+        last.update({name: value.clone() for name, value in cnn[1].state_dict().items()})
+
+    fit(cnn, data, data, card, recipe, after_epoch=compare, **options)
+    averaged = averages[0][1].state_dict()
+    assert not torch.equal(averaged["weight"], last["weight"])
+    assert torch.equal(averaged["running_mean"], last["running_mean"]) and averaged["running_mean"].abs().min() > 0
+    assert torch.equal(averaged["running_var"], last["running_var"]) and averaged["num_batches_tracked"] == 4
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_diverged_training_ends_with_one_sentence(tmp_path, precision):
+    recipe = replace(RECIPES["modern"], learning_rate=1e30, clip=None, schedule="constant", warmup=0.0)
+    with pytest.raises(ValueError, match=r"The loss is \S+ in step \d+ of 8, at learning rate 1e\+30") as error:
+        pretrain(coloured(), **quick(recipe=recipe, run_dir=tmp_path, precision=precision))
+    assert "\n" not in str(error.value) and not list(tmp_path.glob("*.safetensors"))
+
+
+def test_logits_that_are_not_finite_are_refused():
+    trained = pretrain(coloured(), **quick())
+    trained.model.linear_classifier.bias.data[0] = torch.nan
+    with pytest.raises(ValueError, match="logits are not finite"):
+        evaluate(trained.model, coloured(), trained.card)
+
+
+def test_accuracy_on_images_that_cifair_kept_is_apart():
+    trained, data = pretrain(coloured(), **quick()), coloured()
+    hits = predict(trained.model, data.images, trained.card).argmax(1) == data.labels
+    kept = torch.arange(60) % 2 == 0
+    score = evaluate(trained.model, replace(data, kept=kept), trained.card)
+    assert score["images_kept"] == 30 and score["accuracy_kept"] == pytest.approx(hits[kept].float().mean().item())
+    assert "accuracy_kept" not in evaluate(trained.model, data, trained.card)
 
 
 def test_progress_bar_shows_loss_accuracy_and_speed(capsys):
@@ -303,15 +317,15 @@ def test_progress_bar_shows_loss_accuracy_and_speed(capsys):
 
 def test_ctrl_c_leaves_the_best_weights_as_they_are(tmp_path, monkeypatch):
     """The best epoch is the first; what the second has done until then was never validated."""
-    step, calls, best = Training.step, [], tmp_path / "pretrained-best.safetensors"
+    augment, calls, best = Trainer.augment, [], tmp_path / "pretrained-best.safetensors"
 
     def interrupted(self, *args):
         calls.append(best.read_bytes() if best.exists() else None)
         if len(calls) == 7:
             raise KeyboardInterrupt
-        step(self, *args)
+        return augment(self, *args)
 
-    monkeypatch.setattr(Training, "step", interrupted)
+    monkeypatch.setattr(Trainer, "augment", interrupted)
     trained = pretrain(coloured(), **quick(run_dir=tmp_path))
     assert trained.history.interrupted and len(trained.history.epochs) == 1
     assert best.read_bytes() == calls[-1]
@@ -323,7 +337,7 @@ def test_ctrl_c_leaves_the_best_weights_as_they_are(tmp_path, monkeypatch):
 @pytest.fixture
 def taken(monkeypatch):
     """The weights before the first and after every step of a training, averaged or not."""
-    taken, begin, step = [], Training.__init__, Training.step
+    taken, begin, step = [], Trainer.__init__, Trainer.end_step
 
     def recorded(method):
         def call(self, *args, **kwargs):
@@ -332,14 +346,14 @@ def taken(monkeypatch):
 
         return call
 
-    monkeypatch.setattr(Training, "__init__", recorded(begin))
-    monkeypatch.setattr(Training, "step", recorded(step))
+    monkeypatch.setattr(Trainer, "__init__", recorded(begin))
+    monkeypatch.setattr(Trainer, "end_step", recorded(step))
     return taken
 
 
 @pytest.mark.parametrize("decay", [0.2, 0.999])
 def test_averaged_weights_follow_the_formula_and_are_those_that_are_kept(taken, tmp_path, decay):
-    recipe = replace(RECIPES["modern"], average=decay, learning_rate=1e-2)
+    recipe = replace(RECIPES["modern"], ema_decay=decay, learning_rate=1e-2)
     trained = pretrain(coloured(), **quick(recipe=recipe, run_dir=tmp_path))
     average = taken[0].double()
     for step, now in enumerate(taken[1:]):
@@ -355,13 +369,13 @@ def test_averaged_weights_follow_the_formula_and_are_those_that_are_kept(taken, 
 
 
 def test_without_averaging_the_last_weights_are_kept(taken):
-    trained = pretrain(coloured(), **quick(recipe=replace(RECIPES["modern"], average=0.0)))
+    trained = pretrain(coloured(), **quick(recipe=replace(RECIPES["modern"], ema_decay=0.0)))
     assert torch.equal(weights(trained.model), taken[-1])
 
 
 def test_averaging_does_not_change_the_training_itself(taken):
     for average in (0.0, 0.9):
-        pretrain(coloured(), **quick(recipe=replace(RECIPES["modern"], average=average)))
+        pretrain(coloured(), **quick(recipe=replace(RECIPES["modern"], ema_decay=average)))
     half = len(taken) // 2
     assert all(torch.equal(plain, other) for plain, other in zip(taken[:half], taken[half:], strict=True))
 
@@ -369,17 +383,24 @@ def test_averaging_does_not_change_the_training_itself(taken):
 # Order and augmentation of the images
 
 
+def batches_of(recipe, epoch=1, **options) -> list[Batch]:
+    """The batches of one epoch of a training."""
+    card = ModelCard(("red", "green", "blue"), (0.5,) * 3, (0.25,) * 3)
+    trainer = Trainer(create_model("tiny", 3), coloured(), card, recipe, TrainingOptions(**{"epochs": 4} | options))
+    count = trainer.steps_per_epoch
+    return list(itertools.islice(trainer.batches(epoch), count))
+
+
 def one_epoch(batch_size=16, epoch=1, seed=0) -> dict[str, torch.Tensor]:
-    """What one epoch consists of: the images in their order, the labels, and the numbers of their augmentation."""
-    data, recipe = coloured(), replace(RECIPES["modern"], augmentation=Augmentation(2, 0.5, 3))
-    card = ModelCard(data.classes, (0.5,) * 3, (0.25,) * 3)
-    training = Training(create_model("tiny", 3), card, recipe, 100, seed=seed)
-    sizes, batches = training.epoch_batches(data, epoch, batch_size, math.ceil(len(data) / batch_size))
-    assert [len(labels) for _, labels, _ in batches] == sizes and sum(sizes) == len(data)
-    images, labels, drawn = zip(*batches, strict=True)
-    return {"images": torch.cat(images), "labels": torch.cat(labels)} | {
-        name: torch.cat([numbers[name] for numbers in drawn]) for name in drawn[0]
-    }
+    """The images of one epoch in their order, the labels, and the numbers of their augmentation."""
+    recipe = replace(RECIPES["modern"], augmentation=Augmentation(2, 0.5, 3), keep_patches=((1.0, 0.5),))
+    batches = batches_of(recipe, epoch, batch_size=batch_size, seed=seed)
+    assert [len(batch.labels) for batch in batches] == [batch.size for batch in batches]
+    parts = [
+        {"images": batch.images, "labels": batch.labels, "patches": batch.kept_patches[0], **batch.drawn}
+        for batch in batches
+    ]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def test_order_and_augmentation_do_not_depend_on_the_batch_size():
@@ -409,28 +430,26 @@ def test_an_epoch_has_every_image_once_with_its_label():
 
 
 def test_images_are_mixed_until_their_share_of_the_training_is_over():
-    data = coloured()
-    recipe = replace(RECIPES["modern"], augmentation=Augmentation(mixing=0.5, hole=0), mix_until=0.5)
-    training = Training(
-        create_model("tiny", 3), ModelCard(data.classes, (0.5,) * 3, (0.25,) * 3), recipe, total_steps=16
-    )
-    mixed = [
-        any("mix_share" in drawn for _, _, drawn in training.epoch_batches(data, epoch, 16, steps=4)[1])
-        for epoch in (1, 2, 3, 4)
-    ]
+    recipe = replace(RECIPES["modern"], augmentation=Augmentation(mixing=0.5, cutout=0), mix_until=0.5)
+    mixed = ["mix_share" in batches_of(recipe, epoch, batch_size=16)[0].drawn for epoch in (1, 2, 3, 4)]
     assert mixed == [True, True, False, False]
 
 
+def test_patches_are_dropped_by_the_recipes_schedule():
+    recipe = replace(RECIPES["modern"], keep_patches=((0.25, 0.25), (0.75, 0.5)))
+    kept = [batches_of(recipe, epoch)[0].kept_patches for epoch in (1, 2, 3, 4)]
+    assert [patches[0].shape[1] if patches else 4 for patches in kept] == [1, 2, 2, 4]
+    for patches in kept[1][0]:
+        assert patches.unique().tolist() == patches.tolist() and set(patches.tolist()) <= {0, 1, 2, 3}
+    assert not torch.equal(kept[1][0], kept[2][0]), "each epoch draws anew"
+
+
 def test_the_loss_of_a_mixed_image_is_that_of_a_target_with_two_labels():
-    recipe = replace(RECIPES["modern"], augmentation=Augmentation(mixing=0.5), label_smoothing=0.1)
-    training = Training(
-        create_model("tiny", 3), ModelCard(("a", "b", "c"), (0.5,) * 3, (0.25,) * 3), recipe, total_steps=1
-    )
     logits, labels = torch.randn(5, 3), torch.tensor([0, 2, 1, 1, 2])
     kept = torch.tensor([0.7, 0.4, 0.9, 1.0, 1.0])
     targets = kept[:, None] * F.one_hot(labels, 3) + (1 - kept)[:, None] * F.one_hot(labels[[1, 0, 3, 2, 4]], 3)
     expected = F.cross_entropy(logits, targets, label_smoothing=0.1, reduction="none")
-    torch.testing.assert_close(training._losses(logits, labels, kept), expected)
+    torch.testing.assert_close(mixed_cross_entropy(logits, labels, kept, 0.1), expected)
 
 
 # Precision and compilation
@@ -439,7 +458,6 @@ def test_the_loss_of_a_mixed_image_is_that_of_a_target_with_two_labels():
 @pytest.mark.parametrize(
     "precision, device, resolved",
     [
-        ("auto", "cpu", "float32"),
         ("auto", "mps", "float32"),
         ("auto", "cuda", "bfloat16"),
         ("float32", "cuda", "float32"),
@@ -449,6 +467,12 @@ def test_the_loss_of_a_mixed_image_is_that_of_a_target_with_two_labels():
 def test_precision_is_resolved_by_device(monkeypatch, precision, device, resolved):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert resolve_precision(precision, torch.device(device)) == resolved
+
+
+@pytest.mark.parametrize("flag", ["avx512_bf16", "amx_bf16", "avx2"])
+def test_cpus_with_bfloat16_instructions_use_them(monkeypatch, flag):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False, flag: True})
+    assert resolve_precision("auto", torch.device("cpu")) == ("float32" if flag == "avx2" else "bfloat16")
 
 
 def test_a_gpu_that_only_emulates_bfloat16_keeps_to_float32(monkeypatch):
@@ -476,7 +500,7 @@ def test_training_in_bfloat16_learns_and_keeps_float32_weights(monkeypatch):
 @pytest.mark.skipif("VITLIB_SLOW" not in os.environ, reason="takes half a minute: set VITLIB_SLOW to run it")
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="there is no C++ compiler")
 def test_a_compiled_model_trains_to_the_same_losses():
-    recipe = replace(RECIPES["modern"], average=0.9)
+    recipe = replace(RECIPES["modern"], ema_decay=0.9)
     plain, compiled = (pretrain(coloured(), **quick(recipe=recipe, compile=compile)) for compile in (False, True))
     losses = [[step["loss"] for step in trained.history.steps] for trained in (plain, compiled)]
     assert losses[1] == pytest.approx(losses[0], abs=1e-3)

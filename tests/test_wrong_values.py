@@ -32,10 +32,11 @@ from vitlib.data.images import LabelledImages
 from vitlib.export import export_model
 from vitlib.model import PRESETS, ViTModel, create_model, interpolate_positions, patchify, unpatchify
 from vitlib.training.recipes import FINETUNING, RECIPES, Recipe, named_recipe
+from vitlib.training.resume import ResumeFile
 from vitlib.training.stages import evaluate, finetune, fit, pretrain, record_test, resolve_device, resolve_precision
 from vitlib.weights import checkpoint as checkpoints
 from vitlib.weights import convert, data, explain, predict, shapes, train
-from vitlib.weights.checkpoint import ModelCard, ResumeFile, load_weights
+from vitlib.weights.checkpoint import ModelCard, load_weights
 
 LIBRARY = str(Path(vitlib.__file__).parent)
 WAYS_OUT = {"give", "choose", "must", "check", "takes", "leave", "name a"}
@@ -118,7 +119,7 @@ SIZES = {
     "num_heads": 2, "ff_dim": 8,
 }  # fmt: skip
 QUIET = {"progress": False, "device": "cpu"}
-PLAIN = Recipe("adamw", 1e-3, 0.0, augmentation=Augmentation(padding=1, hole=0))
+PLAIN = Recipe("adamw", 1e-3, 0.0, augmentation=Augmentation(padding=1, cutout=0))
 
 
 def tiny(**changes) -> ViTModel:
@@ -724,7 +725,7 @@ def test_a_wrong_value_leaves_a_finished_run_folder_as_it_was(smaller, name, res
     for changes in (
         {"train": odd},
         {"train": odd.subset([])},
-        {"recipe": replace(PLAIN, augmentation=Augmentation(hole=9))},
+        {"recipe": replace(PLAIN, augmentation=Augmentation(cutout=9))},
     ):
         with pytest.raises(ValueError):
             run(**{"resume": resume, **changes})
@@ -765,8 +766,8 @@ def few_classes() -> nn.Module:
         ({"train": pictures(channels=1)}, r"do not go with images of 1 channels; give one"),
         ({"validation": pictures(classes=5)}, r"need 5 classes; give a model with a classifier of as many"),
         ({"validation": pictures(0)}, r"12 training and 0 validation images are too few; give one of each"),
-        ({"recipe": replace(PLAIN, augmentation=Augmentation(hole=9))}, r"^hole=9 is larger .* at most 8"),
-        ({"recipe": replace(PLAIN, augmentation=Augmentation(padding=8, hole=0))}, r"^padding=8 .* less than 8"),
+        ({"recipe": replace(PLAIN, augmentation=Augmentation(cutout=9))}, r"^cutout=9 is larger .* at most 8"),
+        ({"recipe": replace(PLAIN, augmentation=Augmentation(padding=8, cutout=0))}, r"^padding=8 .* less than 8"),
     ],
     ids=lambda case: case[:30] if isinstance(case, str) else next(iter(case)),
 )  # fmt: skip
@@ -801,7 +802,7 @@ def test_images_in_another_precision_are_taken_where_autocast_converts_them():
 
 # --- edges that work -------------------------------------------------------------------------------------------------
 
-MIXED = replace(PLAIN, augmentation=Augmentation(padding=1, hole=0, randaugment=1, erase=0.5, mixing=1.0))
+MIXED = replace(PLAIN, augmentation=Augmentation(padding=1, cutout=0, randaugment=1, erase=0.5, mixing=1.0))
 
 
 @pytest.fixture

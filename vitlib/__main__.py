@@ -207,7 +207,7 @@ def predict(model, images, top, batch_size) -> None:
     exit code is 0 when every image was predicted, 1 when one was not, 2 for a wrong command or MODEL.
     """
     from vitlib.predict import predict_files
-    from vitlib.training.stages import resolve_device
+    from vitlib.training.devices import resolve_device
     from vitlib.utils import printable
     from vitlib.weights.checkpoint import load_weights
 

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from vitlib.arguments import check_path, check_type
-from vitlib.training.stages import predict
+from vitlib.training.loop import predict
 from vitlib.utils import atomic_write, printable
 from vitlib.weights.checkpoint import ModelCard, unwrap
 

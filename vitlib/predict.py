@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vitlib.arguments import check, check_path, check_tensor, check_type, check_whole
 from vitlib.data.folders import read_image
-from vitlib.training.stages import predict
+from vitlib.training.loop import predict
 from vitlib.weights.checkpoint import ModelCard, unwrap
 
 

@@ -16,9 +16,10 @@ from vitlib.course.parameters import PARAMETERS, Parameter
 from vitlib.data.images import LabelledImages, channel_statistics, load_images
 from vitlib.model import PRESETS, ViTModel, create_model
 from vitlib.predict import confident_mistakes
-from vitlib.training.distributed import current_processes, join_processes, leave_processes
+from vitlib.training.distributed import current_context, end_distributed, init_distributed
+from vitlib.training.loop import predict
 from vitlib.training.recipes import FINETUNING, RECIPES
-from vitlib.training.stages import Trained, finetune, predict, pretrain, record_test
+from vitlib.training.stages import Trained, finetune, pretrain, record_test
 from vitlib.utils import atomic_write
 from vitlib.weights.checkpoint import ModelCard, load_weights, with_image_size
 
@@ -70,7 +71,7 @@ def pretrain_command(upstream, preset, run_dir, data_dir, image_size, **options)
     RUN_DIR gets pretrained.safetensors with the record of the run, pretrained-history.json and the file from which
     the same command, called again, takes an interrupted training up.
     """
-    options["device"] = join_processes(options["device"])
+    options["device"] = init_distributed(options["device"])
     train, test = _splits(upstream, data_dir, image_size or PRESETS[preset]["image_size"])
     trained = pretrain(train, preset, run_dir=run_dir, resume=True, source=upstream, **options)
     _finish(trained, test, upstream, Path(run_dir) / "pretrained.safetensors")
@@ -90,7 +91,7 @@ def finetune_command(downstream, weights, run_dir, data_dir, image_size, recipe,
     """
     if weights is None:
         raise ValueError("weights=None names no encoder; give a shipped name, a checkpoint file, or random.")
-    options["device"] = join_processes(options["device"])
+    options["device"] = init_distributed(options["device"])
     if weights == "random":
         train, test = _splits(downstream, data_dir, image_size or PRESETS["small"]["image_size"])
         model, card = _new_encoder(train, options["seed"])
@@ -100,7 +101,7 @@ def finetune_command(downstream, weights, run_dir, data_dir, image_size, recipe,
         model = _for_images_of(model, image_size or model.config["image_size"], options["batch_size"])
         train, test = _splits(downstream, data_dir, model.config["image_size"])
     trained = finetune(model, card, train, recipe=recipe, run_dir=run_dir, resume=True, source=downstream, **options)
-    is_first = current_processes().is_first
+    is_first = current_context().is_first
     checkpoint = Path(run_dir) / "finetuned.safetensors"
     trained = _finish(trained, test, downstream, checkpoint)
     if is_first:
@@ -117,7 +118,7 @@ def _new_encoder(train: LabelledImages, seed: int) -> tuple[ViTModel, ModelCard]
 def _for_images_of(model: ViTModel, image_size: int, batch_size: int) -> ViTModel:
     """The model for images of that size; where this is not its own, a line says what the change means."""
     other = with_image_size(model, image_size)
-    if other is not model and current_processes().is_first:
+    if other is not model and current_context().is_first:
         old, before, after = model.config["image_size"], costs(model.config), costs(other.config, batch_size)
         ratio = after.training_flops.total / batch_size / before.training_flops.total
         click.echo(
@@ -131,25 +132,25 @@ def _for_images_of(model: ViTModel, image_size: int, batch_size: int) -> ViTMode
 
 def _splits(source: str, data_dir, image_size: int) -> tuple[LabelledImages, LabelledImages]:
     """Training and test images, and only the first process shows how they are loaded."""
-    options = {"data_dir": data_dir, "image_size": image_size, "progress": current_processes().is_first}
+    options = {"data_dir": data_dir, "image_size": image_size, "progress": current_context().is_first}
     return load_images(source, "train", **options), load_images(source, "test", **options)
 
 
 def _finish(trained: Trained, test: LabelledImages, source: str, checkpoint: Path) -> Trained:
     """Score the last weights, write the result into their file and say it. Returns them with the score."""
     if trained.history.interrupted:
-        leave_processes()
+        end_distributed()
         sys.exit(130)
     trained.card.record["command"] = shlex.join(["python", "-m", "vitlib", *sys.argv[1:]])
     trained = record_test(trained, test, source, checkpoint)
-    if current_processes().is_first:
+    if current_context().is_first:
         score, seconds = trained.card.record["test"], sum(epoch["seconds"] for epoch in trained.history.epochs)
         click.echo(
             f"{score['accuracy']:.2%} top-1 (loss {score['loss']:.3f}) on the {score['images']} test images of "
             f"{source}, after {len(trained.history.epochs)} epochs and {seconds:.0f} s of training; "
             f"the weights are in {checkpoint}."
         )
-    leave_processes()
+    end_distributed()
     return trained
 
 

@@ -9,7 +9,6 @@ import os
 import platform
 import re
 import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -169,7 +168,7 @@ def _ask_torch() -> dict[str, object]:
 
         from vitlib.data.cifar import cifar_class
         from vitlib.data.images import SOURCES
-        from vitlib.training.stages import resolve_device
+        from vitlib.training.devices import resolve_device
         from vitlib.weights.checkpoint import PRETRAINED
 
         device = resolve_device()
@@ -203,28 +202,25 @@ def training_speed(
     """Images per second in training, measured for about ``seconds``, on random images of 32 x 32 pixels."""
     import torch
 
-    from vitlib.data.images import LabelledImages
+    from vitlib.data import LabelledImages
     from vitlib.model import create_model
-    from vitlib.training.recipes import RECIPES
-    from vitlib.training.stages import Training
-    from vitlib.weights.checkpoint import ModelCard
+    from vitlib.training import RECIPES, fit
+    from vitlib.weights import ModelCard
 
     classes = tuple(map(str, range(100)))
-    images = torch.randint(256, (batch_size, 3, 32, 32), dtype=torch.uint8)
-    data = LabelledImages(images, torch.randint(100, (batch_size,)), classes)
     model = create_model(preset, 100, norm_first=norm_first, drop=RECIPES[recipe].drop).to(device)
     card = ModelCard(classes, 3 * (0.5,), 3 * (0.25,))
-    training = Training(model, card, RECIPES[recipe], total_steps=1000, precision=precision)
-    _, (batch,) = training.epoch_batches(data, 1, batch_size, 1)
-    steps = passed = 0
-    while passed < seconds or steps < 2:
-        if steps == 1:  # the first step takes longer, and does not count
-            start = time.perf_counter()
-        training.step(*batch, batch_size)
-        training.hits.item()  # waits for a GPU
-        steps += 1
-        passed = time.perf_counter() - start if steps > 1 else 0
-    return (steps - 1) * batch_size / passed
+
+    def time_of(steps: int) -> float:
+        images = torch.randint(256, (steps * batch_size, 3, 32, 32), dtype=torch.uint8)
+        data = LabelledImages(images, torch.randint(100, (len(images),)), classes)
+        options = {"epochs": 1, "batch_size": batch_size, "precision": precision, "progress": False}
+        history = fit(model, data, data.subset(slice(0, 1)), card, RECIPES[recipe], **options)
+        return history.epochs[0]["seconds"]
+
+    time_of(1)  # the first step takes longer
+    steps = max(1, round(seconds / time_of(1)))
+    return steps * batch_size / time_of(steps)
 
 
 def _reason(error: Exception) -> str:

@@ -13,10 +13,10 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from vitlib.arguments import brief, check, check_number, check_whole, is_number
-from vitlib.data.randaugment import MAGNITUDES, draw_operations, randaugment
+from vitlib.data.randaugment import draw_operations, randaugment
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)  # the published system normalises with these, whatever the data set
 CIFAR10_STD = (0.2471, 0.2435, 0.2616)
@@ -30,15 +30,12 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     Raises:
         ValueError: for images of another dtype or numbers that do not go with their channels.
     """
-    is_uint8 = isinstance(images, Tensor) and images.dtype == torch.uint8 and images.ndim == 4
-    check("images", images, is_uint8, "uint8 [B, C, H, W] with values from 0 to 255")
-    for name, numbers in (("mean", mean), ("std", std)):
-        is_sequence = isinstance(numbers, tuple | list) and all(map(is_number, numbers))
-        check(name, numbers, is_sequence, "one number per channel")
+    if images.dtype != torch.uint8:  # floats would pass, 255 times too dark
+        raise ValueError(f"images are {images.dtype}, but must be uint8 [B, C, H, W] with values from 0 to 255.")
     if not len(mean) == len(std) == images.shape[1]:
         raise ValueError(
-            f"mean={brief(mean)} and std={brief(std)} do not go with images of {images.shape[1]} channels; "
-            "give one of each per channel."
+            f"mean={mean} and std={std} do not go with images of {images.shape[1]} channels; give one number of each "
+            "per channel."
         )
     mean = _per_channel(tuple(float(m) for m in mean), images.device)
     std = _per_channel(tuple(float(s) or 1.0 for s in std), images.device)
@@ -133,8 +130,9 @@ class Augmentation:
 
     Args:
         padding: pixels of reflected border before a random crop to the original size; 0 for no crop.
-        flip: probability of mirroring left to right.
-        hole: side in pixels of the one square that is erased from every image; 0 for none.
+        flip: probability of a horizontal flip.
+        cutout: side in pixels of the one square that is erased from every image (Cutout, DeVries & Taylor 2017,
+            arXiv:1708.04552); 0 for none.
         randaugment: random operations per image, one after the other (RandAugment, Cubuk et al. 2020,
             arXiv:1909.13719, see :mod:`vitlib.data.randaugment`); 0 for none.
         magnitude: how strong these are, from 0 to 30.
@@ -143,31 +141,20 @@ class Augmentation:
             which is the mean colour. A side longer than the image is cut to the image, where the paper draws again.
         mixing: probability of mixing an image with another one, see :meth:`mix`; 0 for no mixing.
         mixup: alpha of the Beta distribution of the own share in mixup (Zhang et al. 2018, arXiv:1710.09412), where
-            two images shine through each other; 0 for no mixup.
+            two images are blended; 0 for no mixup.
         cutmix: the same in CutMix (Yun et al. 2019, arXiv:1905.04899), where a rectangle comes from the other image; 0
             for no CutMix. With both, a mixed image is mixed by either with probability 1/2.
     """
 
     padding: int = 4
     flip: float = 0.5
-    hole: int = 8
+    cutout: int = 8
     randaugment: int = 0
     magnitude: int = 9
     erase: float = 0.0
     mixing: float = 0.0
     mixup: float = 0.8
     cutmix: float = 1.0
-
-    def __post_init__(self):
-        for name in ("padding", "hole", "randaugment"):
-            check_whole(name, getattr(self, name), 0)
-        check_whole("magnitude", self.magnitude, 0, MAGNITUDES - 1)
-        for name in ("flip", "erase", "mixing"):
-            check_number(name, getattr(self, name), least=0, most=1, noun="a probability")
-        for name in ("mixup", "cutmix"):
-            check_number(name, getattr(self, name), least=0)
-        if self.mixing and not (self.mixup or self.cutmix):
-            raise ValueError(f"mixing={self.mixing} needs mixup or cutmix above 0; give one of them, or mixing=0.")
 
     def draw(self, count: int, height: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:
         """The random numbers for ``count`` images of ``height`` x ``width`` pixels, by name, each ``[count]``, for
@@ -187,8 +174,8 @@ class Augmentation:
         if self.padding or self.flip:
             drawn["flipped"] = torch.rand(count, generator=generator) < self.flip
             drawn["top"], drawn["left"] = draw(2 * self.padding), draw(2 * self.padding)
-        if self.hole:
-            drawn["hole_top"], drawn["hole_left"] = draw(height - self.hole), draw(width - self.hole)
+        if self.cutout:
+            drawn["cutout_top"], drawn["cutout_left"] = draw(height - self.cutout), draw(width - self.cutout)
         if self.randaugment:
             drawn["operation"], drawn["strength"] = draw_operations(
                 count, self.randaugment, self.magnitude, height, width, generator
@@ -239,9 +226,9 @@ class Augmentation:
         for step in range(self.randaugment):
             images = randaugment(images, drawn["operation"][:, step], drawn["strength"][:, step])
         images = normalise(images, mean, std)
-        if "hole_top" in drawn:
-            side = torch.full_like(drawn["hole_top"], self.hole)
-            images = erase(images, drawn["hole_top"], drawn["hole_left"], side, side)
+        if "cutout_top" in drawn:
+            side = torch.full_like(drawn["cutout_top"], self.cutout)
+            images = erase(images, drawn["cutout_top"], drawn["cutout_left"], side, side)
         if "erase_top" in drawn:
             corner_and_sides = (drawn[f"erase_{name}"] for name in ("top", "left", "height", "width"))
             images = erase(images, *corner_and_sides)
@@ -271,15 +258,29 @@ class Augmentation:
         return self.apply(images, {name: numbers.to(images.device) for name, numbers in drawn.items()}, mean, std)
 
     def _check_size(self, height: int, width: int) -> None:
-        if self.hole > min(height, width):
+        if self.cutout > min(height, width):
             raise ValueError(
-                f"hole={self.hole} is larger than the images of {height}x{width} pixels; "
+                f"cutout={self.cutout} is larger than the images of {height}x{width} pixels; "
                 f"it must be at most {min(height, width)}."
             )
 
 
+def mixed_cross_entropy(logits: Tensor, labels: Tensor, own_share: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Return the cross-entropy of each image ``[B]``; of a mixed one, the mixture of those of its two labels.
+
+    Args:
+        logits: ``[B, classes]``.
+        labels: int64 ``[B]``, of the images' own content.
+        own_share: ``[B]``, as :meth:`Augmentation.mix` gives it; the rest is the label of its :func:`neighbours`.
+    """
+    own = F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="none")
+    partners = labels[neighbours(len(labels), labels.device)]
+    others = F.cross_entropy(logits, partners, label_smoothing=label_smoothing, reduction="none")
+    return own_share * own + (1 - own_share) * others
+
+
 def draw_kept_patches(count: int, patches: int, share: float, generator: torch.Generator) -> Tensor:
-    """For each of ``count`` images the numbers of the patches that it keeps, drawn without replacement, in order.
+    """Draw for each of ``count`` images the numbers of the patches that it keeps, in order.
 
     Returns:
         int64 ``[count, n]`` with n = ``share * patches``, rounded and at least 1.
@@ -288,7 +289,7 @@ def draw_kept_patches(count: int, patches: int, share: float, generator: torch.G
     return torch.rand(count, patches, generator=generator).argsort(1)[:, :number].sort(1).values
 
 
-PUBLISHED = Augmentation(padding=4, flip=0.5, hole=8)  # pad to 40, crop 32, flip, one 8x8 hole on every image
+PUBLISHED = Augmentation(padding=4, flip=0.5, cutout=8)  # pad to 40, crop 32, flip, one 8x8 hole on every image
 
 
 def _reflect(index: Tensor, length: int) -> Tensor:

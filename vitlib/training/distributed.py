@@ -1,7 +1,4 @@
-"""Several processes that train one model together, as ``torchrun`` starts them: who is who, and what they exchange.
-
-One process alone is the same with ``count`` 1: every exchange then gives back what it was given.
-"""
+"""Rank, world size and collectives for ``torchrun``. One process alone runs the same code with a world size of 1."""
 
 import gc
 import importlib
@@ -14,57 +11,61 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Processes:
-    """The processes of this training, seen from one of them.
+class DistributedContext:
+    """The processes that train one model together, seen from one of them.
 
     Args:
         rank: number of this process, from 0; the first one writes the files and shows progress.
-        count: number of processes, on all machines together.
+        world_size: number of processes, on all machines together.
     """
 
     rank: int = 0
-    count: int = 1
+    world_size: int = 1
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def share(self, batch: Tensor) -> Tensor:
-        """This process's part of a batch, as even as possible; the shares of all in a row are the whole batch."""
-        return batch.tensor_split(self.count)[self.rank]
+    def shard(self, batch: Tensor) -> Tensor:
+        """Return this process's part of a batch; the parts are as even as possible, and in a row the whole batch."""
+        return batch.tensor_split(self.world_size)[self.rank]
 
     def total(self, tensor: Tensor) -> Tensor:
-        """The sum of the tensors that all processes give; every process must call this."""
-        if self.count > 1:
+        """Return the sum over all processes (all-reduce); every process must call this."""
+        if self.world_size > 1:
             tensor = tensor.clone()
             dist.all_reduce(tensor)
         return tensor
 
     def gather(self, value: object) -> list:
-        """What all processes give, in their order."""
+        """Return the values of all processes, by rank."""
         values = [value]
-        if self.count > 1:
-            values = [None] * self.count
+        if self.world_size > 1:
+            values = [None] * self.world_size
             dist.all_gather_object(values, value)
         return values
 
     def from_first(self, value: object) -> object:
-        """What the first process gives; the others may give None."""
+        """Return the first process's value (broadcast); the others may give None."""
         values = [value]
-        if self.count > 1:
+        if self.world_size > 1:
             dist.broadcast_object_list(values, src=0)
         return values[0]
 
     def parallel(self, model: nn.Module) -> nn.Module:
-        """The model so wrapped that ``backward`` averages the gradients of all processes."""
-        if self.count == 1:
+        """Wrap the model so that ``backward`` averages the gradients of all processes."""
+        if self.world_size == 1:
             return model
         device = next(model.parameters()).device
         return nn.parallel.DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device])
 
+    def backward(self, loss: Tensor) -> None:
+        """Backpropagate. DDP averages the processes' gradients, but their losses add up to the loss of the batch."""
+        (loss * self.world_size).backward()
 
-def join_processes(device: str = "auto") -> str:
-    """Join the other processes that ``torchrun`` has started, if it has, and say which device is this one's.
+
+def init_distributed(device: str = "auto") -> str:
+    """Join the processes that ``torchrun`` has started, if it has, and return this one's device.
 
     The processes of one machine take its GPUs in turn and exchange gradients over NCCL; without GPUs they use gloo.
 
@@ -95,18 +96,17 @@ def join_processes(device: str = "auto") -> str:
     return device
 
 
-def leave_processes() -> None:
-    """End what :func:`join_processes` began; does nothing in a process of its own.
+def end_distributed() -> None:
+    """End what :func:`init_distributed` began; do nothing in a process of its own.
 
-    The threads that exchange data end with the last reference to the group, and one that outlives the interpreter
-    aborts the process. So wrapped models, which hold such references in cycles, are collected here.
+    Collect DDP's wrappers now: a communication thread that outlives the interpreter aborts the process.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
         gc.collect()
 
 
-def current_processes() -> Processes:
-    """The processes that this one has joined, or just itself."""
+def current_context() -> DistributedContext:
+    """Return the processes that this one has joined, or just itself."""
     joined = dist.is_available() and dist.is_initialized()
-    return Processes(dist.get_rank(), dist.get_world_size()) if joined else Processes()
+    return DistributedContext(dist.get_rank(), dist.get_world_size()) if joined else DistributedContext()

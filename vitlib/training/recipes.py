@@ -1,5 +1,6 @@
 """How models are trained: the recipes of the course, and the optimiser and learning rates that follow from one."""
 
+import difflib
 import math
 import re
 from dataclasses import dataclass, replace
@@ -7,12 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from vitlib.arguments import check, check_choice, check_number, check_type, is_number
 from vitlib.data.augment import CIFAR10_MEAN, CIFAR10_STD, PUBLISHED, Augmentation
 from vitlib.model import ViTModel
-
-OPTIMIZERS = ("sgd", "adamw", "muon")
-SCHEDULES = ("constant", "cosine")
 
 
 @dataclass(frozen=True)
@@ -34,17 +31,14 @@ class Recipe:
         position_rate: the same for CLS and positions.
         matrix_rate: the same for the matrices of the blocks under Muon.
         layer_decay: factor on the learning rate from each block to the one below it; 1 for none.
-        average: decay of the moving average of the weights (EMA) that is evaluated and kept; 0 keeps the weights
-            themselves.
+        ema_decay: decay of the exponential moving average of the weights (EMA), which is evaluated and kept; 0 keeps
+            the weights themselves.
         augmentation: what is done to training images.
         mix_until: share of the training after which images are no longer mixed with each other.
         keep_patches: pairs (until, share): up to this share of the training, every training image keeps this share of
             its patches, drawn at random; after the last pair all. A step with half of the patches takes half the time
             (PatchDropout, Liu et al. 2023, arXiv:2208.07220; FLIP, Li et al. 2023, arXiv:2212.00794).
         statistics: (mean, std) to normalise with; None measures them on the training images.
-
-    Raises:
-        ValueError: one sentence, for a value that is not allowed.
     """
 
     optimizer: str
@@ -61,128 +55,155 @@ class Recipe:
     position_rate: float = 1.0
     matrix_rate: float = 1.0
     layer_decay: float = 1.0
-    average: float = 0.0
+    ema_decay: float = 0.0
     augmentation: Augmentation = Augmentation()
     mix_until: float = 1.0
     keep_patches: tuple[tuple[float, float], ...] = ()
     statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
-    def __post_init__(self):
-        check_choice("optimizer", self.optimizer, OPTIMIZERS)
-        check_choice("schedule", self.schedule, SCHEDULES)
-        for name in ("learning_rate", "weight_decay", "head_rate", "position_rate", "matrix_rate"):
-            check_number(name, getattr(self, name), least=0)
-        for name in ("warmup", "mix_until"):
-            check_number(name, getattr(self, name), least=0, most=1, noun="a share")
-        for name in ("momentum", "average", "label_smoothing"):
-            check_number(name, getattr(self, name), least=0, below=1)
-        for name in ("drop", "drop_path"):
-            check_number(name, getattr(self, name), least=0, below=1, noun="a probability")
-        check_number("layer_decay", self.layer_decay, above=0, most=1)
-        check_number("clip", self.clip, above=0, optional=True)
-        check_type("augmentation", self.augmentation, Augmentation, "an Augmentation")
-        for until, share in self.keep_patches:
-            check_number("keep_patches", until, above=0, most=1, noun="a share of the training")
-            check_number("keep_patches", share, above=0, most=1, noun="a share of the patches")
-        is_pair = self.statistics is None or _is_statistics(self.statistics)
-        check("statistics", self.statistics, is_pair, "(mean, std), each with one number per channel, or None")
+    def __post_init__(self):  # a misspelt name would silently train something else
+        for name, known in (("optimizer", ("sgd", "adamw", "muon")), ("schedule", ("constant", "cosine"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; choose one of {', '.join(known)}.")
 
-    def patches_kept(self, progress: float) -> float:
+    def share_of_patches(self, progress: float) -> float:
         """The share of its patches that a training image keeps when this share of the training is over."""
         return next((share for until, share in self.keep_patches if progress <= until), 1.0)
 
 
-def _is_statistics(value: object) -> bool:
-    """Whether a value is a mean and a standard deviation for each of some channels."""
-    if not isinstance(value, tuple | list) or len(value) != 2:
-        return False
-    if not all(isinstance(numbers, tuple | list) and all(map(is_number, numbers)) for numbers in value):
-        return False
-    mean, std = value
-    return 0 < len(mean) == len(std) and min(std) >= 0
+# Each recipe says what it is for, its command, its time on two CPU cores and what it reached (RESULTS.md has more).
 
-
-# "published" is the small published system to the letter; "modern" is what the field has done since, and "long" the
-# same with the strong augmentation that a hundred epochs need. "short" is for runs of minutes: there a crop costs more
-# than it gives, and positions have to leave their small start quickly.
-RECIPES = {
-    "published": Recipe(
-        optimizer="sgd",
-        learning_rate=0.01,
-        weight_decay=1e-4,
-        drop=0.1,
-        augmentation=PUBLISHED,
-        statistics=(CIFAR10_MEAN, CIFAR10_STD),
-    ),
-    "modern": Recipe(
-        optimizer="adamw",
-        learning_rate=1e-3,
-        weight_decay=0.05,
-        schedule="cosine",
-        warmup=0.05,
-        clip=1.0,
-        label_smoothing=0.1,
-        position_rate=5.0,
-        average=0.999,
-        augmentation=Augmentation(padding=4, flip=0.5, hole=0),
-    ),
-}
-# Muon (Jordan et al. 2024) makes every update of a matrix orthogonal. Per image it learns much faster than AdamW in
-# short trainings on photographs; its rate is scaled so that AdamW's rates fit (Liu et al. 2025, arXiv:2502.16982).
-RECIPES["muon"] = replace(RECIPES["modern"], optimizer="muon", matrix_rate=3.0, average=0.995)
-RECIPES["long"] = replace(
-    RECIPES["muon"],
+# The published small system to the letter (FastEstimator's ViT example), but for norm_first, which is the model's.
+#   python -m vitlib pretrain --recipe published --norm-first false
+PUBLISHED_RECIPE = Recipe(
+    optimizer="sgd",
+    learning_rate=0.01,
+    weight_decay=1e-4,
+    drop=0.1,
+    augmentation=PUBLISHED,
+    statistics=(CIFAR10_MEAN, CIFAR10_STD),
+)
+# The usual recipe of today: AdamW, cosine schedule with warm-up, EMA.
+#   python -m vitlib pretrain --recipe modern
+MODERN = Recipe(
+    optimizer="adamw",
+    learning_rate=1e-3,
+    weight_decay=0.05,
+    schedule="cosine",
+    warmup=0.05,
+    clip=1.0,
+    label_smoothing=0.1,
+    position_rate=5.0,
+    ema_decay=0.999,
+    augmentation=Augmentation(padding=4, flip=0.5, cutout=0),
+)
+# Runs of minutes, as in class: there a crop costs more than it gives, and positions have to leave their small start
+# quickly.
+#   python -m vitlib pretrain --upstream shapes100 --preset mini --recipe short --batch-size 32 --pretrain-epochs 5
+SHORT = replace(
+    MODERN,
+    label_smoothing=0.0,
+    position_rate=15.0,
+    ema_decay=0.0,
+    augmentation=Augmentation(padding=0, flip=0.5, cutout=0),
+)
+# About ten epochs on photographs. Muon (Jordan et al. 2024) makes every update of a matrix orthogonal. Per image it
+# learns much faster than AdamW; its rate is scaled so that AdamW's rates fit (Liu et al. 2025, arXiv:2502.16982).
+#   python -m vitlib pretrain --upstream cifar100 --recipe muon --pretrain-epochs 11
+MUON = replace(MODERN, optimizer="muon", matrix_rate=3.0, ema_decay=0.995)
+# A hundred epochs on photographs. Muon needs strong augmentation there (arXiv:2605.24770); half of the patches are
+# dropped in the first 80 %, which halves the time of a step.
+#   python -m vitlib pretrain --upstream cifar100 --recipe long --batch-size 256 --validation-fraction 0.02
+LONG = replace(
+    MUON,
     learning_rate=1.4e-3,
-    average=0.999,
+    ema_decay=0.999,
     drop_path=0.1,
-    augmentation=Augmentation(padding=4, flip=0.5, hole=0, randaugment=2, magnitude=9, erase=0.25, mixing=0.5),
+    augmentation=Augmentation(padding=4, flip=0.5, cutout=0, randaugment=2, magnitude=9, erase=0.25, mixing=0.5),
     mix_until=0.95,
     keep_patches=((0.8, 0.5),),
 )
-RECIPES["short"] = replace(
-    RECIPES["modern"],
-    augmentation=Augmentation(padding=0, flip=0.5, hole=0),
+RECIPES = {"published": PUBLISHED_RECIPE, "modern": MODERN, "short": SHORT, "muon": MUON, "long": LONG}
+
+# Fine-tuning: the pretrained encoder is to move little, its new head a lot.
+_MODERN = replace(
+    MODERN,
+    learning_rate=5e-4,
+    warmup=0.1,
     label_smoothing=0.0,
-    position_rate=15.0,
-    average=0.0,
+    position_rate=1.0,
+    head_rate=10.0,
+    layer_decay=0.85,
+    ema_decay=0.98,
 )
-# The pretrained encoder is to move little, its new head a lot.
+_MUON = replace(_MODERN, optimizer="muon", learning_rate=1e-3, matrix_rate=3.0, head_rate=5.0, layer_decay=0.9)
 FINETUNING = {
-    "published": RECIPES["published"],
-    "modern": replace(
-        RECIPES["modern"],
-        learning_rate=5e-4,
-        warmup=0.1,
-        label_smoothing=0.0,
-        head_rate=10.0,
-        position_rate=1.0,
-        layer_decay=0.85,
-        average=0.98,
-    ),
-    "short": replace(RECIPES["short"], warmup=0.1, head_rate=10.0, position_rate=1.0),
+    "published": PUBLISHED_RECIPE,
+    "modern": _MODERN,
+    "short": replace(SHORT, warmup=0.1, position_rate=1.0, head_rate=10.0),
+    "muon": _MUON,
+    "long": _MUON,
 }
-FINETUNING["muon"] = replace(
-    FINETUNING["modern"], optimizer="muon", learning_rate=1e-3, head_rate=5.0, matrix_rate=3.0, layer_decay=0.9
-)
-FINETUNING["long"] = FINETUNING["muon"]  # what "long" has trained is fine-tuned as usual
 
 
 def named_recipe(recipe: str | Recipe, known: dict[str, Recipe]) -> Recipe:
-    """A recipe by its name in ``known``; a recipe of one's own is given back. Raises ValueError for other names."""
+    """Return a recipe by its name in ``known``, or your own recipe as it is.
+
+    Raises:
+        ValueError: for a name that is not in ``known``.
+    """
     if isinstance(recipe, Recipe):
         return recipe
-    check_choice("recipe", recipe, known, otherwise=", or give a Recipe")
+    if recipe not in known:
+        close = difflib.get_close_matches(str(recipe), known, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise ValueError(f"recipe={recipe!r} is not known{hint}; choose one of {', '.join(known)}, or give a Recipe.")
     return known[recipe]
 
 
+class Optimizer:
+    """The recipe's optimiser with its schedule, over all parameters that are to be trained.
+
+    Under Muon two work side by side: Muon for the matrices of the blocks, AdamW for the rest.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe, total_steps: int):
+        self.model, self.recipe, self.total_steps = model, recipe, total_steps
+        self.parts = build_optimizers(model, recipe)
+        self._peaks = [[group["lr"] for group in part.param_groups] for part in self.parts]
+
+    def rate(self, step: int) -> float:
+        """The learning rate of optimiser step ``step``, from 0, without the factors for some layers."""
+        return self.recipe.learning_rate * rate_factor(self.recipe, step, self.total_steps)
+
+    def zero_grad(self) -> None:
+        for part in self.parts:
+            part.zero_grad()
+
+    def step(self, step: int) -> None:
+        """Clip the gradient and update the parameters at the rate of this step."""
+        factor = rate_factor(self.recipe, step, self.total_steps)
+        if self.recipe.clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        for part, peaks in zip(self.parts, self._peaks, strict=True):
+            for group, peak in zip(part.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
+            part.step()
+
+    def state_dict(self) -> list[dict]:
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        for part, state in zip(self.parts, states, strict=True):
+            part.load_state_dict(state)
+
+
 def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """The recipe's optimiser over all parameters that are to be trained; for Muon two, that and AdamW.
+    """Return the recipe's optimiser over all parameters that are to be trained; for Muon two, AdamW and Muon.
 
-    AdamW and Muon decay the weights of linear layers and convolutions only: biases, norms, CLS and positions have no
-    scale that decay could keep small without harm. SGD decays everything, as the published system does.
-
-    A model other than a ViT is trained, too: what the recipe says about CLS, positions and the matrices of the blocks
-    finds nothing there.
+    AdamW and Muon decay the weights of linear layers and convolutions only: decay would harm biases, norms, CLS and
+    positions, whose size matters. SGD decays everything, as the published system does. In a model other than a ViT
+    the factors for CLS, positions and the matrices of the blocks find nothing.
 
     Raises:
         ValueError: for a layer decay for a model without the blocks of a ViT.

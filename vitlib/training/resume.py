@@ -26,7 +26,7 @@ class ResumeFile:
         minutes: time between two files within an epoch.
     """
 
-    FORMAT = "vitlib resume 1"
+    FORMAT = "vitlib resume 2"
 
     def __init__(self, path: str | Path, settings: dict, minutes: float = 5.0):
         self.path = Path(path)

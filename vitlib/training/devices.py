@@ -1,0 +1,72 @@
+"""Where and how precisely a training computes."""
+
+import platform
+
+import torch
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+def resolve_device(device: str | torch.device = "auto") -> torch.device:
+    """Return the device to compute on: ``auto`` is the GPU where there is one, else the CPU.
+
+    Raises:
+        ValueError: for a device that this machine does not have.
+    """
+    if device == "auto":
+        accelerated = torch.accelerator.is_available()
+        return torch.accelerator.current_accelerator() if accelerated else torch.device("cpu")
+    try:
+        found = torch.empty(0, device=device).device
+        if found.type == "meta":  # has shapes and no numbers
+            raise NotImplementedError
+        return found
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device={device!r} is not available here; choose auto or cpu.") from error
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """Return the precision of the matrix products: ``float32``, or ``bfloat16`` (autocast; the weights stay float32).
+
+    ``auto`` is bfloat16 on GPUs and CPUs that compute in it natively, and float32 elsewhere. On a CPU with AVX512-BF16
+    or AMX bfloat16 is two to three times as fast; on others it is slower than float32 (benchmarks/throughput.py).
+
+    Raises:
+        ValueError: for any other word.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r} is not allowed; choose one of {', '.join(PRECISIONS)}.")
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        native = any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    return "bfloat16" if native else "float32"
+
+
+def hardware(device: torch.device) -> str:
+    """Return the processor that a training ran on, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {device.type}, {torch.get_num_threads()} threads"
+
+
+def compiled(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """Compile for batches of fixed size; on a GPU as CUDA graphs, since at this model's size starting hundreds of
+    kernels one by one takes longer than what they compute."""
+    return torch.compile(model, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else "default")
+
+
+def random_states(device: torch.device) -> dict[str, torch.Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random_states(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)

@@ -1,0 +1,162 @@
+"""The training loop on one screen: ``fit``, and ``evaluate`` and ``predict`` beside it.
+
+It is the loop of notebook 03, with its five words. All that stands round it (resume, several processes, precision,
+averaged weights, progress) is in :mod:`vitlib.training.trainer`.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitlib.data.augment import mixed_cross_entropy, normalise
+from vitlib.data.images import LabelledImages
+from vitlib.training.distributed import current_context
+from vitlib.training.history import History
+from vitlib.training.recipes import Recipe
+from vitlib.training.resume import ResumeFile
+from vitlib.training.trainer import Trainer, TrainingOptions
+from vitlib.weights.checkpoint import ModelCard, without_wrappers
+
+
+def fit(
+    model: nn.Module,
+    train: LabelledImages,
+    validation: LabelledImages,
+    card: ModelCard,
+    recipe: Recipe,
+    *,
+    after_epoch: Callable[[nn.Module, History], None] = lambda model, history: None,
+    resume: ResumeFile | None = None,
+    **options,
+) -> History:
+    """Train ``model`` in place, and return what happened.
+
+    Args:
+        model: a ViT, wrapped or not, or any other classifier that takes images ``[B, C, H, W]`` to logits.
+        card: gives the normalisation.
+        after_epoch: called after every epoch with the model to keep and the history; files are written there.
+        resume: where an interrupted training goes on from, and which file to keep up to date.
+        options: the fields of :class:`TrainingOptions`, such as ``epochs`` and ``batch_size``.
+
+    Ctrl-C ends the training: the model keeps the weights it has, ``interrupted`` is set in the history, and the epoch
+    that was cut short is not part of it.
+
+    Raises:
+        ValueError: if the images do not fit the model, the loss is no longer finite, or the resume file belongs to
+            another training.
+    """
+    options = TrainingOptions(**options)
+    _check_can_learn(model, train, validation, card)
+    trainer = Trainer(model, train, card, recipe, options, resume)
+    try:
+        for epoch in trainer.epochs_to_go():
+            with trainer.timed_epoch(epoch):
+                model.train()
+                for batch in trainer.batches(epoch):  # random order; an interrupted epoch goes on where it was
+                    images, own_share = trainer.augment(batch)  # normalised, cropped, flipped, mixed
+                    with trainer.autocast():  # bfloat16 where it is fast, else float32
+                        logits = trainer.forward(images, *batch.kept_patches)  # predict
+                    losses = mixed_cross_entropy(logits.float(), batch.labels, own_share, recipe.label_smoothing)
+                    loss = losses.sum() / batch.size  # measure
+                    trainer.optimizer.zero_grad()  # clear: gradients would add up otherwise
+                    trainer.context.backward(loss)  # backpropagate; several processes average here
+                    trainer.optimizer.step(trainer.step)  # step: this step's learning rate, clipping, update
+                    trainer.end_step(loss, logits, batch)  # averaged weights, progress bar, resume file
+                trainer.end_epoch(evaluate(trainer.ema_model, validation, card, steps=options.eval_steps_per_epoch,
+                                           batch_size=options.batch_size))  # fmt: skip
+            after_epoch(trainer.ema_model, trainer.history)
+            trainer.save()
+    except KeyboardInterrupt:
+        trainer.history.interrupted = True
+        print(f"Stopped by Ctrl-C in epoch {len(trainer.history.epochs) + 1}; the weights so far are kept.")
+    model.load_state_dict(trainer.ema_model.state_dict())
+    return trainer.history
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, images: Tensor, card: ModelCard, batch_size: int = 256) -> Tensor:
+    """Return logits ``[N, num_classes]``, float32 on the CPU, for uint8 images ``[N, C, H, W]``.
+
+    The model is switched to eval mode for this and back to the mode it was in.
+
+    Raises:
+        ValueError: for images that do not fit the model or the card, or logits that are not finite.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    try:
+        logits = [
+            model(normalise(batch.to(device), card.mean, card.std)).float().cpu() for batch in images.split(batch_size)
+        ]
+    finally:
+        model.train(was_training)
+    logits = torch.cat(logits)
+    if not logits.isfinite().all():
+        raise ValueError(
+            "The model's logits are not finite (nan or infinity), so they say nothing; its weights are damaged or its "
+            "training diverged: take other weights, or train again at a lower learning rate."
+        )
+    return logits
+
+
+def evaluate(
+    model: nn.Module, data: LabelledImages, card: ModelCard, batch_size: int = 256, steps: int | None = None
+) -> dict[str, float]:
+    """Return the mean cross-entropy ("loss") and the top-1 accuracy as a share ("accuracy") over ``data``, in float32.
+
+    Where it is known which test images ciFAIR kept (``data.kept``), "images_kept" and "accuracy_kept" count those
+    alone: the others have a near-duplicate in CIFAR's training set or test set.
+
+    With ``steps``, only that many batches are looked at, evenly spread over the data, since folders come sorted by
+    class. Where several processes train together, each looks at its share, and all of them must call this.
+
+    Raises:
+        ValueError: for no images, or images or labels that do not fit the model.
+    """
+    if not len(data):
+        raise ValueError("data has no images to evaluate; give at least one.")
+    if steps is not None and steps * batch_size < len(data):
+        data = data.subset(torch.linspace(0, len(data) - 1, steps * batch_size).long())
+    context = current_context()
+    data = data.subset(slice(context.rank, None, context.world_size))
+    logits = predict(model, data.images, card, batch_size)
+    _check_logits(logits, data)
+    labels = data.labels.cpu()
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    hits = logits.argmax(1) == labels
+    kept = torch.zeros_like(hits) if data.kept is None else data.kept.cpu()
+    sums = torch.stack([losses.double().sum(), hits.sum(), torch.tensor(len(data)), (hits & kept).sum(), kept.sum()])
+    sums = context.total(sums.float().to(next(model.parameters()).device))
+    loss, right, seen, right_kept, seen_kept = sums.tolist()
+    result = {"loss": loss / seen, "accuracy": right / seen}
+    if data.kept is not None and seen_kept:
+        result |= {"images_kept": int(seen_kept), "accuracy_kept": right_kept / seen_kept}
+    return result
+
+
+def _check_can_learn(model: nn.Module, train: LabelledImages, validation: LabelledImages, card: ModelCard) -> None:
+    """Ask with one image, before the training, whether the images and labels fit the model."""
+    if not len(train) or not len(validation):
+        raise ValueError(
+            f"{len(train)} training and {len(validation)} validation images are too few; give one of each."
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("No parameter of the model requires a gradient, so it cannot learn; set requires_grad_(True).")
+    try:
+        logits = predict(without_wrappers(model), train.images[:1], card)
+    except RuntimeError as error:  # a model other than a ViT has no sentence of its own
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"The model cannot take {train} ({reason:.200}); give images that fit.") from error
+    _check_logits(logits, train)
+
+
+def _check_logits(logits: Tensor, data: LabelledImages) -> None:
+    classes = int(data.labels.max()) + 1
+    if logits.ndim != 2 or logits.shape[1] < classes:
+        raise ValueError(
+            f"The model gives {list(logits.shape)} logits for {len(logits)} images, but their labels need {classes} "
+            "classes; give a model with a classifier of as many, or data with fewer."
+        )
