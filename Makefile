@@ -3,6 +3,8 @@
 # make lab      open JupyterLab in notebooks/
 # make lint     ruff check and format check           make format     let ruff repair what it can
 # make test-browser  open, run and use every lesson in JupyterLab and Chromium; screenshots in runs/browser
+# make site     the course as a web site, in site/          make test-site  build it, and look at every page in Chromium
+# make student-copy  the course without solutions and guide, in student-copy/
 # make address REPOSITORY=name/repository  say where this repository is hosted, in every link
 # make notebooks  run the notebooks and store their outputs            make clean  remove runs, caches and .venv
 #
@@ -35,7 +37,9 @@ export KMP_BLOCKTIME ?= 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help venv course test test-browser lab lint format notebooks address clean
+READY_SITE := $(VENV)/.ready-site
+
+.PHONY: help venv course test test-browser site test-site student-copy lab lint format notebooks address clean
 
 help:
 	@$(PYTHON) -c "import itertools as i; print(*(l[2:-1] for l in i.takewhile(str.strip, open('Makefile'))), sep='\n')"
@@ -61,6 +65,22 @@ test-browser: $(READY)
 	@$(RUN) tests/browser/lab.py
 	$(RUN) -m pytest tests/browser -v -s
 
+$(READY_SITE): docs/requirements.txt $(READY)
+	$(RUN) -m pip install -r docs/requirements.txt
+	@$(RUN) -c "import pathlib; pathlib.Path('$(READY_SITE)').touch()"
+
+site: $(READY_SITE)
+	$(RUN) -m sphinx -W --keep-going -q -c docs -d runs/doctrees . site
+	@$(RUN) -m tools.site
+
+test-site: export VITLIB_BROWSER := 1
+test-site: site
+	@$(RUN) tests/browser/lab.py
+	$(RUN) -m pytest tests/browser/test_site.py -v -s
+
+student-copy: $(READY)
+	@$(RUN) -m tools.student_copy
+
 lab: $(READY)
 	$(RUN) -m jupyterlab notebooks
 
@@ -82,4 +102,4 @@ address: $(READY)
 	@$(RUN) -m tools.address $(REPOSITORY)
 
 clean:
-	$(PYTHON) -c "import pathlib, shutil; [shutil.rmtree(p, ignore_errors=True) for n in ('$(VENV)', 'runs', 'build', '*.egg-info', '.pytest_cache', '.ruff_cache', '**/__pycache__', '**/.ipynb_checkpoints') for p in pathlib.Path('.').glob(n)]"
+	$(PYTHON) -c "import pathlib, shutil; [shutil.rmtree(p, ignore_errors=True) for n in ('$(VENV)', 'runs', 'site', 'student-copy', 'build', '*.egg-info', '.pytest_cache', '.ruff_cache', '**/__pycache__', '**/.ipynb_checkpoints') for p in pathlib.Path('.').glob(n)]"

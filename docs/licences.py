@@ -1,4 +1,4 @@
-"""Writes licences.md: the licence of every package in requirements.txt, as its own metadata state it.
+"""Write licences.md: the licence of every pinned package, as its own metadata state it.
 
 ``python docs/licences.py``, in the environment that ``make course`` makes.
 """
@@ -14,10 +14,11 @@ LONGEST = 40  # a longer text in the field "License" is the licence itself, not 
 TOP = """\
 # Licences of what the course installs
 
-The packages that [requirements.txt](../requirements.txt) pins, each with the licence that its own metadata state.
+The packages that [requirements.txt](../requirements.txt) and, for the site, [docs/requirements.txt](requirements.txt)
+pin, each with the licence that its own metadata state.
 `python docs/licences.py` writes this page. What these packages bring along is not in it; `pip-licenses`, run in the
 same environment, lists that too. On Linux the default build of torch brings libraries of NVIDIA under NVIDIA's own
-terms; the CPU build ([how to get it](../README.md#two-commands)) does not. The course itself is under
+terms; the CPU build ([how to get it](install.md#with-make-linux-macos)) does not. The course itself is under
 [MIT](../LICENSE), its lessons under [CC BY 4.0](../LICENSE-CC-BY-4.0).
 
 | package | version | licence |
@@ -26,8 +27,9 @@ terms; the CPU build ([how to get it](../README.md#two-commands)) does not. The 
 
 
 def pins() -> dict[str, str]:
-    """Package name to version, as requirements.txt has them."""
-    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    """Package name to version, as requirements.txt and docs/requirements.txt have them."""
+    files = (ROOT / "requirements.txt", ROOT / "docs" / "requirements.txt")
+    lines = [line for path in files for line in path.read_text(encoding="utf-8").splitlines()]
     requirements = [Requirement(line) for line in lines if line.strip() and not line.startswith("#")]
     return {requirement.name: str(requirement.specifier).removeprefix("==") for requirement in requirements}
 

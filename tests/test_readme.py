@@ -1,82 +1,107 @@
-"""README's promises: its Python runs, and the commands it names exist."""
+"""README, CONTRIBUTING and docs/: their Python runs, their commands exist, and their tables are those of the course."""
 
 import re
-from pathlib import Path
+import shutil
+import textwrap
 
 import click
 import pytest
-from prose import words_after
+from prose import outside_blocks, words_after
+from test_lessons import CHAPTERS, cells_of, exercise_cells, prose_of
 
+from tools.address import ROOT
 from vitlib.__main__ import main
 from vitlib.course.parameters import PARAMETERS
 from vitlib.course.runner import read_lesson, read_lessons
 
-ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-FENCED = re.findall(r"^```(\w*)[^\n]*\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
-OUTSIDE = re.sub(r"^```.*?^```", "", TEXT, flags=re.MULTILINE | re.DOTALL)
-SNIPPETS = [block for language, block in FENCED if language == "python"]
-# one command a line, a backslash joins two; in the prose, commands are in backquotes
-LINES = [
-    re.sub(r"(^|\s)#.*", "", line).strip().removeprefix("$ ")
-    for block in [block for language, block in FENCED if language != "python"] + re.findall(r"`([^`\n]+)`", OUTSIDE)
-    for line in block.replace("\\\n", " ").splitlines()
-]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PAGES}
+GUIDE = TEXTS["docs/teaching.md"] + TEXTS["docs/run-sheet.md"]
+
+by_page = pytest.mark.parametrize("page", TEXTS)
 
 
-def test_readme_has_python_snippets_and_commands():
-    assert SNIPPETS
-    assert list(words_after("make", LINES))
-    assert list(words_after("python -m vitlib", LINES))
-    assert any("torchrun" in line for line in LINES)
+def blocks(page):
+    """Language and text of the page's fenced blocks, also of those that are indented in a list."""
+    found = re.findall(r"^ *```(\w*)[^\n]*\n(.*?)^ *```", TEXTS[page], re.MULTILINE | re.DOTALL)
+    return [(language, textwrap.dedent(text)) for language, text in found]
 
 
-def test_every_python_snippet_runs(tmp_path, monkeypatch):
+def lines(page):
+    """The page's commands, one a line: those of its blocks and those in backquotes."""
+    spans = re.findall(r"`([^`\n]+)`", outside_blocks(TEXTS[page]))
+    code = [text for language, text in blocks(page) if language in ("bash", "")] + spans
+    return [re.sub(r"(^|\s)#.*", "", line).strip() for text in code for line in text.splitlines()]
+
+
+@by_page
+def test_every_python_snippet_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MPLBACKEND", "agg")
     namespace = {"__name__": "__main__"}
-    for number, snippet in enumerate(SNIPPETS, start=1):
-        exec(compile(snippet, f"README.md, Python snippet {number}", "exec"), namespace)
+    for number, (language, text) in enumerate(blocks(page), start=1):
+        if language == "python":
+            exec(compile(text, f"{page}, block {number}", "exec"), namespace)
 
 
-@pytest.mark.parametrize("words", list(words_after("make", LINES)), ids=" ".join)
-def test_every_make_target_exists(words):
-    makefile = (ROOT / "Makefile").read_text()
-    for word in words:
-        assert "=" in word or re.search(rf"^{re.escape(word)}:", makefile, re.MULTILINE), word
-
-
-@pytest.mark.parametrize("words", list(words_after("-m vitlib", LINES)), ids=" ".join)
-def test_every_vitlib_command_is_understood(words, tmp_path, monkeypatch):
+@by_page
+def test_every_command_is_understood(page, tmp_path, monkeypatch):
     (tmp_path / "FOLDER" / "train" / "class").mkdir(parents=True)  # the reader's images
+    for folder in ("notebooks/parameters", "notebooks/sweeps"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    for path in [*CHAPTERS, tmp_path / "notebooks/sweeps/labels.yaml"]:
+        shutil.copy(path, tmp_path / ("notebooks" if path in CHAPTERS else "my_sweep.yaml"))
+    (tmp_path / "handed-in").mkdir()
     monkeypatch.chdir(tmp_path)
-    if words[0].startswith("-"):
-        main.make_context("vitlib", list(words), resilient_parsing=True)
-        return
-    command = main.get_command(click.Context(main), words[0])
-    assert command is not None, f"python -m vitlib has no command {words[0]}"
-    options = command.make_context(words[0], words[1:]).params
-    assert {name for name, _ in options.get("given", ())} <= set(PARAMETERS)
-    file = options.get("parameters")
-    assert file is None or (ROOT / file).exists(), file
+    for words in words_after("-m vitlib", [line.removesuffix(" --help") for line in lines(page)]):
+        command = main.get_command(click.Context(main), words[0])
+        assert command is not None, f"python -m vitlib has no command {words[0]}"
+        options = command.make_context(words[0], words[1:]).params
+        for name, text in options.get("given") or ():
+            parameter = PARAMETERS[name]
+            parameter.check(parameter.parse(text))
 
 
-def parameter_table():
-    """The table of parameters as README should have it, a row per parameter of the notebooks."""
-    lessons = read_lessons(ROOT / "notebooks")
-    sweeps = [read_lesson(path) for path in sorted((ROOT / "notebooks" / "sweeps").glob("*.ipynb"))]
-    takers = [(lesson.name[:2], lesson) for lesson in lessons] + [(lesson.name, lesson) for lesson in sweeps]
+@by_page
+def test_make_targets_and_scripts_exist(page):
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for words in words_after("make", lines(page)):
+        assert "=" in words[0] or re.search(rf"^{re.escape(words[0])}:", makefile, re.MULTILINE), words
+    scripts = re.findall(r"python ((?:\w+/)+\w+\.py)", "\n".join(lines(page)))
+    assert not [script for script in scripts if not (ROOT / script).exists()]
+
+
+def parameter_rows():
+    """The rows of docs/parameters.md as the notebooks want them."""
+    lessons = [(lesson.name[:2], lesson) for lesson in read_lessons(ROOT / "notebooks")]
+    lessons += [(path.stem, read_lesson(path)) for path in sorted((ROOT / "notebooks" / "sweeps").glob("*.ipynb"))]
     for name, parameter in PARAMETERS.items():
-        taking = {shown: lesson.defaults[name] for shown, lesson in takers if name in lesson.parameters}
+        taking = {shown: lesson.defaults[name] for shown, lesson in lessons if name in lesson.parameters}
         if taking:
             default = next(iter(taking.values()))
             yield f"| `{name}` | `{default}` | {', '.join(taking)} | {parameter.help} |"
 
 
-def test_the_table_of_parameters_is_that_of_the_notebooks():
-    assert [line for line in TEXT.splitlines() if re.match(r"\| `\w+` \| `", line)] == list(parameter_table())
+def test_the_table_of_parameters_is_the_notebooks():
+    rows = re.findall(r"^\| `\w+` \| `.*", TEXTS["docs/parameters.md"], re.MULTILINE)
+    assert rows == list(parameter_rows())
 
 
-def test_scripts_that_readme_runs_exist():
-    scripts = re.findall(r"python ((?:\w+/)+\w+\.py)", "\n".join(LINES))
-    assert not [script for script in scripts if not (ROOT / script).exists()]
+@pytest.mark.parametrize("page", ["README.md", "docs/teaching.md"])
+def test_chapters_have_the_minutes_of_their_notebooks(page):
+    rows = dict(re.findall(r"^\| \[(\d\d)[^\]]*\]\(\S+\.ipynb\) \| .+? \| (\d+)[ |]", TEXTS[page], re.MULTILINE))
+    minutes = {path.stem[:2]: re.search(r"\*\*Time\*\* (\d+)", cells_of(path)[0].source)[1] for path in CHAPTERS}
+    assert rows == minutes
+
+
+def test_the_guide_names_sections_and_exercises_that_exist():
+    for path in CHAPTERS:
+        chapter = path.stem[:2]
+        sections = set(re.findall(r"^## (\d+) ", prose_of(cells_of(path)), re.MULTILINE))
+        named = [
+            name
+            for found in re.findall(rf"\b{chapter} ((?:§\d+(?:, | to | and )?)+)", GUIDE)
+            for name in re.findall(r"\d+", found)
+        ]
+        assert set(named) <= sections, chapter
+        exercises = {f"{chapter}.{number}" for number in range(1, len(exercise_cells(path)) + 1)}
+        assert set(re.findall(rf"\b{chapter}\.\d\b", GUIDE)) <= exercises

@@ -1,31 +1,35 @@
-"""Where the repository lives: ``Repository`` in pyproject.toml says it, and every link that repeats it follows.
+"""Set where the repository is hosted, in every link: ``python -m tools.address name/repository``.
 
-``python -m tools.address name/repository`` sets them all, which is what whoever hosts the course does first.
+``Repository`` in pyproject.toml holds the address. Until it is set, the pages leave out what would need it: README's
+clone command and its Binder and Colab badges, and the ``repository-code`` of CITATION.cff.
 """
 
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
-from vitlib.utils import atomic_write
-
 ROOT = Path(__file__).parents[1]
+PLACEHOLDER = "OWNER/vit-course"
 # GitHub's own rule; links to a repository may end in .git, so no name does
 NAME = re.compile(r"[A-Za-z0-9](?:-?[A-Za-z0-9]){0,38}/(?!\.{1,2}$)(?!.*\.git$)[A-Za-z0-9._-]{1,100}")
-WITHOUT_GIT = ("README.md", "CITATION.cff", "pyproject.toml", "notebooks/**/*", "docs/**/*")
 
 
 def repository(root: Path = ROOT) -> str:
-    """The ``name/repository`` that stands in pyproject.toml."""
+    """Return the ``name/repository`` of pyproject.toml; it is ``PLACEHOLDER`` until somebody sets it."""
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return project["urls"]["Repository"].removeprefix("https://github.com/")
 
 
+def project_files(root: Path = ROOT) -> list[Path]:
+    """Return the files that git tracks."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True, check=True)
+    return sorted(path for name in listed.stdout.split("\0") if name and (path := root / name).is_file())
+
+
 def set_repository(name: str, root: Path = ROOT) -> list[Path]:
-    """Set pyproject.toml and every link to the repository; gives the files that changed. Nothing else in them does.
+    """Set the address in pyproject.toml and in every link, and add what had been left out. Return the changed files.
 
     Raises:
         ValueError: if ``name`` is not of the form name/repository; nothing is changed then.
@@ -37,34 +41,51 @@ def set_repository(name: str, root: Path = ROOT) -> list[Path]:
     changed = []
     # pyproject.toml last: until then it has the name to look for, so an interrupted change can be made again
     for path in sorted(project_files(root), key=lambda path: path == root / "pyproject.toml"):
-        before = path.read_bytes()
         try:
-            after = link.sub(rf"\g<1>{name}", before.decode("utf-8")).encode("utf-8")
+            before = path.read_bytes().decode("utf-8")
         except UnicodeDecodeError:  # a picture or weights
             continue
+        after = link.sub(rf"\g<1>{name}", before)
+        after = _ADDITIONS.get(path.relative_to(root).as_posix(), lambda text, name: text)(after, name)
         if after != before:
-            mode = path.stat().st_mode
-            with atomic_write(path) as temporary:
-                temporary.write_bytes(after)
-            path.chmod(mode)
+            path.write_bytes(after.encode("utf-8"))
             changed.append(path)
     return changed
 
 
-def project_files(root: Path = ROOT) -> list[Path]:
-    """The files that git tracks; without git, those that may have links to the repository."""
-    if (root / ".git").exists() and shutil.which("git"):
-        listed = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True, check=True)
-        found = [root / name for name in listed.stdout.split("\0") if name]
-    else:
-        found = [path for pattern in WITHOUT_GIT for path in root.glob(pattern)]
-    return sorted(path for path in found if path.is_file())
+def badges(name: str, notebook: str) -> str:
+    """Return the Binder and Colab badges of a notebook, as Markdown."""
+    binder = f"https://mybinder.org/v2/gh/{name}/main?urlpath=lab/tree/{notebook}"
+    colab = f"https://colab.research.google.com/github/{name}/blob/main/{notebook}"
+    return (
+        f"[![Open in Binder](https://mybinder.org/badge_logo.svg)]({binder}) "
+        f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({colab})"
+    )
+
+
+def _complete_readme(text: str, name: str) -> str:
+    if "badge_logo.svg" in text:
+        return text
+    text = re.sub(
+        r"^cd vit-course .*", f"git clone https://github.com/{name} && cd {name.split('/')[1]}", text, flags=re.M
+    )
+    text = re.sub(r"^\| chapter \| question .*\|\n.*", r"\g<0> --- |", text, flags=re.M)
+    text = re.sub(r"^\| chapter \| question .*\|", r"\g<0> open in |", text, flags=re.M)
+    row = re.compile(r"^\| \[\d\d [^\]]+\]\((notebooks/\S+\.ipynb)\) .*\|$", re.M)
+    return row.sub(lambda match: f"{match[0]} {badges(name, match[1])} |", text)
+
+
+def _complete_citation(text: str, name: str) -> str:
+    line = f'repository-code: "https://github.com/{name}"\n'
+    return text if "repository-code" in text else text.replace("authors:\n", line + "authors:\n", 1)
+
+
+_ADDITIONS = {"README.md": _complete_readme, "CITATION.cff": _complete_citation}
 
 
 if __name__ == "__main__":
     try:
         for path in set_repository(" ".join(sys.argv[1:])):
             print(path.relative_to(ROOT))
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+        sys.exit(str(error))

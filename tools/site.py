@@ -1,0 +1,72 @@
+"""Check the built site in site/: links, anchors and images of every page; print what a chapter weighs."""
+
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from tools.address import ROOT
+
+SITE = ROOT / "site"
+
+
+class Page(HTMLParser):
+    """What a page links to, what it loads, and the anchors it has."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.path, self.links, self.loaded, self.anchors = path, set(), set(), set()
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.anchors |= {attributes[name] for name in ("id", "name") if attributes.get(name)}
+        if tag == "a" and attributes.get("href"):
+            self.links.add(attributes["href"])
+        for name in ("src", "srcset", "href"):
+            if (
+                tag in ("img", "source", "script", "link")
+                and attributes.get(name)
+                and attributes.get("rel") != "canonical"
+            ):
+                self.loaded.add(attributes[name])
+
+
+def target_of(page: Page, link: str) -> tuple[Path, str] | None:
+    """Return the file and the anchor that a link leads to; None if it leads elsewhere."""
+    parts = urlsplit(link)
+    if parts.scheme or parts.netloc:
+        return None
+    path = (page.path.parent / unquote(parts.path)).resolve() if parts.path else page.path
+    return path, unquote(parts.fragment)
+
+
+def main() -> None:
+    pages = {path.resolve(): Page(path) for path in SITE.rglob("*.html")}
+    faults = []
+    for path, page in pages.items():
+        name = path.relative_to(SITE)
+        faults += [f"{name} loads {link}" for link in page.loaded if urlsplit(link).netloc]
+        for link in page.links | page.loaded:
+            target, anchor = target_of(page, link) or (path, "")
+            known = pages[target].anchors if target in pages else ()
+            if not target.exists() or anchor and target.suffix == ".html" and anchor not in known:
+                faults.append(f"{name} links to {link}")
+    for path in sorted(SITE.glob("notebooks/[0-9]*.html")):
+        images = [target_of(pages[path.resolve()], link) for link in pages[path.resolve()].loaded]
+        pictures = sum(target[0].stat().st_size for target in images if target and "_images" in target[0].parts)
+        text = path.stat().st_size
+        print(f"{path.stem}: {(text + pictures) / 1e6:.1f} MB ({text / 1e6:.2f} text, {pictures / 1e6:.2f} figures)")
+    shared = sum(target.stat().st_size for target in _shared(pages[(SITE / "README.html").resolve()]))
+    print(f"once for all pages: {shared / 1e6:.1f} MB of style and scripts")
+    sys.exit("\n".join(sorted(faults)) or 0)
+
+
+def _shared(page: Page) -> list[Path]:
+    targets = [target_of(page, link) for link in page.loaded if re.search(r"\.(?:css|js)\b", link)]
+    return [target[0] for target in targets if target]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Write student-copy/: the course without its solutions, its guide and its tests; links to these become plain words."""
+
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+
+from tools.address import ROOT, project_files
+
+LEFT_OUT = ("notebooks/solutions/", "docs/teaching.md", "docs/run-sheet.md", "tests/", "tools/", ".github/", ".ci/")
+LINK = re.compile(r"\[([^\]]+)\]\(([^)\s:#]+)(?:#[^)\s]*)?\)")
+
+
+def write_student_copy(folder: Path, root: Path = ROOT) -> None:
+    """Copy the tracked files that students need into ``folder``."""
+    for path in project_files(root):
+        name = path.relative_to(root).as_posix()
+        if not name.startswith(LEFT_OUT):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, folder / name)
+    for path in folder.rglob("*.md"):
+        text = path.read_text(encoding="utf-8")
+        path.write_text(_without_dead_links(text, path.parent), encoding="utf-8", newline="\n")
+    for path in folder.rglob("*.ipynb"):
+        notebook = nbformat.read(path, as_version=4)
+        for cell in notebook.cells:
+            if cell.cell_type == "markdown":
+                cell.source = _without_dead_links(cell.source, path.parent)
+        nbformat.write(notebook, path)
+
+
+def _without_dead_links(text: str, folder: Path) -> str:
+    return LINK.sub(lambda link: link[0] if (folder / link[2]).exists() else link[1], text)
+
+
+if __name__ == "__main__":
+    shutil.rmtree(ROOT / "student-copy", ignore_errors=True)
+    write_student_copy(ROOT / "student-copy")
+    print("student-copy/ has the course without solutions, guide and tests: give that folder to your students.")
