@@ -41,7 +41,11 @@ def test_dependencies_are_pinned_at_an_allowed_version():
 
 def test_all_that_vitlib_imports_is_a_dependency():
     files = [path.read_text(encoding="utf-8") for path in ROOT.glob("vitlib/**/*.py")]
-    imported = {name for text in files for name in re.findall(r"^\s*(?:from|import) (\w+)", text, re.M)}
+    imported = {
+        name
+        for text in files
+        for name in re.findall(r"^\s*(?:from|import) (\w+)(?:[\w.]* import .*| as .*|[.\w]*)$", text, re.M)
+    }
     optional = [line for group in PROJECT["optional-dependencies"].values() for line in group]
     provided = {Requirement(line).name.lower() for line in PROJECT["dependencies"] + optional}
     # these come with papermill and ipykernel
