@@ -327,7 +327,7 @@ def test_a_wrong_model_is_one_line_and_exit_code_2(images, model, words):
 
 def test_an_image_given_as_the_model_is_one_line_and_exit_code_2(images):
     result = call(images[1], images[0])
-    assert result.exit_code == 2 and "is not a whole checkpoint of vitlib" in result.stderr
+    assert result.exit_code == 2 and "is not a checkpoint of vitlib" in result.stderr
     assert result.stderr.count("\n") == 1
 
 

@@ -1,4 +1,4 @@
-"""Weights in and out: checkpoints, the shipped weights, and other libraries' formats."""
+"""Weights in and out: checkpoints, the shipped weights, official weights, and other libraries' formats."""
 
 from vitlib.weights.checkpoint import (
     ModelCard,
@@ -10,3 +10,4 @@ from vitlib.weights.checkpoint import (
     versions,
     with_image_size,
 )
+from vitlib.weights.official import OFFICIAL, official_weights
