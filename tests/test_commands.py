@@ -313,9 +313,9 @@ def test_finetune_takes_a_folder_as_people_have_them(pretrained, tmp_path):
                 picture = Image.effect_noise(size, 50 + number).convert("RGB").convert(mode)
                 picture.save(tmp_path / "mine" / split / name / f"{number}.{suffix}")
             (tmp_path / "mine" / split / name / "Thumbs.db").write_bytes(b"")
-    # a gif is no image of torchvision's list: such files are passed over
-    score, figures, _ = tune(tmp_path / "mine", tmp_path / "run", pretrained[1])
-    assert "on the 9 test images" in score and "confusion.png" in figures
+    said, score, figures, _ = tune(tmp_path / "mine", tmp_path / "run", pretrained[1])
+    assert said.endswith("are of one class, my cats.")
+    assert "on the 12 test images" in score and "confusion.png" in figures
     _, card = load_checkpoint(tmp_path / "run" / "finetuned.safetensors")
     assert card.classes == ("$dogs$", "my cats")
 

@@ -7,7 +7,6 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 import zlib
 from pathlib import Path
 
@@ -15,12 +14,12 @@ import children
 import numpy as np
 import pytest
 import torch
-from PIL import EpsImagePlugin, Image
-from safetensors.torch import load_file, save_file
+from PIL import EpsImagePlugin, Image, ImageOps
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitlib.data import cifar, folders
 from vitlib.data import images as data
+from vitlib.data.folders import read_image
 from vitlib.data.images import (
     SOURCES,
     LabelledImages,
@@ -54,16 +53,20 @@ def save_picture(path, pixels, **options):
     Image.fromarray(pixels).save(path, **options)
 
 
+def content_of(picture, **options):
+    buffer = io.BytesIO()
+    picture.save(buffer, **options)
+    return buffer.getvalue()
+
+
 def make_folder(root, size=(8, 8), classes=("cat", "dog"), per_class=3):
     """An image folder of noise; returns it with the train images [N, 3, H, W] in the order of the file names."""
-    for split in ("train", "test"):
-        for number, name in enumerate(classes):
-            for index in range(per_class):
-                pixels = noise(*size, 3, seed=100 * number + index)
-                save_picture(root / split / name / f"{index}.png", pixels)
-    pixels = [
-        noise(*size, 3, seed=100 * number + index) for number in range(len(classes)) for index in range(per_class)
-    ]
+    pixels = []
+    for number, name in enumerate(classes):
+        for index in range(per_class):
+            pixels.append(noise(*size, 3, seed=100 * number + index))
+            for split in ("train", "test"):
+                save_picture(root / split / name / f"{index}.png", pixels[-1])
     return root, torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
 
 
@@ -73,8 +76,28 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def data_dir(tmp_path):
-    return tmp_path / "vitlib data"
+def herd(tmp_path):
+    """A folder of 20 images in each of two classes and splits: a tenth of it may be left out, which is 4 images."""
+    return make_folder(tmp_path / "herd", per_class=20)[0]
+
+
+@pytest.fixture
+def load(tmp_path):
+    """``load_images`` without a progress bar and with a data folder of this test."""
+    return lambda source, *split, **options: load_images(
+        source, *split, **({"data_dir": tmp_path / "vitlib data", "progress": False} | options)
+    )
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "vitlib data" / "cache"
+
+
+def refused(call, *arguments, **options):
+    with pytest.raises((ValueError, OSError)) as error:
+        call(*arguments, **options)
+    return error
 
 
 # --- LabelledImages ------------------------------------------------------------------------------------------------
@@ -85,20 +108,20 @@ def labelled(labels=(0, 1, 1), classes=("a", "b")):
     return LabelledImages(images, torch.tensor(labels), classes)
 
 
-def test_a_data_set_knows_its_length_and_shows_itself_in_one_line():
+def test_data_set_shows_itself_in_one_line():
     assert len(labelled()) == 3
     assert repr(labelled()) == "LabelledImages(3 images of 3x2x2, 2 classes)"
 
 
 @pytest.mark.parametrize("indices", [[2, 0], torch.tensor([2, 0]), np.array([2, 0])])
-def test_a_subset_holds_the_images_and_labels_at_the_indices_in_their_order(indices):
+def test_subset_holds_images_in_the_given_order(indices):
     whole = labelled((0, 1, 1))
     part = whole.subset(indices)
     assert torch.equal(part.images, whole.images[[2, 0]])
     assert part.labels.tolist() == [1, 0] and part.classes == whole.classes
 
 
-def test_a_subset_can_be_given_by_mask_or_slice_and_may_be_empty():
+def test_subset_by_mask_by_slice_and_empty():
     assert labelled().subset(torch.tensor([True, False, True])).labels.tolist() == [0, 1]
     assert labelled().subset(slice(1, None)).labels.tolist() == [1, 1]
     assert len(labelled().subset([])) == 0
@@ -116,17 +139,13 @@ def test_to_moves_images_and_labels():
         ({"images": torch.zeros(3, 2, 2, dtype=torch.uint8)}, "uint8 [3, 2, 2]"),
         ({"labels": torch.zeros(3, dtype=torch.int32)}, "int32 [3]"),
         ({"labels": torch.zeros(2, dtype=torch.int64)}, "int64 [2]"),
-        ({"labels": torch.zeros(3, 1, dtype=torch.int64)}, "int64 [3, 1]"),
         ({"labels": torch.tensor([0, 1, 2])}, "from 0 to 2"),
         ({"labels": torch.tensor([-1, 0, 0])}, "from -1 to 0"),
-        ({"classes": ["a", "b"]}, "['a', 'b']"),
-        ({"classes": ("a", 1)}, "('a', 1)"),
-        ({"classes": "ab"}, "'ab'"),
         ({"kept": torch.ones(3)}, "float32 [3]"),
         ({"kept": torch.ones(2, dtype=torch.bool)}, "bool [2]"),
     ],
 )
-def test_parts_that_do_not_fit_together_are_refused_in_one_sentence(change, part):
+def test_parts_that_do_not_fit_are_refused(change, part):
     good = {"images": labelled().images, "labels": labelled().labels, "classes": ("a", "b")}
     with pytest.raises(ValueError) as error:
         LabelledImages(**(good | change))
@@ -137,92 +156,47 @@ def test_parts_that_do_not_fit_together_are_refused_in_one_sentence(change, part
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_every_named_source_is_accepted_without_loading_it(name, monkeypatch):
-    for module in (cifar, folders):
-        monkeypatch.setattr(module, "import_torchvision", None)  # a call would fail
+def test_named_source_is_accepted_without_loading_it(name, monkeypatch):
+    monkeypatch.setattr(cifar, "import_torchvision", None)  # a call would fail
     check_source(name)
 
 
-@pytest.mark.parametrize(
-    ("typo", "meant"), [("cifar-100", "cifar100"), ("CIFAIR10", "cifair10"), ("shape100", "shapes100")]
-)
-def test_a_mistyped_source_lists_the_names_and_the_near_match(typo, meant):
-    with pytest.raises(ValueError) as error:
-        check_source(typo)
-    text = message_of(error, repr(typo), *SOURCES, "train/<class>/*")
+@pytest.mark.parametrize(("typo", "meant"), [("cifar-100", "cifar100"), ("CIFAIR10", "cifair10")])
+def test_mistyped_source_lists_names_and_near_match(typo, meant):
+    text = message_of(refused(check_source, typo), repr(typo), *SOURCES, "train/<class>/*")
     assert meant in text.partition("did you mean ")[2].partition("?")[0]
 
 
-@pytest.mark.parametrize(
-    "source", ["no/such/folder", None, 5, ["shapes10"], "", "a\0b", "~nobody-of-this-name", 300 * "x"]
-)
-def test_what_is_neither_name_nor_folder_is_refused_by_check_and_load(source, data_dir):
-    for call in (check_source, lambda source: load_images(source, data_dir=data_dir)):
-        with pytest.raises(ValueError) as error:
-            call(source)
-        message_of(error, repr(str(source)), *SOURCES)
+@pytest.mark.parametrize("source", ["no/such/folder", None, 5, "", "a\0b", "~nobody-of-this-name", 300 * "x"])
+def test_neither_name_nor_folder_is_refused(source, load):
+    for call in (check_source, load):
+        message_of(refused(call, source), repr(str(source)), *SOURCES)
 
 
-def test_a_folder_is_checked_for_class_folders_in_train(folder, tmp_path):
-    check_source(folder)
-    check_source(str(folder))
-    (tmp_path / "empty" / "train").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError) as error:
-        check_source(tmp_path / "empty")
-    message_of(error, tmp_path / "empty" / "train", "train/<class>/*")
+@pytest.mark.parametrize(("name", "value"), [("split", "val"), ("num_channels", 2)])
+def test_option_without_meaning_is_refused(name, value):
+    message_of(refused(load_images, "shapes10", **{name: value}), name, repr(value))
 
 
-@pytest.mark.parametrize(
-    "option",
-    [
-        {"split": "val"},
-        {"image_size": 0},
-        {"image_size": 32.0},
-        {"image_size": "32"},
-        {"image_size": True},
-        {"num_channels": 2},
-        {"num_channels": 3.0},
-        {"num_channels": True},
-    ],
-)
-def test_a_bad_option_names_its_value(option):
-    with pytest.raises(ValueError) as error:
-        load_images("shapes10", **option)
-    ((name, value),) = option.items()
-    message_of(error, name, repr(value))
-
-
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_the_embedded_data_sets_are_those_of_the_shapes_module(split, monkeypatch):
-    monkeypatch.setattr(data, "draw_shapes", lambda name, split: draw_shapes(name, split, count=40))
-    drawn, loaded = draw_shapes("shapes10", split, count=40), load_images("shapes10", split)
-    assert torch.equal(loaded.images, drawn.images) and torch.equal(loaded.labels, drawn.labels)
-    assert loaded.classes == drawn.classes
-
-
-def test_a_named_source_comes_in_the_size_and_channels_asked_for(monkeypatch):
+def test_named_source_comes_in_size_and_channels(monkeypatch):
     drawn = draw_shapes("shapes10", count=3)
     monkeypatch.setattr(data, "draw_shapes", lambda name, split: drawn)
     assert load_images("shapes10", image_size=48).images.shape == (3, 3, 48, 48)
     assert load_images("shapes10", image_size=16, num_channels=1).images.shape == (3, 1, 16, 16)
-    assert load_images("shapes10", image_size=32).images is drawn.images
+    loaded = load_images("shapes10", image_size=32)
+    assert loaded.images is drawn.images and loaded.labels is drawn.labels and loaded.classes == drawn.classes
     grey = load_images("shapes10", num_channels=1).images[:, 0].double()
     luma = (drawn.images.double() * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1)
     assert (grey - luma).abs().max() <= 0.51
 
 
-def test_downloads_and_cache_live_where_the_environment_says(folder, tmp_path, monkeypatch):
+def test_cache_lives_where_the_environment_says(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("VITLIB_DATA", str(tmp_path / "elsewhere"))
     load_images(folder, progress=False)
     assert len(list((tmp_path / "elsewhere" / "cache").iterdir())) == 1
-    monkeypatch.delenv("VITLIB_DATA")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))  # what Windows calls it
-    load_images(folder, progress=False)
-    assert len(list((tmp_path / "home" / ".cache" / "vitlib" / "cache").iterdir())) == 1
 
 
-def test_importing_the_module_leaves_torchvision_and_matplotlib_alone():
+def test_import_leaves_torchvision_and_matplotlib_alone():
     program = "import sys, vitlib.data.images; print([m for m in ('torchvision', 'matplotlib') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
@@ -231,171 +205,170 @@ def test_importing_the_module_leaves_torchvision_and_matplotlib_alone():
 # --- image folders -------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_gives_its_pixels_labels_and_classes_in_the_order_of_the_names(tmp_path, data_dir):
-    root, pixels = make_folder(tmp_path / "pets", size=(5, 7), classes=("cat", "dog"), per_class=2)
-    loaded = load_images(root, data_dir=data_dir, progress=False)
-    assert torch.equal(loaded.images, pixels)
-    assert loaded.labels.tolist() == [0, 0, 1, 1] and loaded.classes == ("cat", "dog")
-
-
-def test_unicode_and_spaces_in_every_name_do_no_harm(tmp_path):
-    root, pixels = make_folder(tmp_path / "Bilder für ViT 猫", classes=("große Katze", "chien à poil"), per_class=2)
-    cache = tmp_path / "Zwischen Speicher ü"
-    for _ in range(2):
-        loaded = load_images(root, data_dir=cache, progress=False)
-        assert loaded.classes == ("chien à poil", "große Katze")
+def test_folder_gives_pixels_labels_and_classes(tmp_path, load):
+    root, pixels = make_folder(tmp_path / "Bilder für ViT 猫", (5, 7), ("große Katze", "chien à poil"), per_class=2)
+    for _ in ("decoded", "from the cache"):
+        loaded = load(root)
         assert torch.equal(loaded.images, pixels[[2, 3, 0, 1]])
+        assert loaded.labels.tolist() == [0, 0, 1, 1] and loaded.classes == ("chien à poil", "große Katze")
 
 
-def test_the_classes_of_test_are_those_of_train_even_if_test_lacks_one(tmp_path, data_dir):
+def test_test_split_has_the_classes_of_train(tmp_path, load, capsys):
     root, _ = make_folder(tmp_path / "pets", classes=("ant", "bee", "cat"), per_class=1)
     (root / "test" / "ant" / "0.png").unlink()
     (root / "test" / "ant").rmdir()
     (root / "test" / "bee" / "0.png").unlink()
-    loaded = load_images(root, "test", data_dir=data_dir, progress=False)
+    loaded = load(root, "test")
     assert loaded.labels.tolist() == [2] and loaded.classes == ("ant", "bee", "cat")
+    assert capsys.readouterr().out == f"All images in {root / 'test'} are of one class, cat.\n"
 
 
-def test_a_test_class_that_train_lacks_is_an_error_that_names_it(folder, data_dir):
-    save_picture(folder / "test" / "emu" / "0.png", noise(8, 8, 3))
-    with pytest.raises(ValueError) as error:
-        load_images(folder, "test", data_dir=data_dir, progress=False)
-    message_of(error, folder / "test", "emu")
-    assert len(load_images(folder, "train", data_dir=data_dir, progress=False)) == 6
+def test_test_class_that_train_lacks_is_named(folder, load):
+    save_picture(folder / "test" / "images" / "emu" / "0.png", noise(8, 8, 3))
+    message_of(refused(load, folder, "test"), folder / "test", "images (in it: emu)")
+    assert len(load(folder)) == 6
 
 
-def test_a_missing_test_folder_is_an_error_only_when_it_is_asked_for(folder, data_dir):
-    (folder / "test").rename(folder / "held back")
-    assert len(load_images(folder, data_dir=data_dir, progress=False)) == 6
-    with pytest.raises(FileNotFoundError) as error:
-        load_images(folder, "test", data_dir=data_dir, progress=False)
-    message_of(error, folder / "test")
+def test_class_names_are_compared_in_unicode_nfc(tmp_path, load):
+    root = tmp_path / "menu"
+    for split, name in [("train", "caf\u00e9"), ("train", "cafe\u0301"), ("train", "the"), ("test", "cafe\u0301")]:
+        save_picture(root / split / name / f"{len(name)}.png", noise(8, 8, 3))
+    if len(os.listdir(root / "train")) < 3:
+        pytest.skip("this file system has one form for names")
+    assert load(root).classes == ("caf\u00e9", "the") and load(root).labels.tolist() == [0, 0, 1]
+    assert load(root, "test").labels.tolist() == [0]
 
 
-def test_a_train_class_without_images_is_an_error_that_names_it(folder, data_dir):
+def test_class_without_images_is_named(folder, load):
     (folder / "train" / "emu").mkdir()
-    (folder / "train" / "emu" / "notes.txt").write_text("no image")
-    with pytest.raises(ValueError) as error:
-        load_images(folder, data_dir=data_dir, progress=False)
-    text = message_of(error, folder / "train", "emu", ".png")
+    text = message_of(refused(load, folder), folder / "train", "emu")
     assert "cat" not in text.replace(str(folder), "")
+    (folder / "train" / "emu" / "notes.txt").write_text("no image")
+    message_of(refused(load, folder), folder / "train", "no images of emu")
 
 
-def test_files_that_are_no_images_and_hidden_copies_are_passed_over(folder, data_dir):
-    (folder / "train" / "cat" / "notes.txt").write_text("no image")
-    (folder / "train" / "cat" / "._0.png").write_bytes(b"what macOS leaves behind")
-    save_picture(folder / "train" / "cat" / ".ipynb_checkpoints" / "0-checkpoint.png", noise(8, 8, 3))
-    save_picture(folder / "train" / ".ipynb_checkpoints" / "0.png", noise(8, 8, 3))
-    save_picture(folder / "train" / "cat" / "UPPER.PNG", noise(8, 8, 3))
-    loaded = load_images(folder, data_dir=data_dir, progress=False)
-    assert loaded.classes == ("cat", "dog") and loaded.labels.tolist() == [0, 0, 0, 0, 1, 1, 1]
+# --- how people lay out their folders ------------------------------------------------------------------------------
 
 
-def test_images_of_different_sizes_need_image_size_and_the_error_says_so(folder, data_dir):
-    save_picture(folder / "train" / "dog" / "9.png", noise(10, 20, 3))
-    with pytest.raises(ValueError) as error:
-        load_images(folder, data_dir=data_dir, progress=False)
-    message_of(error, "8x8", "20x10", folder / "train" / "dog" / "9.png", "image_size=")
-    assert load_images(folder, data_dir=data_dir, image_size=12, progress=False).images.shape == (7, 3, 12, 12)
+@pytest.mark.parametrize("name", ["val", "valid", "Validation", "Test", "TESTING"])
+def test_other_names_of_splits_are_found(folder, load, capsys, name):
+    (folder / "train").rename(folder / "Training")
+    (folder / "test").rename(folder / name)
+    check_source(folder)
+    assert len(load(folder)) == len(load(folder, "test")) == 6
+    said = capsys.readouterr().out
+    assert (said == "") if name.lower().startswith("test") else (f"are those in {name}." in said)
 
 
-def test_resizing_scales_the_shorter_side_and_cuts_out_the_centre(tmp_path, data_dir):
-    wide = np.zeros((32, 96, 3), np.uint8)
-    wide[:, 32:64] = 200  # the centre square
-    save_picture(tmp_path / "wide" / "train" / "a" / "0.png", wide)
-    save_picture(tmp_path / "wide" / "train" / "a" / "1.png", wide.transpose(1, 0, 2).copy())
-    for size in (16, 32, 64):
-        images = load_images(tmp_path / "wide", data_dir=data_dir, image_size=size, progress=False).images
-        assert images.shape == (2, 3, size, size)
-        assert images.float().mean() > 195, "the dark sides must be cut off, not squeezed in"
+def test_split_beside_the_one_used_is_named(folder, load, capsys):
+    make_folder(folder / "val")
+    (folder / "val" / "train").rename(folder / "valid")
+    load(folder, "test")
+    assert f"The test images of {folder} are those in test; not used: val, valid." in capsys.readouterr().out
 
 
-def test_shrinking_is_antialiased(tmp_path, data_dir):
-    stripes = np.zeros((64, 64, 3), np.uint8)
-    stripes[:, ::4] = 240  # one column in four: picking or averaging neighbours would give 0, 120 or 240
-    save_picture(tmp_path / "stripes" / "train" / "a" / "0.png", stripes)
-    images = load_images(tmp_path / "stripes", data_dir=data_dir, image_size=16, progress=False).images
-    assert (images.float() - 60).abs().max() < 25
+def test_folder_of_classes_alone_is_split_by_a_seed(folder, load, capsys):
+    for index in range(3, 10):
+        for name in ("cat", "dog"):
+            save_picture(folder / "train" / name / f"{index}.png", noise(8, 8, 3, seed=index))
+    source = folder / "train"
+    check_source(source)
+    train, test = load(source), load(source, "test")
+    assert "a fifth of the images" in capsys.readouterr().out
+    assert train.labels.tolist() == 8 * [0] + 8 * [1] and test.labels.tolist() == [0, 0, 1, 1]
+    whole = torch.cat([train.images, test.images])
+    assert sorted(whole.flatten(1).tolist()) == sorted(load(folder).images.flatten(1).tolist())
 
 
-def test_grey_and_rgb_come_as_asked_whatever_the_files_are(tmp_path, data_dir):
-    root = tmp_path / "mixed"
-    grey, colour = noise(8, 8), noise(8, 8, 3)
-    save_picture(root / "train" / "a" / "0.png", grey)
-    save_picture(root / "train" / "a" / "1.png", colour)
-    save_picture(root / "train" / "a" / "2.png", np.dstack([colour, np.full((8, 8), 255, np.uint8)]))  # RGBA
-    Image.fromarray(colour).quantize(16).save(root / "train" / "a" / "3.png")  # palette
-    Image.fromarray(colour).convert("CMYK").save(root / "train" / "a" / "4.jpg")
-    rgb = load_images(root, data_dir=data_dir, progress=False).images
-    assert rgb.shape == (5, 3, 8, 8)
-    assert all(np.array_equal(channel, grey) for channel in rgb[0])
-    assert torch.equal(rgb[1], rgb[2])
-    one = load_images(root, data_dir=data_dir, num_channels=1, progress=False).images
-    assert one.shape == (5, 1, 8, 8)
-    assert np.array_equal(one[0, 0], grey) and np.array_equal(one[1, 0], Image.fromarray(colour).convert("L"))
+def test_missing_test_folder_matters_only_when_asked_for(folder, load):
+    (folder / "test").rename(folder / "held back")
+    assert len(load(folder)) == 6
+    message_of(refused(load, folder, "test"), folder / "test", "does not exist", folder / "train")
 
 
-def test_grey_images_of_16_bits_keep_their_shades(tmp_path, data_dir):
-    shades = np.arange(256, dtype=np.uint16).reshape(16, 16)
-    save_picture(tmp_path / "deep" / "train" / "a" / "0.png", shades * 257)
-    (image,) = load_images(tmp_path / "deep", data_dir=data_dir, num_channels=1, progress=False).images
-    assert np.array_equal(image[0], shades)
+WRONG = {  # the files of a folder, and what its refusal names
+    "nothing": ([], "train does not exist"),
+    "images without classes": (["train/0.png", "test/1.png"], "train does not exist or holds no class folders"),
+    "no train folder": (["test/cat/0.png", "test/dog/0.png", "cat/0.png"], "train does not exist"),
+    "one class": (["train/cat/0.png", "test/cat/0.png"], "one class, cat,"),
+    "one level too deep": (["train/images/cat/0.png", "train/images/dog/0.png"], "one class, images (in it: cat, dog)"),
+    "a folder in a folder": (["pets/train/cat/0.png", "pets/test/cat/0.png"], "one class, pets (in it: test, train)"),
+    "parts of a data set": ([f"train/{a}/{b}/0.png" for a in ("1", "2") for b in ("cat", "dog")], "folders cat, dog"),
+    "images and their boxes": (["train/images/0.png", "train/labels/0.txt"], "no images of labels"),
+}
 
 
-def test_photographs_are_turned_upright(tmp_path, data_dir):
-    pixels = np.zeros((16, 24, 3), np.uint8)
-    pixels[:, :12] = 255  # bright on the left
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held so that the picture must be turned a quarter to the right
-    save_picture(tmp_path / "photos" / "train" / "a" / "0.png", pixels, exif=exif)
-    (image,) = load_images(tmp_path / "photos", data_dir=data_dir, progress=False).images
-    assert image.shape == (3, 24, 16) and image[:, :12].min() == 255 and image[:, 12:].max() == 0
+@pytest.mark.parametrize(("files", "said"), WRONG.values(), ids=WRONG)
+def test_folder_that_holds_no_data_set_is_refused(tmp_path, load, files, said):
+    for file in files:
+        save_picture(tmp_path / "pets" / file, noise(8, 8, 3), format="PNG") if file.endswith("g") else (
+            (tmp_path / "pets" / file).parent.mkdir(parents=True),
+            (tmp_path / "pets" / file).write_text("1 0 0 8 8"),
+        )
+    (tmp_path / "pets").mkdir(exist_ok=True)
+    message_of(refused(load, tmp_path / "pets"), tmp_path / "pets", said)
 
 
-def test_unreadable_files_are_all_counted_and_named(folder, data_dir):
-    whole = (folder / "train" / "cat" / "0.png").read_bytes()
-    (folder / "train" / "cat" / "1.png").write_bytes(whole[: len(whole) // 2])
-    (folder / "train" / "dog" / "2.png").write_text("<html>not an image</html>")
-    with pytest.raises(ValueError) as error:
-        load_images(folder, data_dir=data_dir, progress=False)
-    message_of(error, "2 of 6", folder / "train" / "cat" / "1.png", folder / "train" / "dog" / "2.png")
+def test_folders_inside_class_folders_are_read_too(tmp_path, load):
+    for file in ("cat/day 1/0.png", "cat/day 2/0.png", "dog/0.png", "dog/day 1/0.png"):
+        save_picture(tmp_path / "pets" / "train" / file, noise(8, 8, 3))
+    assert load(tmp_path / "pets").labels.tolist() == [0, 0, 1, 1]
 
 
-def test_images_are_decoded_by_several_threads_at_once(folder, data_dir, monkeypatch):
-    meeting, decode = threading.Barrier(2), folders._pixels
-
-    def wait_for_another(*arguments):
-        meeting.wait(timeout=10)  # breaks, and so makes the image unreadable, if no second thread comes
-        return decode(*arguments)
-
-    monkeypatch.setattr(folders, "_pixels", wait_for_another)
-    assert len(load_images(folder, data_dir=data_dir, progress=False)) == 6
+SYSTEM = (
+    *("@eaDir/0.png/SYNOPHOTO_THUMB_M.jpg", "#recycle/0.png", "__MACOSX/._0.png", "__MACOSX/0.png", "lost+found/0.png"),
+    *("$RECYCLE.BIN/0.png", "System Volume Information/0.png", ".ipynb_checkpoints/0-checkpoint.png", "@Recycle/0.png"),
+    *("._0.png", "Thumbs.db", "desktop.ini", ".DS_Store", ".AppleDouble/0.png", "Network Trash Folder/0.png"),
+)
 
 
-def test_decoding_shows_a_progress_bar_unless_told_not_to(folder, data_dir, capsys):
-    load_images(folder, data_dir=data_dir, progress=False)
-    assert capsys.readouterr() == ("", "")
-    load_images(folder, "test", data_dir=data_dir)
-    assert "decoding images: 100%" in capsys.readouterr().out
+def test_what_systems_leave_in_folders_is_passed_over(folder, load, capsys):
+    for file in SYSTEM:
+        for place in (folder, folder / "train", folder / "test", folder / "train" / "cat"):
+            save_picture(place / file, noise(8, 8, 3), format="PNG")
+    for split in ("train", "test"):
+        assert load(folder, split).classes == ("cat", "dog") and len(load(folder, split)) == 6
+    assert len(load(folder / "train")) + len(load(folder / "train", "test")) == 6
+    assert "passed over" not in capsys.readouterr().out
 
 
-# --- images that cannot be read ------------------------------------------------------------------------------------
+# --- which files are read ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def herd(tmp_path):
-    """A folder of 20 images in each of two classes and splits: a tenth of it may be left out, which is 4 images."""
-    return make_folder(tmp_path / "herd", per_class=20)[0]
+def test_every_readable_file_is_read_whatever_its_name(folder, load, capsys):
+    picture = Image.fromarray(noise(8, 8, 3))
+    kinds = {
+        "a.jfif": "JPEG",
+        "b.gif": "GIF",
+        "c.JPE": "JPEG",
+        "d": "PNG",
+        "e.txt": "WEBP",
+        "f.dib": "BMP",
+        "g.pnm": "PPM",
+    }
+    kinds |= {"h.avif": "AVIF"} if "AVIF" in folders._formats() else {}
+    for name, kind in kinds.items():
+        picture.save(folder / "train" / "cat" / name, format=kind)
+    assert len(load(folder)) == 6 + len(kinds)
+    assert capsys.readouterr().out == ""
 
 
-def content_of(picture, **options):
-    buffer = io.BytesIO()
-    picture.save(buffer, **options)
-    return buffer.getvalue()
+def test_files_that_are_no_images_are_counted_and_named(folder, load, capsys):
+    for number in range(11):
+        (folder / "train" / "cat" / f"{number:02}.txt").write_text("no image")
+    (folder / "train" / "dog" / "empty").write_bytes(b"")
+    for _ in ("decoded", "from the cache"):
+        assert len(load(folder)) == 6
+        (line,) = capsys.readouterr().out.splitlines()
+        assert line.count(".txt") == 10 and "and 2 others" in line and "12 in all" in line
 
 
-COLOURS = Image.fromarray(noise(8, 8, 3))
-PNG, JPEG = (content_of(COLOURS, format=name) for name in ("PNG", "JPEG"))
+def test_images_of_formats_not_read_count_as_unreadable(folder, load):
+    (folder / "train" / "cat" / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
+    message_of(refused(load, folder), "1 of 7 images cannot be read", "phone.HEIC", "convert it to JPEG or PNG")
+
+
+PNG, JPEG = (content_of(Image.fromarray(noise(8, 8, 3)), format=name) for name in ("PNG", "JPEG"))
 MIDDLE = len(PNG) // 2
 UNREADABLE = {
     "a PNG cut short": (PNG[:MIDDLE], "is damaged"),
@@ -403,24 +376,22 @@ UNREADABLE = {
     "a PNG with a flipped bit": (PNG[:MIDDLE] + bytes([PNG[MIDDLE] ^ 1]) + PNG[MIDDLE + 1 :], "is damaged"),
     "a page": (b"<html>404 not found</html>", "is not an image"),
     "nothing": (b"", "is empty"),
-    "zeros": (bytes(1000), "is not an image"),
     "too many pixels": (content_of(Image.new("1", (20_000, 10_000)), format="PNG"), "too many pixels"),
     "fractions": (content_of(Image.fromarray(np.ones((8, 8), np.float32)), format="TIFF"), "32 bits"),
     "numbers of 32 bits": (content_of(Image.fromarray(np.ones((8, 8), np.int32)), format="TIFF"), "32 bits"),
-    "EPS": (content_of(COLOURS, format="EPS"), "is not an image"),
-    "a rare format": (content_of(COLOURS, format="PCX"), "is not an image"),
+    "EPS": (content_of(Image.fromarray(noise(8, 8, 3)), format="EPS"), "is not an image"),
 }
 
 
 @pytest.mark.parametrize(("content", "reason"), UNREADABLE.values(), ids=UNREADABLE)
-def test_an_image_that_cannot_be_read_is_left_out_counted_and_named_each_time(herd, data_dir, capsys, content, reason):
-    whole = load_images(herd, data_dir=data_dir, progress=False)
+def test_unreadable_image_is_left_out_and_named_each_time(herd, load, capsys, content, reason):
+    whole = load(herd)
     bad = herd / "train" / "cat" / "3.png"
     number = sorted(bad.parent.iterdir()).index(bad)
     bad.write_bytes(content)
     for _ in ("decoded", "from the cache"):
         assert capsys.readouterr().out == ""
-        rest = load_images(herd, data_dir=data_dir, progress=False)
+        rest = load(herd)
         (line,) = capsys.readouterr().out.splitlines()
         assert line.startswith(f"1 of 40 images cannot be read: {bad} (the first ") and reason in line
         assert torch.equal(rest.images, torch.cat([whole.images[:number], whole.images[number + 1 :]]))
@@ -428,76 +399,48 @@ def test_an_image_that_cannot_be_read_is_left_out_counted_and_named_each_time(he
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no named pipes among its files")
-def test_pipes_and_links_to_nothing_are_left_out_too(herd, data_dir, capsys):
+def test_pipes_and_links_to_nothing_are_left_out(herd, load, capsys):
     (herd / "train" / "cat" / "no.png").symlink_to(herd / "nowhere.png")
     (herd / "train" / "cat" / "self.png").symlink_to(herd / "train" / "cat" / "self.png")
     os.mkfifo(herd / "train" / "dog" / "pipe.png")
-    for _ in range(2):
-        assert len(load_images(herd, data_dir=data_dir, progress=False)) == 40
-        said = capsys.readouterr().out
-        assert said.startswith("3 of 43 images cannot be read") and "no.png" in said and "pipe.png" in said
+    assert len(load(herd)) == 40
+    said = capsys.readouterr().out
+    assert said.startswith("3 of 43 images cannot be read") and "no.png" in said and "pipe.png" in said
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_more_than_one_in_ten_is_an_error_that_counts_and_names_them(herd, data_dir, split):
+def test_more_than_one_in_ten_unreadable_is_refused(herd, load, cache, split):
     for number in range(4):
         (herd / split / "cat" / f"{number}.png").write_bytes(b"damaged")
-    assert len(load_images(herd, split, data_dir=data_dir, progress=False)) == 36
+    assert len(load(herd, split)) == 36
     (herd / split / "dog" / "7.png").write_bytes(b"damaged")
-    with pytest.raises(ValueError) as error:
-        load_images(herd, split, data_dir=data_dir, progress=False)
     named = [herd / split / "cat" / f"{number}.png" for number in range(4)] + [herd / split / "dog" / "7.png"]
-    message_of(error, "5 of 40 images", *named, "convert it to JPEG or PNG", "at most 10% may be left out")
+    before = [file.stat().st_mtime_ns for file in cache.iterdir()]
+    message_of(refused(load, herd, split), "5 of 40 images", *named, "convert it to JPEG or PNG", "at most 10%")
+    assert [file.stat().st_mtime_ns for file in cache.iterdir()] == before, "what is refused is not cached"
 
 
-def test_a_training_class_of_which_nothing_can_be_read_is_an_error_but_a_test_class_is_not(herd, data_dir):
+def test_training_class_of_unreadable_images_is_refused(herd, load):
     for split in ("train", "test"):
-        save_picture(herd / split / "emu" / "0.png", noise(8, 8, 3))
+        (herd / split / "emu").mkdir()
         (herd / split / "emu" / "0.png").write_bytes(b"damaged")
-    with pytest.raises(ValueError) as error:
-        load_images(herd, data_dir=data_dir, progress=False)
-    message_of(error, "1 of 41 images", herd / "train" / "emu" / "0.png", "no image of emu is left")
-    loaded = load_images(herd, "test", data_dir=data_dir, progress=False)
+    message_of(refused(load, herd), herd / "train", "no images of emu")
+    loaded = load(herd, "test")
     assert len(loaded) == 40 and loaded.classes == ("cat", "dog", "emu")
 
 
-def test_of_many_unreadable_images_ten_are_named_and_all_counted(tmp_path, data_dir, capsys):
-    root, _ = make_folder(tmp_path / "crowd", size=(2, 2), classes=("a",), per_class=120)
-    for number in range(100, 112):
-        (root / "train" / "a" / f"{number}.png").write_bytes(b"")
-    load_images(root, data_dir=data_dir, progress=False)
-    line = capsys.readouterr().out
-    assert line.startswith("12 of 120 images") and line.count(".png") == 10 and " and 2 others " in line
-
-
-def test_an_image_that_can_be_read_again_is_used_again(herd, data_dir, monkeypatch, capsys):
-    """What made it unreadable need not show in its size and time: permissions, a network folder that was not there."""
-    read, shut = folders.read_image, herd / "train" / "cat" / "3.png"
-
-    def refuse(path, *options):
-        if path == shut:
-            raise PermissionError(f"{path} may not be read; change its permissions.")
-        return read(path, *options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(folders, "read_image", refuse)
-        assert len(load_images(herd, data_dir=data_dir, progress=False)) == 39
-        assert "the first may not be read; change its permissions)" in capsys.readouterr().out
-    assert len(load_images(herd, data_dir=data_dir, progress=False)) == 40 and capsys.readouterr().out == ""
-
-
 @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="there names of files are always printable text")
-def test_names_cannot_break_the_line_or_command_the_terminal(herd, data_dir, capsys):
+def test_names_cannot_break_the_line_or_command_the_terminal(herd, load, capsys):
     for name in (b"line\nbreak.png", b"\x1b[2Jclear.png", b"caf\xe9.png"):
         Path(os.fsdecode(os.fsencode(herd / "train" / "cat") + b"/" + name)).write_bytes(b"damaged")
-    load_images(herd, data_dir=data_dir, progress=False)
+    load(herd)
     (line,) = capsys.readouterr().out.splitlines()
     assert "line\\nbreak.png" in line and "\\x1b[2Jclear.png" in line and "caf\ufffd.png" in line
     assert line[:-1].isprintable()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the trap is a shell script")
-def test_a_picture_that_pillow_would_hand_to_another_program_is_refused(herd, data_dir, tmp_path, monkeypatch):
+def test_no_picture_is_handed_to_another_program(herd, load, tmp_path, monkeypatch):
     trap = tmp_path / "bin" / "gs"
     trap.parent.mkdir()
     trap.write_text(f"#!/bin/sh\ntouch '{tmp_path / 'sprung'}'\n")
@@ -505,23 +448,63 @@ def test_a_picture_that_pillow_would_hand_to_another_program_is_refused(herd, da
     monkeypatch.setenv("PATH", str(trap.parent), prepend=os.pathsep)
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
     bad = herd / "train" / "cat" / "3.png"
-    bad.write_bytes(content_of(COLOURS, format="EPS"))
-    assert len(load_images(herd, data_dir=data_dir, progress=False)) == 39
+    bad.write_bytes(UNREADABLE["EPS"][0])
+    assert len(load(herd)) == 39
     assert not (tmp_path / "sprung").exists()
     with pytest.raises(Exception), Image.open(bad) as picture:  # noqa: B017 (whatever comes of an empty answer)
         picture.load()
     assert (tmp_path / "sprung").exists(), "the trap of this test must work"
 
 
-def test_folders_that_would_not_fit_into_memory_are_refused(folder, data_dir, monkeypatch):
+def test_folder_larger_than_memory_is_refused(folder, load, monkeypatch):
     monkeypatch.setattr(os, "sysconf", lambda name: 20, raising=False)  # 20 pages of 20 bytes
-    with pytest.raises(ValueError) as error:
-        load_images(folder, data_dir=data_dir, progress=False)
-    message_of(error, "6 decoded images of 8x8 pixels", "GB", "image_size=224")
-    assert len(load_images(folder, data_dir=data_dir, image_size=4, progress=False)) == 6
+    message_of(refused(load, folder), "6 decoded images of 8x8 pixels", "GB", "image_size=224")
+    assert len(load(folder, image_size=4)) == 6
 
 
-# --- images of unusual kinds ---------------------------------------------------------------------------------------
+# --- pixels --------------------------------------------------------------------------------------------------------
+
+
+def test_images_of_different_sizes_need_image_size(folder, load):
+    save_picture(folder / "train" / "dog" / "9.png", noise(10, 20, 3))
+    message_of(refused(load, folder), "8x8", "20x10", folder / "train" / "dog" / "9.png", "image_size=")
+    assert load(folder, image_size=12).images.shape == (7, 3, 12, 12)
+
+
+def test_resizing_cuts_out_the_centre(tmp_path):
+    wide = np.zeros((32, 96, 3), np.uint8)
+    wide[:, 32:64] = 200  # the centre square
+    save_picture(tmp_path / "0.png", wide)
+    save_picture(tmp_path / "1.png", wide.transpose(1, 0, 2).copy())
+    for number, size in ((0, 16), (1, 32), (0, 64)):
+        image = read_image(tmp_path / f"{number}.png", size)
+        assert image.shape == (3, size, size)
+        assert image.mean() > 195, "the dark sides must be cut off, not squeezed in"
+
+
+def test_shrinking_is_antialiased(tmp_path):
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::4] = 240  # one column in four: picking or averaging neighbours would give 0, 120 or 240
+    save_picture(tmp_path / "0.png", stripes)
+    assert abs(read_image(tmp_path / "0.png", 16).astype(float) - 60).max() < 25
+
+
+def test_grey_and_rgb_come_as_asked(tmp_path):
+    grey, colour = noise(8, 8), noise(8, 8, 3)
+    pictures = [
+        Image.fromarray(pixels) for pixels in (grey, colour, np.dstack([colour, np.full((8, 8), 255, np.uint8)]))
+    ]
+    for number, picture in enumerate([*pictures, pictures[1].quantize(16)]):
+        picture.save(tmp_path / f"{number}.png")
+    rgb = [read_image(file) for file in sorted(tmp_path.iterdir())]
+    assert all(np.array_equal(channel, grey) for channel in rgb[0])
+    assert np.array_equal(rgb[1], rgb[2]) and rgb[3].shape == (3, 8, 8)
+    one = [read_image(file, num_channels=1) for file in sorted(tmp_path.iterdir())]
+    assert np.array_equal(one[0][0], grey) and np.array_equal(one[1][0], pictures[1].convert("L"))
+    for kind in ("JPEG", "TIFF"):
+        Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "red", format=kind)  # magenta and yellow on paper
+        red = read_image(tmp_path / "red")
+        assert red[0].min() > 250 and red[1:].max() < 5
 
 
 def png_of_16_bits(pixels):
@@ -536,54 +519,106 @@ def png_of_16_bits(pixels):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
-def test_images_of_16_bits_give_their_upper_8_in_every_format(tmp_path, data_dir):
-    deep = np.random.default_rng(0).integers(2**16, size=(8, 8, 3), dtype=np.uint16)
-    grey = deep[:, :, 0]
+def test_16_bits_give_their_upper_8_in_every_format(tmp_path):
+    grey = np.random.default_rng(0).integers(2**16, size=(8, 8), dtype=np.uint16)
     contents = {
-        "0.png": content_of(Image.fromarray(grey), format="PNG"),
-        "1.tif": content_of(Image.fromarray(grey), format="TIFF"),
-        "2.tif": content_of(Image.frombytes("I;16B", (8, 8), grey.astype(">u2").tobytes()), format="TIFF"),
-        "3.pgm": b"P5 8 8 65535\n" + grey.astype(">u2").tobytes(),
-        "4.png": png_of_16_bits(np.repeat(grey[:, :, None], 3, axis=2)),
+        "PNG": content_of(Image.fromarray(grey), format="PNG"),
+        "TIFF": content_of(Image.fromarray(grey), format="TIFF"),
+        "TIFF, high byte first": content_of(
+            Image.frombytes("I;16B", (8, 8), grey.astype(">u2").tobytes()), format="TIFF"
+        ),
+        "PGM": b"P5 8 8 65535\n" + grey.astype(">u2").tobytes(),
+        "PNG, RGB": png_of_16_bits(np.repeat(grey[:, :, None], 3, axis=2)),
     }
-    (tmp_path / "deep" / "train" / "a").mkdir(parents=True)
     for name, content in contents.items():
-        (tmp_path / "deep" / "train" / "a" / name).write_bytes(content)
-    images = load_images(tmp_path / "deep", data_dir=data_dir, num_channels=1, progress=False).images[:, 0]
-    for name, image in zip(contents, images.numpy(), strict=True):
-        np.testing.assert_array_equal(image, grey >> 8, err_msg=name)
+        (tmp_path / name).write_bytes(content)
+        np.testing.assert_array_equal(read_image(tmp_path / name, num_channels=1)[0], grey >> 8, err_msg=name)
 
 
-def test_of_animations_pages_and_pairs_the_first_picture_is_taken(tmp_path, data_dir):
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_12_bits_in_16_bit_files_are_named(tmp_path, load, capsys, bits):
+    values = np.arange(64, dtype=np.uint16).reshape(8, 8) * ((2**bits - 1) // 63)
+    for name in ("cat", "dog"):
+        save_picture(tmp_path / "scans" / "train" / name / "0.png", values)
+        save_picture(tmp_path / "scans" / "train" / name / "1.png", noise(8, 8))
+    for _ in ("decoded", "from the cache"):
+        load(tmp_path / "scans", num_channels=1)
+        said = capsys.readouterr().out
+        assert (f"no value above {values.max()} of 65535" in said) == (bits <= 12)
+
+
+def test_first_picture_of_animations_and_pages_is_taken(tmp_path):
     first, second = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
-    (tmp_path / "moving" / "train" / "a").mkdir(parents=True)
-    kinds = {"0.png": "GIF", "1.png": "PNG", "2.tif": "TIFF", "3.webp": "WEBP", "4.jpg": "MPO"}
-    for name, kind in kinds.items():
-        path = tmp_path / "moving" / "train" / "a" / name
+    for kind in ("GIF", "PNG", "TIFF", "WEBP", "MPO"):
         lossless = {"lossless": True} if kind == "WEBP" else {}
-        first.save(path, format=kind, save_all=True, append_images=[second], **lossless)
-        with Image.open(path) as picture:
+        first.save(tmp_path / kind, format=kind, save_all=True, append_images=[second], **lossless)
+        with Image.open(tmp_path / kind) as picture:
             assert picture.n_frames == 2
-    images = load_images(tmp_path / "moving", data_dir=data_dir, progress=False).images
-    assert len(images) == 5
-    assert images[:, 0].min() > 250 and images[:, 1:].max() < 5
+        image = read_image(tmp_path / kind)
+        assert image[0].min() > 250 and image[1:].max() < 5
 
 
-def test_cmyk_is_converted_to_the_colours_it_means(tmp_path, data_dir):
-    (tmp_path / "print" / "train" / "a").mkdir(parents=True)
-    for number, kind in enumerate(("JPEG", "TIFF")):
-        picture = Image.new("CMYK", (8, 8), (0, 255, 255, 0))  # magenta and yellow on paper are red
-        picture.save(tmp_path / "print" / "train" / "a" / f"{number}.{kind.lower()}", format=kind)
-    images = load_images(tmp_path / "print", data_dir=data_dir, progress=False).images
-    assert images[:, 0].min() > 250 and images[:, 1:].max() < 5
+def exif_entry(tag, kind, count, value):
+    return struct.pack("<HHII", tag, kind, count, value)
+
+
+BROKEN_TAGS = {  # beside the orientation: (entries, data after them); offsets count from the head of the block
+    "negative resolution": (exif_entry(0x11A, 10, 1, 38), struct.pack("<ii", -72, 1)),
+    "unsigned resolution stored as text": (exif_entry(0x11A, 2, 4, 0x41424344), b""),
+    "GPS block beyond the end": (exif_entry(0x8825, 4, 1, 99999), b""),
+    "EXIF block that points at itself": (exif_entry(0x8769, 4, 1, 8), b""),
+    "unknown kind": (exif_entry(0x110, 99, 1, 0), b""),
+    "count beyond the end": (exif_entry(0x10F, 2, 9999, 38), b"x"),
+    "division by zero": (exif_entry(0x11B, 5, 1, 38), struct.pack("<II", 0, 0)),
+    "resolution of several kinds": (exif_entry(0x128, 2, 3, 0x00414141), b""),
+}
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize(("entry", "rest"), BROKEN_TAGS.values(), ids=BROKEN_TAGS)
+def test_photograph_with_broken_tags_is_turned_upright(tmp_path, entry, rest, kind):
+    pixels = np.zeros((16, 24, 3), np.uint8)
+    pixels[:, :12] = 255  # bright on the left
+    block = b"II*\0\x08\0\0\0" + struct.pack("<H", 2) + exif_entry(0x112, 3, 1, 6) + entry + bytes(4) + rest
+    save_picture(tmp_path / "photo", pixels, format=kind, exif=b"Exif\0\0" + block)
+    image = read_image(tmp_path / "photo")
+    assert image.shape == (3, 24, 16) and image[:, :10].min() > 240 and image[:, 14:].max() < 15
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_that_of_pillow(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    save_picture(tmp_path / "0.png", noise(4, 6, 3), exif=exif)
+    with Image.open(tmp_path / "0.png") as picture:
+        expected = np.asarray(ImageOps.exif_transpose(picture))
+    assert np.array_equal(read_image(tmp_path / "0.png"), expected.transpose(2, 0, 1))
+
+
+def test_several_threads_decode_at_once(folder, load, monkeypatch):
+    meeting, decode = threading.Barrier(2), folders._pixels
+
+    def wait_for_another(*arguments):
+        meeting.wait(timeout=10)  # breaks, and so makes the image unreadable, if no second thread comes
+        return decode(*arguments)
+
+    monkeypatch.setattr(folders, "_pixels", wait_for_another)
+    assert len(load(folder)) == 6
+
+
+def test_decoding_shows_progress_unless_told_not_to(folder, load, capsys):
+    load(folder)
+    assert capsys.readouterr() == ("", "")
+    load(folder, "test", progress=True)
+    assert "decoding images: 100%" in capsys.readouterr().out
 
 
 # --- links, and folders that may not be read -----------------------------------------------------------------------
 
 
-def test_linked_images_and_classes_are_loaded_and_linked_folders_in_a_class_are_not(tmp_path, folder, data_dir):
+def test_links_are_followed_to_files_and_classes_only(tmp_path, folder, load):
     make_folder(tmp_path / "elsewhere", classes=("emu",))
-    whole = load_images(folder, data_dir=data_dir, progress=False)
+    whole = load(folder)
     (folder / "train" / "emu").symlink_to(tmp_path / "elsewhere" / "train" / "emu", target_is_directory=True)
     (folder / "train" / "cat" / "9.png").symlink_to(tmp_path / "elsewhere" / "train" / "emu" / "0.png")
     inside = folder / "train" / "dog" / "inside"
@@ -591,235 +626,118 @@ def test_linked_images_and_classes_are_loaded_and_linked_folders_in_a_class_are_
     for number, place in enumerate((folder, folder / "test", folder / "train" / "dog", inside, Path("/"))):
         (inside / f"link {number}").symlink_to(place, target_is_directory=True)
     save_picture(inside / "0.png", noise(8, 8, 3))
-    loaded = load_images(folder, data_dir=data_dir, progress=False)
+    loaded = load(folder)
     assert loaded.labels.tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2] and loaded.classes == ("cat", "dog", "emu")
     assert torch.equal(loaded.images[[0, 1, 2, 4, 5, 6]], whole.images)
     assert torch.equal(loaded.images[3], loaded.images[8])
 
 
 @pytest.mark.parametrize("place", [".", "..", "../.."])
-def test_a_class_that_is_a_link_back_up_is_refused(folder, data_dir, place):
+def test_class_that_links_back_up_is_refused(folder, load, place):
     (folder / "train" / "loop").symlink_to(folder / "train" / place, target_is_directory=True)
-    with pytest.raises(ValueError) as error:
-        load_images(folder, data_dir=data_dir, progress=False)
-    message_of(error, folder / "train" / "loop", "leads back up", "remove it")
+    message_of(refused(load, folder), folder / "train" / "loop", "leads back up", "remove it")
 
 
 @pytest.mark.parametrize("shut", ["train", "train/cat", "train/cat/inside"])
-def test_a_folder_that_may_not_be_read_is_no_empty_folder(folder, data_dir, monkeypatch, shut):
+def test_folder_that_may_not_be_read_is_named(folder, load, monkeypatch, shut):
     """root may read everything, so reading is made to fail."""
     (folder / "train" / "cat" / "inside").mkdir()
-    scan, names = os.scandir, os.listdir
+    scan = os.scandir
 
-    def refuse(call):
-        def refusing(path="."):
-            if Path(path) == folder / shut:
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-            return call(path)
+    def refuse(path="."):
+        if Path(path) == folder / shut:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scan(path)
 
-        return refusing
-
-    monkeypatch.setattr(os, "scandir", refuse(scan))
-    monkeypatch.setattr(os, "listdir", refuse(names))
-    with pytest.raises(OSError) as error:
-        load_images(folder, data_dir=data_dir, progress=False)
-    message_of(error, folder / shut, "change its permissions")
+    monkeypatch.setattr(os, "scandir", refuse)
+    message_of(refused(load, folder), folder / shut, "change its permissions")
 
 
 # --- cache ---------------------------------------------------------------------------------------------------------
 
 
-def only_cache_file(data_dir):
-    (file,) = (data_dir / "cache").iterdir()
-    return file
-
-
 @pytest.fixture
-def cached(folder, data_dir, monkeypatch):
-    """A folder that has been loaded once, as a function that loads it again and says whether that decoded."""
-    first = load_images(folder, data_dir=data_dir, progress=False)
-    decoded, decode = [], folders._decode
-    monkeypatch.setattr(folders, "_decode", lambda *arguments: decoded.append(1) or decode(*arguments))
-
-    def load(**options):
-        decoded.clear()
-        again = load_images(folder, data_dir=data_dir, progress=False, **options)
-        return again, bool(decoded)
-
-    load.first = first
-    return load
+def decoded(monkeypatch):
+    """A list that grows by one whenever a folder is decoded."""
+    calls, decode = [], folders._decode
+    monkeypatch.setattr(folders, "_decode", lambda *arguments: calls.append(1) or decode(*arguments))
+    return calls
 
 
-def test_the_second_call_takes_the_same_images_from_the_cache_without_decoding(cached):
-    again, decoded = cached()
-    assert not decoded
-    assert torch.equal(again.images, cached.first.images) and torch.equal(again.labels, cached.first.labels)
-    assert again.classes == cached.first.classes
+def test_second_call_reads_the_cache_and_may_change_it(folder, load, decoded):
+    first, again = load(folder), load(folder)
+    assert len(decoded) == 1
+    assert torch.equal(again.images, first.images) and torch.equal(again.labels, first.labels)
+    again.images.zero_()
+    assert torch.equal(load(folder).images, first.images) and len(decoded) == 1
 
 
-def test_other_options_are_not_served_from_the_cache_of_these(cached):
-    for options in ({"image_size": 4}, {"num_channels": 1}, {"split": "test"}):
-        assert cached(**options)[1], options
-        assert not cached(**options)[1], options
+def test_each_choice_of_options_has_its_own_cache(folder, load, decoded):
+    choices = ({}, {"image_size": 4}, {"num_channels": 1}, {"split": "test"})
+    for _ in range(2):
+        for options in choices:
+            load(folder, **options)
+    assert len(decoded) == 4
 
 
-def test_a_file_that_is_changed_added_renamed_or_removed_is_noticed(cached, folder):
+def test_changed_added_renamed_or_removed_file_is_noticed(folder, load, decoded, cache):
+    load(folder)
     picture = folder / "train" / "cat" / "0.png"
     before = picture.stat()
     save_picture(picture, np.full((8, 8, 3), 9, np.uint8))
     os.utime(picture, ns=(before.st_atime_ns, before.st_mtime_ns))  # another size tells
-    again, decoded = cached()
-    assert decoded and again.images[0].max() == 9
+    assert load(folder).images[0].max() == 9
     os.utime(picture, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
-    assert cached()[1]
+    load(folder)
+    picture.chmod(0o600)
+    load(folder)
     save_picture(folder / "train" / "cat" / "7.png", noise(8, 8, 3))
-    again, decoded = cached()
-    assert decoded and len(again) == 7
+    assert len(load(folder)) == 7
     (folder / "train" / "cat" / "7.png").rename(folder / "train" / "dog" / "7.png")
-    again, decoded = cached()
-    assert decoded and again.labels.tolist() == [0, 0, 0, 1, 1, 1, 1]
+    assert load(folder).labels.tolist() == [0, 0, 0, 1, 1, 1, 1]
     (folder / "train" / "dog" / "7.png").unlink()
-    again, decoded = cached()
-    assert len(again) == 6
+    assert len(load(folder)) == 6
+    assert len(decoded) == 7 and len(list(cache.iterdir())) == 1, "a later state takes the place of an earlier one"
 
 
-def test_another_folder_of_the_same_name_and_files_has_its_own_cache(tmp_path, data_dir):
+def test_folders_of_one_name_have_their_own_caches(tmp_path, load, cache):
     for parent in ("one", "two"):
         root, _ = make_folder(tmp_path / parent / "pets")
         for file in root.rglob("*.png"):
             os.utime(file, (1, 1))
-        load_images(root, data_dir=data_dir, progress=False)
-    assert len(list((data_dir / "cache").iterdir())) == 2
+        load(root)
+    assert len(list(cache.iterdir())) == 2
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda content: content[:-7],
-        lambda content: b"",
-        lambda content: b"no safetensors file at all",
-        lambda content: content[:-20] + bytes(20),
-        lambda content: content.replace(b"crc32", b"crc23"),
-    ],
-    ids=["cut short", "empty", "garbage", "other pixels", "other header"],
-)
-def test_a_damaged_cache_file_is_rebuilt(cached, data_dir, damage):
-    file = only_cache_file(data_dir)
+@pytest.mark.parametrize("damage", [lambda content: content[:-7], lambda content: b"", lambda content: b"no such file"])
+def test_damaged_cache_file_is_rebuilt(folder, load, decoded, cache, damage):
+    first = load(folder)
+    (file,) = cache.iterdir()
     file.write_bytes(damage(file.read_bytes()))
-    again, decoded = cached()
-    assert decoded and torch.equal(again.images, cached.first.images)
-    assert not cached()[1] and only_cache_file(data_dir) == file
+    for _ in range(2):
+        assert torch.equal(load(folder).images, first.images)
+    assert len(decoded) == 2
 
 
-def test_changing_loaded_images_leaves_the_cache_as_it_was(cached):
-    again, _ = cached()
-    again.images.zero_()
-    assert torch.equal(cached()[0].images, cached.first.images) and not cached()[1]
-
-
-def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(folder, tmp_path, capsys):
+def test_cache_that_cannot_be_written_stops_nothing(folder, load, tmp_path, capsys):
     (tmp_path / "file").write_text("where the data folder should be")
-    assert len(load_images(folder, data_dir=tmp_path / "file", progress=False)) == 6
+    assert len(load(folder, data_dir=tmp_path / "file")) == 6
     assert "not cached" in capsys.readouterr().out
-
-
-def test_a_failed_load_leaves_nothing_in_the_cache(folder, data_dir):
-    (folder / "train" / "cat" / "0.png").write_text("broken")
-    with pytest.raises(ValueError):
-        load_images(folder, data_dir=data_dir, progress=False)
-    assert not list(data_dir.rglob("*"))
-
-
-def test_of_several_states_of_a_folder_the_last_is_kept_and_other_caches_stay(tmp_path, data_dir):
-    root, _ = make_folder(tmp_path / "one" / "pets [of *]")
-    other, _ = make_folder(tmp_path / "two" / "pets [of *]")
-    for options in ({}, {"image_size": 4}, {"split": "test"}):
-        load_images(root, data_dir=data_dir, progress=False, **options)
-    load_images(other, data_dir=data_dir, progress=False)
-    cache = data_dir / "cache"
-    others = {file.name for file in cache.iterdir()}
-    for number in range(3):
-        save_picture(root / "train" / "cat" / f"new {number}.png", noise(8, 8, 3))
-        assert len(load_images(root, data_dir=data_dir, progress=False)) == 7 + number
-        assert len(list(cache.iterdir())) == 4
-    assert len(others & {file.name for file in cache.iterdir()}) == 3
-
-
-def test_what_a_killed_process_left_of_a_cache_file_is_removed_but_not_what_another_is_writing(
-    cached, folder, data_dir
-):
-    file = only_cache_file(data_dir)
-    left, written = (
-        (file.with_name(f".{file.name}.{number}-1.part"), file.with_name(f".tmp{number}")) for number in "78"
-    )
-    for unfinished in (*left, *written):
-        unfinished.write_bytes(b"half")
-    for unfinished in left:
-        os.utime(unfinished, (time.time() - 7200,) * 2)
-    file.unlink()
-    assert cached()[1]
-    assert set(file.parent.iterdir()) == {file, *written}
-
-
-def test_a_cache_file_that_does_not_fit_is_rebuilt_even_if_its_checksum_is_right(cached, data_dir):
-    file = only_cache_file(data_dir)
-    good = load_file(file)
-    for change in (
-        {"images": good["images"][1:]},
-        {"images": good["images"].float()},
-        {"images": good["images"].flatten(1)},
-        {"kept": good["kept"].long()},
-        {"kept": good["kept"][1:], "images": good["images"][1:]},
-        {"kept": torch.zeros(6, dtype=torch.bool), "images": good["images"][:0]},
-        {"more": torch.zeros(1)},
-    ):
-        tensors = {name: tensor.contiguous() for name, tensor in (good | change).items()}
-        checksum = str(zlib.crc32(tensors["kept"].numpy(), zlib.crc32(tensors["images"].numpy())))
-        save_file(tensors, file, metadata={"crc32": checksum})
-        again, _ = cached()
-        assert torch.equal(again.images, cached.first.images), change
-        assert torch.equal(again.labels, cached.first.labels)
-
-
-@pytest.mark.parametrize("size", [0, 500])
-def test_a_full_disk_leaves_no_half_cache_file_and_the_one_before(cached, folder, data_dir, capsys, size):
-    resource = pytest.importorskip("resource", reason="Windows has no limits on the size of files")
-    file, limits = only_cache_file(data_dir), resource.getrlimit(resource.RLIMIT_FSIZE)
-    save_picture(folder / "train" / "cat" / "9.png", noise(8, 8, 3))
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-        again, decoded = cached()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert decoded and len(again) == 7
-    assert "not cached" in capsys.readouterr().out and only_cache_file(data_dir) == file
-    assert cached()[1] and not cached()[1], "with room again it is cached"
 
 
 def load_apart(folder, data_dir):
     load_images(folder, data_dir=data_dir, progress=False)
 
 
-def test_processes_and_threads_that_decode_the_same_folder_at_once_do_not_spoil_it(herd, data_dir, tmp_path):
+def test_processes_that_decode_at_once_do_not_spoil_the_cache(herd, load, cache, tmp_path):
     logs = [tmp_path / f"{number}.log" for number in range(2)]
-    processes = [children.start(load_apart, herd, data_dir, log=log) for log in logs]
-    results = []
-    threads = [
-        threading.Thread(target=lambda: results.append(load_images(herd, data_dir=data_dir, progress=False)))
-        for _ in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    processes = [children.start(load_apart, herd, cache.parent, log=log) for log in logs]
+    first = load(herd)
     for process in processes:
         process.join(120)
     assert [process.exitcode for process in processes] == [0, 0], [log.read_text() for log in logs]
     assert [log.read_text() for log in logs] == ["", ""], "each has been able to cache what it decoded"
-    first = results[0]
-    assert len(results) == 4 and all(torch.equal(other.images, first.images) for other in results)
-    only_cache_file(data_dir)
-    assert torch.equal(load_images(herd, data_dir=data_dir, progress=False).images, first.images)
+    assert len(list(cache.iterdir())) == 1 and torch.equal(load(herd).images, first.images)
 
 
 # --- what ciFAIR kept ----------------------------------------------------------------------------------------------
@@ -841,20 +759,20 @@ def make_cifar10_folder(root, test_files):
     return root
 
 
-def test_folder_with_cifars_own_names_knows_what_cifair_kept(tmp_path, data_dir):
+def test_folder_with_cifars_own_names_knows_what_cifair_kept(tmp_path, load):
     files = ["dog/pekingese_s_000608.png", "dog/pug_s_000001.png", "cat/pekingese_s_000608.png"]
     root = make_cifar10_folder(tmp_path / "part", files)
-    test = load_images(root, "test", data_dir=data_dir, progress=False)
+    test = load(root, "test")
     assert test.kept.tolist() == [True, False, True]  # cat, dog, dog: flagged is a file of its class
     assert test.subset([1, 0]).kept.tolist() == [False, True] and test.to("cpu").kept is not None
-    assert load_images(root, "train", data_dir=data_dir, progress=False).kept is None
+    assert load(root).kept is None
 
 
-def test_folder_with_other_names_or_classes_knows_nothing_of_cifair(tmp_path, data_dir, folder):
+def test_folder_with_other_names_or_classes_knows_nothing_of_cifair(tmp_path, load, folder):
     files = ["dog/pekingese_s_000608.png", "cat/my cat.png"]
     root = make_cifar10_folder(tmp_path / "own", files)
-    assert load_images(root, "test", data_dir=data_dir, progress=False).kept is None
-    assert load_images(folder, "test", data_dir=data_dir, progress=False).kept is None
+    assert load(root, "test").kept is None
+    assert load(folder, "test").kept is None
 
 
 # --- validation split ----------------------------------------------------------------------------------------------
@@ -957,8 +875,8 @@ def test_channel_statistics_refuse_floats_and_nothing(images):
 
 @needs_real_images
 @pytest.mark.parametrize(("name", "classes"), [("cifar100", 100), ("cifar10", 10)])
-def test_real_photographs_load_with_the_classes_of_their_folders(name, classes, data_dir):
-    loaded = load_images(REAL / name, "test", data_dir=data_dir, progress=False)
+def test_real_photographs_load_with_the_classes_of_their_folders(name, classes, load):
+    loaded = load(REAL / name, "test")
     assert loaded.images.shape == (1000, 3, 32, 32)
     assert loaded.classes == tuple(sorted(path.name for path in (REAL / name / "train").iterdir()))
     assert torch.bincount(loaded.labels).tolist() == [1000 // classes] * classes
@@ -983,7 +901,7 @@ def test_images_are_drawn_evenly_and_smaller_draws_are_part_of_larger_ones():
     assert len({tuple(drawn.images.flatten().tolist()) for drawn in draws.values()}) > 1
 
 
-@pytest.mark.parametrize("count", [0, -2, 3, 8, 2.0, "2", None])
+@pytest.mark.parametrize("count", [0, -2, 3, 8])
 def test_images_that_cannot_be_drawn_evenly_are_refused(count):
     with pytest.raises(ValueError) as refused:
         draw_evenly(seven_images_of_two_classes(), count)

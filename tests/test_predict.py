@@ -59,6 +59,8 @@ def images(tmp_path_factory) -> list[Path]:
     Image.fromarray(deep).save(place / "5.png")
     Image.fromarray(deep).save(place / "6.png", exif=turned)
     colour.convert("L").convert("1").resize((3, 5)).save(place / "7.png")
+    (place.parent / "b").mkdir()  # a data set has two classes
+    colour.convert("RGB").save(place.parent / "b" / "0.png")
     return sorted(place.iterdir())
 
 
@@ -93,7 +95,7 @@ def broken(tmp_path, images) -> dict[Path, str]:
 @pytest.mark.parametrize("num_channels", [1, 3])
 def test_a_picture_is_read_as_load_images_reads_it(images, num_channels):
     folder = images[0].parents[2]
-    loaded = load_images(folder, image_size=8, num_channels=num_channels, progress=False).images.numpy()
+    loaded = load_images(folder, image_size=8, num_channels=num_channels, progress=False).images.numpy()[: len(images)]
     assert loaded.shape == (len(images), num_channels, 8, 8)
     for path, expected in zip(images, loaded, strict=True):
         np.testing.assert_array_equal(read_image(path, 8, num_channels), expected, err_msg=str(path))
@@ -151,6 +153,7 @@ def test_files_are_predicted_as_the_images_of_a_folder_are(images, batch_size, n
     model = tiny_model(num_channels=num_channels)
     card = card_of(model)
     data = load_images(images[0].parents[2], image_size=8, num_channels=num_channels, progress=False)
+    data = data.subset(slice(len(images)))
     expected = predict(model, data.images, card).softmax(dim=1)
     found = list(predict_files(model, card, images, batch_size=batch_size))
     assert [prediction.path for prediction in found] == [str(path) for path in images]

@@ -1,53 +1,75 @@
-"""Image files as a model takes them; and folders of them, ``train/<class>/*`` and ``test/<class>/*``: listed, decoded
-in parallel, cached.
+"""Image files as a model takes them, and folders of them: listed, decoded in threads, cached.
 
-The files may come from anywhere. Nothing in them is run, nothing outside the folder is listed, and a file that cannot
-be read costs that one image, unless there are too many of them (``MOST_UNREADABLE``).
+The files may come from anywhere. Nothing in them is run, no link inside a class folder is followed out of it, and a
+file that cannot be read costs that one image, unless there are too many of them (``MOST_UNREADABLE``).
 """
 
 import functools
-import glob
 import hashlib
 import json
 import math
 import os
-import time
-import zlib
-from collections.abc import Callable
+import re
+import unicodedata
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vitlib.utils import atomic_write, cache_dir, import_torchvision, printable, progress_bar
+from vitlib.utils import atomic_write, cache_dir, printable, progress_bar
 
-CACHE_VERSION = 3  # to be raised when the same files and options come to give other pixels
+CACHE_VERSION = 4  # raise it when the same files and options come to give other pixels
 MOST_UNREADABLE = 0.1  # of a folder's images; more are no accident, and leaving them out would change the data set
-NAMED = 10  # unreadable files that a message names; it counts all
-# Pillow knows far more formats, hardly used and hardly tested ones among them, and hands EPS to Ghostscript, which runs
-# what is written in it. It goes by the content of a file, not by its name.
+NAMED = 10  # files that a message names; it counts all
+# Pillow knows far more formats, some of them hardly tested, and hands EPS to Ghostscript, which runs the program in it.
+# It goes by the content of a file, not by its name.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+# A file that cannot be read counts as an image if its name ends like one, also like one in a format that is not read.
+IMAGE_NAME = re.compile(
+    r".+\.(jpe?g|jpe|jfif|a?png|webp|gif|bmp|dib|tiff?|p[pgbn]m|avif|hei[cf]|jxl|jp2|j2k|svg|ico|psd|tga|pcx|eps|dcm|"
+    r"raw|dng|cr[23]|nef|arw|orf|rw2|raf)",
+    re.IGNORECASE | re.DOTALL,
+)
+SYSTEM_NAME = re.compile(  # of hidden files, and of what systems and network disks leave in folders
+    r"\..*|__macosx|@eadir|@recycle|@recently-snapshot|@__thumb|@tmp|#recycle|#snapshot|\$recycle\.bin|recycle[rd]|"
+    r"system volume information|network trash folder|temporary items|lost\+found|found\.\d{3}|icon\r|desktop\.ini|"
+    r"(eh)?thumbs(_vista)?\.db|__pycache__",
+    re.IGNORECASE | re.DOTALL,
+)
+SPLIT_NAMES = {"train": ("train", "training"), "test": ("test", "testing", "val", "valid", "validation")}
+TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
+
+# ---------- One file ----------
+
+
+class UnknownFormat(ValueError):
+    """A file that does not begin like an image of one of the ``FORMATS``."""
 
 
 def read_image(path: str | os.PathLike, image_size: int | None = None, num_channels: int = 3) -> np.ndarray:
-    """One image file as uint8 ``[C, H, W]``, just as ``load_images`` gives the images of a folder: turned upright, in
-    RGB (3 channels) or grey (1), and with ``image_size`` scaled and cut to a square of that side.
+    """Return an image file as uint8 [C, H, W], just as ``load_images`` gives the images of a folder.
 
-    CMYK, palettes and transparency are converted, 16 bits of grey become the upper 8, and of an animation or of several
-    pages the first picture is taken. Formats: ``FORMATS``, by the content of the file.
+    It is turned upright, converted to RGB (3 channels) or grey (1), and with ``image_size`` scaled and cut to a square
+    of that side. CMYK, palettes and transparency are converted, 16 bits of grey become the upper 8. Of an animation or
+    of several pages the first picture is taken. Formats: ``FORMATS``, by the content of the file.
 
     Raises:
         OSError: for a missing path, a folder, or a file that may not be read.
-        ValueError: for a file that is no image, is damaged, holds numbers that are no 8 or 16 bits, or holds more than
-            twice ``PIL.Image.MAX_IMAGE_PIXELS``, about 179 million, pixels. Either message is one sentence with the
-            file, the reason and the way out.
+        ValueError: for a file that is no image, is damaged, has pixels of 32 bits, or has more than twice
+            ``PIL.Image.MAX_IMAGE_PIXELS``, about 179 million, pixels.
     """
+    return _read(path, image_size, num_channels)[0]
+
+
+def _read(path: str | os.PathLike, image_size: int | None, num_channels: int) -> tuple[np.ndarray, int]:
+    """Return the image, and the largest value in a file of 16-bit grey, 0 for any other file."""
     name = printable(path)
     if os.path.isdir(path):
         raise IsADirectoryError(f"{name} is a folder; name the images in it, for instance {Path(name, '*.jpg')}.")
@@ -55,290 +77,308 @@ def read_image(path: str | os.PathLike, image_size: int | None = None, num_chann
         raise FileNotFoundError(f"{name} does not exist; check the path.")
     if not os.path.isfile(path):  # reading from a pipe would wait for ever
         raise OSError(f"{name} is a device or a pipe; store the image in a file.")
+    if os.path.getsize(path) == 0:
+        raise UnknownFormat(f"{name} is empty; copy or download it again.")
     try:
         with Image.open(path, formats=_formats()) as picture:
-            if picture.mode == "F" or (picture.mode == "I" and picture.format == "TIFF"):  # other formats' I: 16 bits
-                raise _WrongNumbers
-            return _pixels(picture, image_size, num_channels)
+            if picture.mode != "F" and (picture.mode, picture.format) != ("I", "TIFF"):  # other formats' I: 16 bits
+                return _pixels(picture, image_size, num_channels)
+        problem = "has pixels of 32 bits; store it with 8 or 16 bits"
     except PermissionError as error:
         raise PermissionError(f"{name} may not be read; change its permissions.") from error
     except UnidentifiedImageError as error:
-        if os.path.getsize(path) == 0:
-            raise ValueError(f"{name} is empty; copy or download it again.") from error
-        raise ValueError(f"{name} is not an image of a known format; convert it to JPEG or PNG.") from error
-    except _WrongNumbers as error:
-        raise ValueError(f"{name} holds numbers of 32 bits for pixels; store it with 8 or 16 bits.") from error
-    except (Image.DecompressionBombError, MemoryError) as error:
-        raise ValueError(f"{name} has too many pixels to be decoded safely; scale it down first.") from error
+        raise UnknownFormat(f"{name} is not an image of a known format; convert it to JPEG or PNG.") from error
+    except (Image.DecompressionBombError, MemoryError):
+        problem = "has too many pixels to be decoded safely; scale it down first"
     except Exception as error:  # a damaged file can make PIL raise almost anything
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ValueError(f"{name} is damaged ({reason:.100}); copy or download it again.") from error
-
-
-class _WrongNumbers(Exception):
-    """A picture whose values are not known to run from 0 to 255 or 65535, so that no shade can be given to them."""
+        problem = f"is damaged ({reason:.100}); copy or download it again"
+    raise ValueError(f"{name} {problem}.")
 
 
 @functools.cache
 def _formats() -> list[str]:
-    """Those of ``FORMATS`` that this Pillow was built with; it would stop at the name of another."""
+    """Return those of ``FORMATS`` that this Pillow was built with; it would stop at the name of another."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def load_folder(
-    folder: Path,
-    split: str,
-    data_dir: str | os.PathLike | None,
-    image_size: int | None,
-    num_channels: int,
-    progress: bool,
-) -> tuple[Tensor, Tensor, tuple[str, ...], list[Path]]:
-    """Images uint8 [N, C, H, W], labels int64 [N], class names and files of one split; options as in ``load_images``.
-
-    Images that cannot be read are left out, and a line on stdout counts and names them.
-
-    Raises:
-        ValueError: if more than ``MOST_UNREADABLE`` of the images cannot be read, or all of a class in train/; for
-            images that differ in size or would not fit into memory, and for classes that train/ lacks.
-        OSError: for a missing train or test folder, or one that may not be read.
-    """
-    folder = folder.resolve()
-    paths, labels, classes = _list_pictures(folder, split)
-
-    def read(index: int) -> np.ndarray | str:
-        try:
-            return read_image(paths[index], image_size, num_channels)
-        except (ValueError, OSError) as error:
-            return str(error)
-
-    cache = _cache_file(folder, split, paths, data_dir, image_size, num_channels)
-    images, kept = _read_cache(cache, len(paths))
-    left_out = {index: read(index) for index in torch.nonzero(~kept).flatten().tolist()}
-    if images is None or not all(isinstance(found, str) for found in left_out.values()):  # some can be read by now
-        images, left_out = _decode(read, paths, progress)
-        kept = torch.ones(len(paths), dtype=torch.bool)
-        kept[list(left_out)] = False
-        _check_left_out(left_out, paths, labels, classes if split == "train" else ())
-        _write_cache(cache, images, kept)
-    if left_out:
-        print(f"{_summary(left_out, paths)}; the rest is used.")
-    return images, labels[kept], classes, [path for path, is_kept in zip(paths, kept.tolist(), strict=True) if is_kept]
-
-
-def class_names(folder: Path) -> tuple[str, ...]:
-    """The names of the class folders. Hidden folders, such as Jupyter's checkpoints, are no classes."""
-    try:
-        names = [item.name for item in folder.iterdir() if item.is_dir()] if folder.is_dir() else []
-    except PermissionError as error:
-        raise PermissionError(f"{folder} may not be read; change its permissions.") from error
-    classes = tuple(sorted(name for name in names if not name.startswith(".")))
-    if not classes:
-        raise FileNotFoundError(
-            f"{folder} does not exist or holds no class folders; "
-            "a data set is a folder with the images in train/<class>/* and test/<class>/*."
-        )
-    return classes
-
-
-def _list_pictures(folder: Path, split: str) -> tuple[list[Path], Tensor, tuple[str, ...]]:
-    """Paths, labels int64 [N] and classes of one split, in the order of the names."""
-    classes = class_names(folder / "train")
-    unknown = sorted(set(class_names(folder / split)) - set(classes))
-    if unknown:
-        raise ValueError(
-            f"{folder / split} holds classes that train/ lacks: {', '.join(map(printable, unknown))}; "
-            "add them there or remove them."
-        )
-    extensions = import_torchvision().datasets.folder.IMG_EXTENSIONS
-    paths, targets = [], []
-    for index, name in enumerate(classes):
-        if (folder / split).is_relative_to((folder / split / name).resolve()):
-            raise ValueError(f"{printable(folder / split / name)} is a link that leads back up; remove it.")
-        found = _pictures(folder / split / name, extensions)
-        paths += found
-        targets += [index] * len(found)
-    empty = sorted(set(classes) - {classes[target] for target in targets})
-    if empty == sorted(classes) or (empty and split == "train"):
-        raise ValueError(
-            f"{folder / split} holds no images of {', '.join(map(printable, empty))}; "
-            f"add files that end in {', '.join(extensions)}, or remove the class."
-        )
-    return paths, torch.tensor(targets), classes
-
-
-def _pictures(folder: Path, extensions: tuple[str, ...]) -> list[Path]:
-    """The image files in a class folder and the folders in it, in the order of their names.
-
-    A class folder may be a link, and so may a file. A link to a folder further inside is not followed: it could lead
-    back up, so that images are counted twice or test images get among those for training, or out into the whole disk.
-    What is hidden is passed over: Jupyter and macOS leave copies that end like images.
-    """
-
-    def refuse(error):
-        if not isinstance(error, FileNotFoundError):  # test/ need not have every class
-            raise OSError(f"{printable(error.filename)} cannot be read ({error.strerror}); change its permissions.")
-
-    listed = []
-    for here, inside, files in os.walk(folder, onerror=refuse):
-        inside[:] = [name for name in inside if not name.startswith(".")]
-        names = (name for name in files if Path(name).suffix.lower() in extensions and not name.startswith("."))
-        listed.append((here, sorted(names)))
-    return [Path(here, name) for here, names in sorted(listed) for name in names]
-
-
-def _decode(
-    read: Callable[[int], np.ndarray | str], paths: list[Path], progress: bool
-) -> tuple[Tensor | None, dict[int, str]]:
-    """Decode image files in threads: PIL lets go of Python's lock while it works.
-
-    Args:
-        read: gives the pixels of the image with this index, or says why they cannot be read.
-
-    Returns:
-        The readable images, uint8 [at most N, C, H, W], None if there are none; and what was said of the others.
-    """
-    images, first, count, left_out = None, None, 0, {}
-    pool = ThreadPoolExecutor()
-    try:
-        decoded = pool.map(read, range(len(paths)))
-        decoded = progress_bar(decoded, total=len(paths), description="decoding images", show=progress)
-        for index, pixels in enumerate(decoded):
-            if isinstance(pixels, str):
-                left_out[index] = pixels
-                continue
-            if images is None:  # filled as the images come: a list of them and its copy would take twice the memory
-                images, first = _room(len(paths), pixels.shape), paths[index]
-            if pixels.shape != images.shape[1:]:
-                raise ValueError(
-                    f"the images differ in size: {printable(first)} has {images.shape[3]}x{images.shape[2]} "
-                    f"pixels and {printable(paths[index])} {pixels.shape[2]}x{pixels.shape[1]} pixels; "
-                    "give image_size, for instance image_size=32, to bring all to one size."
-                )
-            images[count] = pixels
-            count += 1
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return None if images is None else torch.from_numpy(images[:count]), left_out
-
-
-def _room(count: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Memory for so many decoded images. A system that has less often gives it all the same and ends the process later,
-    without a word."""
-    size = count * math.prod(shape)
-    known = "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ())  # not under Windows, whose numpy refuses by itself
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if known else math.inf
-    try:
-        if size < memory:
-            return np.empty((count, *shape), np.uint8)
-    except MemoryError:
-        pass
-    raise ValueError(
-        f"{count} decoded images of {shape[2]}x{shape[1]} pixels take {size / 1e9:.1f} GB, more than the memory of "
-        "this machine; give image_size, for instance image_size=224, to make them smaller."
-    )
-
-
-def _check_left_out(left_out: dict[int, str], paths: list[Path], labels: Tensor, needed: tuple[str, ...]) -> None:
-    """Refuse a folder of which too much cannot be read, or all of one of the ``needed`` classes."""
-    if len(left_out) > MOST_UNREADABLE * len(paths):
-        raise ValueError(f"{_summary(left_out, paths)}; at most {MOST_UNREADABLE:.0%} may be left out.")
-    readable = {label for index, label in enumerate(labels.tolist()) if index not in left_out}
-    lost = [name for label, name in enumerate(needed) if label not in readable]
-    if lost:
-        raise ValueError(f"{_summary(left_out, paths)}; no image of {', '.join(map(printable, lost))} is left.")
-
-
-def _summary(left_out: dict[int, str], paths: list[Path]) -> str:
-    """How many images cannot be read, which, and what to do about the first."""
-    names = [printable(paths[index]) for index in left_out]
-    reason = next(iter(left_out.values())).removeprefix(names[0]).rstrip(".")
-    others = f" and {len(names) - NAMED} others" if len(names) > NAMED else ""
-    return f"{len(names)} of {len(paths)} images cannot be read: {', '.join(names[:NAMED])}{others} (the first{reason})"
-
-
-def _pixels(picture: Image.Image, image_size: int | None, num_channels: int) -> np.ndarray:
-    """One picture as uint8 [C, H, W]: turned upright, in RGB or grey, and if asked scaled and cut to a square."""
-    picture = ImageOps.exif_transpose(picture)
+def _pixels(picture: Image.Image, image_size: int | None, num_channels: int) -> tuple[np.ndarray, int]:
+    picture.load()
+    with suppress(Exception):  # not ImageOps.exif_transpose, which stops at a malformed tag, whatever it is about
+        orientation = picture.getexif().get(ExifTags.Base.Orientation)
+        picture = picture.transpose(Image.Transpose[dict(enumerate(TURNS, 2))[orientation]])
+    largest = 0
     if picture.mode.startswith("I"):  # 16 bits of grey: convert() would cut everything above 255 off to white
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+        values = np.asarray(picture)
+        largest = int(values.max())
+        picture = Image.fromarray((values >> 8).astype(np.uint8))
     if picture.mode == "P" and "transparency" in picture.info:  # the same pixels, but PIL asks for this step
         picture = picture.convert("RGBA")
     picture = picture.convert("RGB" if num_channels == 3 else "L")
     if image_size is not None:
         picture = ImageOps.fit(picture, (image_size, image_size), Image.Resampling.BICUBIC)
-    return np.asarray(picture).reshape(picture.height, picture.width, num_channels).transpose(2, 0, 1)
+    return np.asarray(picture).reshape(picture.height, picture.width, num_channels).transpose(2, 0, 1), largest
 
 
 def refit(images: Tensor, image_size: int | None, num_channels: int) -> Tensor:
-    """RGB images of a named source in another size or in grey, just as images of a folder would be."""
-    size = image_size or images.shape[-1]
-    if (num_channels, size) == (3, images.shape[-1]):
+    """Return RGB images of a named source in another size or in grey, just as images of a folder would be."""
+    if num_channels == 3 and image_size in (None, images.shape[-1]):
         return images
-    refitted = np.empty((len(images), num_channels, size, size), np.uint8)
-    for index, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
-        refitted[index] = _pixels(Image.fromarray(image), size, num_channels)
-    return torch.from_numpy(refitted)
+    pictures = map(Image.fromarray, images.permute(0, 2, 3, 1).numpy())
+    return torch.from_numpy(np.stack([_pixels(picture, image_size, num_channels)[0] for picture in pictures]))
 
 
-def _cache_file(folder: Path, split: str, paths: list[Path], data_dir: str | os.PathLike | None, *options) -> Path:
-    """Where the decoded images are kept: a name of the folder, a key of what was asked for, a key of its files."""
-    asked = _key(str(folder), split, options)
-    files = _key(CACHE_VERSION, [(str(path.relative_to(folder)), *_state(path)) for path in paths])
-    return cache_dir(data_dir) / "cache" / f"{folder.name}-{asked}-{files}.safetensors"
+# ---------- Which files ----------
 
 
-def _key(*parts) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+def find_splits(folder: Path) -> tuple[Path, list[Path]]:
+    """Return the folder with the classes for training, and those for testing, the first of which is to be used.
+
+    They have a name of ``SPLIT_NAMES``, in small or capital letters. A folder without splits holds the classes itself
+    and is returned as the one for training.
+
+    Raises:
+        FileNotFoundError: for a folder that has neither splits nor classes.
+    """
+    named = {name.lower(): folder / name for name in _folders(folder)}
+    trains, tests = ([named[name] for name in names if name in named] for names in SPLIT_NAMES.values())
+    train, used = next(filter(_folders, trains), None), list(filter(_folders, tests))
+    if train:
+        return train, used
+    if not (used or (trains and tests)) and len(named) > len(trains + tests):
+        return folder, []
+    raise FileNotFoundError(
+        f"{printable(trains[0] if trains else folder / 'train')} does not exist or holds no class folders; a data set "
+        "is a folder with the images in train/<class>/* and test/<class>/*, or in <class>/*."
+    )
 
 
-def _state(path: Path) -> tuple[int, int]:
-    """Size and time of the last change, which tell that a file has become another."""
+def list_files(place: Path, train: Path) -> tuple[list[Path], Tensor, tuple[str, ...]]:
+    """Return paths, labels int64 [N] and classes of the split in ``place``, whose classes are the folders in ``train``.
+
+    The files come in the order of class, folder and name; whether one is an image shows when it is opened. Names of
+    classes are compared and returned in Unicode NFC: a Mac writes them in NFD.
+
+    Raises:
+        ValueError: for folders that hold no data set: a single class, classes one level too deep.
+        OSError: for a folder that may not be read.
+    """
+    classes, folders = tuple(_class_folders(train)), _class_folders(place)
+    files = {name: [file for folder in folders[name] for file in _files(folder, place)] for name in folders}
+    inside = {name: _folders_in_place_of_images(folders[name], files[name]) for name in folders}
+    found = {name: f"{name} (in it: {_named(inside[name])})" if inside[name] else name for name in folders}
+    where = printable(place)
+    if unknown := [found[name] for name in folders if name not in classes]:
+        raise ValueError(f"{where} holds classes that train/ lacks: {_named(unknown)}; add them there or remove them.")
+    if len(classes) == 1:
+        raise ValueError(
+            f"{where} holds one class, {_named(list(found.values()))}, but there must be two to tell apart; add a "
+            "class, or name the folder that holds the class folders."
+        )
+    if len(both := set.intersection(*map(set, inside.values()))) > 1:
+        raise ValueError(
+            f"{where} holds no images in its folders {_named(list(folders))}, but in each of them the folders "
+            f"{_named(sorted(both))}; move the folders of the classes up by one level."
+        )
+    labels = torch.tensor([classes.index(name) for name in folders for _ in files[name]], dtype=torch.int64)
+    return [file for name in folders for file in files[name]], labels, classes
+
+
+def _check_classes(place: Path, classes: tuple[str, ...], labels: Tensor, all_needed: bool) -> None:
+    empty = sorted(set(classes) - {classes[label] for label in labels})
+    if len(empty) == len(classes) or (empty and all_needed):
+        raise ValueError(f"{printable(place)} holds no images of {_named(empty)}; add some, or remove the class.")
+
+
+def _class_folders(place: Path) -> dict[str, list[Path]]:
+    """Return the folders of each class, in the order of the classes' names; two folders may have one name in NFC."""
+    classes = {}
+    for name in _folders(place):
+        classes.setdefault(unicodedata.normalize("NFC", name), []).append(place / name)
+    return dict(sorted(classes.items()))
+
+
+def _folders(folder: Path) -> list[str]:
+    """Return the names of the folders in a folder that are neither hidden nor a system's, in their order."""
     try:
-        status = path.stat()
-    except OSError:  # a link to nothing is listed too, and found unreadable later
-        return 0, 0
-    return status.st_size, status.st_mtime_ns
+        return sorted(
+            item.name for item in os.scandir(folder) if item.is_dir() and not SYSTEM_NAME.fullmatch(item.name)
+        )
+    except PermissionError as error:
+        raise PermissionError(f"{printable(folder)} may not be read; change its permissions.") from error
 
 
-def _read_cache(cache: Path, count: int) -> tuple[Tensor | None, Tensor]:
-    """The images cached of ``count`` files, and which of the files they are of, bool [count]: None and all of them
-    where there is no cache or the file is damaged."""
+def _files(folder: Path, place: Path) -> list[Path]:
+    """Return the files in a class folder and in the folders in it, in the order of folder and name.
+
+    A class folder may be a link, and so may a file. A link to a folder further inside is not followed: it could lead
+    back up, so that images count twice or test images get among those for training, or out into the whole disk.
+    """
+
+    def refuse(error):
+        raise OSError(f"{printable(error.filename)} cannot be read ({error.strerror}); change its permissions.")
+
+    if place.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{printable(folder)} is a link that leads back up; remove it.")
+    listed = []
+    for here, inside, files in os.walk(folder, onerror=refuse):
+        inside[:] = [name for name in inside if not SYSTEM_NAME.fullmatch(name)]
+        listed.append((here, sorted(name for name in files if not SYSTEM_NAME.fullmatch(name))))
+    return [Path(here, name) for here, names in sorted(listed) for name in names]
+
+
+def _folders_in_place_of_images(folders: list[Path], files: list[Path]) -> list[str]:
+    """Return the folders with files in the folders of a class, if there are no images beside them."""
+    if any(file.parent in folders and IMAGE_NAME.fullmatch(file.name) for file in files):
+        return []
+    depth = len(folders[0].parts)
+    return sorted({file.parts[depth] for file in files if len(file.parts) > depth + 1})
+
+
+def _named(names: Sequence[str | Path]) -> str:
+    others = f" and {len(names) - NAMED} others" if len(names) > NAMED else ""
+    return ", ".join(map(printable, names[:NAMED])) + others
+
+
+# ---------- All of them ----------
+
+
+def load_folder(
+    place: Path,
+    train: Path,
+    data_dir: str | os.PathLike | None,
+    image_size: int | None,
+    num_channels: int,
+    progress: bool,
+) -> tuple[Tensor, Tensor, tuple[str, ...], list[Path]]:
+    """Return images uint8 [N, C, H, W], labels int64 [N], class names and files of the split in ``place``.
+
+    The classes are the folders in ``train``; the other options are as in ``load_images``. Images that cannot be read
+    and files that are no images are left out; a line on stdout counts and names them.
+
+    Raises:
+        ValueError: if more than ``MOST_UNREADABLE`` of the images cannot be read, or all of a class in train/; for
+            images that differ in size or would not fit into memory, and for what :func:`list_files` refuses.
+        OSError: for a folder that may not be read.
+    """
+    paths, labels, classes = list_files(place, train)
+    _check_classes(place, classes, labels, place == train)  # now, and again when what cannot be read is left out
+    cache, state = _cache_of(place, paths, data_dir, image_size, num_channels)
+    found = _read_cache(cache, state)
+    images, left_out, largest = found or _decode(paths, image_size, num_channels, progress)
+    used = [index for index in range(len(paths)) if str(index) not in left_out]
+    labels = labels[used]
+    _report(place, paths, left_out, largest)
+    _check_classes(place, classes, labels, place == train)
+    if place != train and len(labels.unique()) == 1:
+        print(f"All images in {printable(place)} are of one class, {printable(classes[labels[0]])}.")
+    if not found:
+        _write_cache(cache, state, images, left_out, largest)
+    return images, labels, classes, [paths[index] for index in used]
+
+
+def _report(place: Path, paths: list[Path], left_out: dict[str, str], largest: int) -> None:
+    """Say what is left out, and refuse a folder of which too much is."""
+    others = [paths[int(index)] for index, reason in left_out.items() if not reason]
+    unreadable = {paths[int(index)]: reason for index, reason in left_out.items() if reason}
+    if unreadable:
+        count, names = len(paths) - len(others), list(unreadable)
+        reason = unreadable[names[0]].removeprefix(printable(names[0])).rstrip(".")
+        text = f"{len(names)} of {count} images cannot be read: {_named(names)} (the first{reason})"
+        if len(names) > MOST_UNREADABLE * count:
+            raise ValueError(f"{text}; at most {MOST_UNREADABLE:.0%} may be left out.")
+        print(f"{text}; the rest is used.")
+    if others:
+        print(f"Files passed over, since they are no images: {_named(others)} ({len(others)} in all).")
+    if 0 < largest < 2**12:
+        print(
+            f"The 16-bit images in {printable(place)} have no value above {largest} of 65535 and come out nearly "
+            "black; scale their values to the whole range."
+        )
+
+
+def _decode(
+    paths: list[Path], image_size: int | None, num_channels: int, progress: bool
+) -> tuple[Tensor, dict[str, str], int]:
+    """Decode files in threads: PIL lets go of Python's lock while it works.
+
+    Returns:
+        The images, uint8 [at most N, C, H, W]; the reason for each index (as JSON has it) that is left out, "" for a
+        file that is no image; and the largest value in a file of 16-bit grey.
+    """
+
+    def read(path: Path) -> tuple[np.ndarray | str, int]:
+        try:
+            return _read(path, image_size, num_channels)
+        except (ValueError, OSError) as error:
+            is_image = not isinstance(error, UnknownFormat) or IMAGE_NAME.fullmatch(path.name)
+            return str(error) if is_image else "", 0
+
+    images, first, count, left_out, largest = np.empty((0, num_channels, 0, 0), np.uint8), None, 0, {}, 0
+    pool = ThreadPoolExecutor()
     try:
-        with safe_open(cache, framework="pt") as file:
-            images, kept = file.get_tensor("images"), file.get_tensor("kept")
-            expected = (file.metadata() or {}).get("crc32")
-        fits = (images.dtype, images.dim(), kept.dtype, kept.shape) == (torch.uint8, 4, torch.bool, (count,))
-        if fits and len(images) == kept.sum() and expected == _checksum(images, kept):
-            return images, kept
-    except (OSError, SafetensorError):
-        pass
-    return None, torch.ones(count, dtype=torch.bool)
+        decoded = progress_bar(pool.map(read, paths), total=len(paths), description="decoding images", show=progress)
+        for index, (pixels, brightest) in enumerate(decoded):
+            if isinstance(pixels, str):
+                left_out[str(index)] = pixels
+                continue
+            if first is None:  # filled as the images come: a list of them and its copy would take twice the memory
+                images, first = _room(len(paths), pixels.shape), paths[index]
+            if pixels.shape != images.shape[1:]:
+                raise ValueError(
+                    f"the images differ in size: {printable(first)} has {images.shape[3]}x{images.shape[2]} pixels and "
+                    f"{printable(paths[index])} {pixels.shape[2]}x{pixels.shape[1]} pixels; give image_size, for "
+                    "instance image_size=32, to bring all to one size."
+                )
+            images[count] = pixels
+            count, largest = count + 1, max(largest, brightest)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return torch.from_numpy(images[:count]), left_out, largest
 
 
-def _write_cache(cache: Path, images: Tensor, kept: Tensor) -> None:
-    """Cache the images, and remove what was cached for an earlier state of the same folder's files."""
+def _room(count: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Return memory for so many images. Linux would grant more than it has, and later end the process."""
+    size, known = count * math.prod(shape), "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ())  # not under Windows
+    if known and size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        raise ValueError(
+            f"{count} decoded images of {shape[2]}x{shape[1]} pixels take {size / 1e9:.1f} GB, more than the memory of "
+            "this machine; give image_size, for instance image_size=224, to make them smaller."
+        )
+    return np.empty((count, *shape), np.uint8)
+
+
+# ---------- Cache: one file for each split and choice of options, valid for one state of the image files ----------
+
+
+def _cache_of(place: Path, paths: list[Path], data_dir: str | os.PathLike | None, *options) -> tuple[Path, str]:
+    """Return the cache file, and a key of names, sizes, times and permissions of the image files."""
+
+    def state(path: Path) -> tuple:
+        with suppress(OSError):  # a link to nothing is listed too, and found unreadable later
+            status = path.stat()
+            return ascii(path), status.st_size, status.st_mtime_ns, status.st_mode
+        return (ascii(path),)
+
+    asked, files = (
+        hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+        for parts in ((ascii(place), options), (CACHE_VERSION, [state(path) for path in paths]))
+    )
+    return cache_dir(data_dir) / "cache" / f"{place.parent.name}-{place.name}-{asked}.safetensors", files
+
+
+def _read_cache(cache: Path, state: str) -> tuple[Tensor, dict[str, str], int] | None:
+    with suppress(OSError, SafetensorError), safe_open(cache, framework="pt") as file:
+        metadata = file.metadata() or {}
+        if metadata.get("state") == state:
+            return file.get_tensor("images"), *json.loads(metadata["notes"])
+    return None
+
+
+def _write_cache(cache: Path, state: str, images: Tensor, *notes) -> None:
     try:
         with atomic_write(cache) as temporary:
-            save_file({"images": images, "kept": kept}, temporary, metadata={"crc32": _checksum(images, kept)})
+            save_file({"images": images}, temporary, metadata={"state": state, "notes": json.dumps(notes)})
     except (OSError, SafetensorError) as error:  # a full or read-only disk is no reason to stop
         print(f"The decoded images are not cached and will be decoded again next time ({error}).")
-        return
-    _remove_earlier(cache)
-
-
-def _remove_earlier(cache: Path) -> None:
-    """Remove what the same call cached of an earlier state of the folder, and what a killed process left behind."""
-    same_call = glob.escape(cache.stem.rsplit("-", 1)[0])
-    for file in cache.parent.glob(f"{same_call}-*{cache.suffix}"):
-        if file != cache:
-            with suppress(OSError):  # in use under Windows, or another user's
-                file.unlink()
-    for file in cache.parent.glob(".*"):  # atomic_write's and safetensors' own
-        with suppress(OSError):
-            if time.time() - file.stat().st_mtime > 3600:  # no other process is writing it at this moment
-                file.unlink()
-
-
-def _checksum(images: Tensor, kept: Tensor) -> str:
-    return str(zlib.crc32(kept.numpy(), zlib.crc32(images.numpy())))

@@ -1,7 +1,7 @@
 """Images with their labels: one call for the embedded, the downloaded and the user's own data sets.
 
-Whatever the source, a data set is one tensor in memory, ``uint8 [N, C, H, W]``: 50,000 images of 32x32 take 154 MB,
-a quarter of what they would take as floats. They are converted and normalised per batch.
+Whatever the source, a data set is one tensor in memory, uint8 [N, C, H, W]: 50,000 images of 32x32 take 154 MB, a
+quarter of what they would take as floats. They are converted and normalised per batch.
 """
 
 import difflib
@@ -12,20 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vitlib.arguments import (
-    brief,
-    check,
-    check_choice,
-    check_flag,
-    check_number,
-    check_path,
-    check_seed,
-    check_type,
-    check_whole,
-)
 from vitlib.data.cifar import kept_by_file, kept_by_index, load_cifar, prepare_cifar
-from vitlib.data.folders import class_names, load_folder, refit
+from vitlib.data.folders import find_splits, load_folder, refit
 from vitlib.data.shapes import draw_shapes
+from vitlib.utils import printable
 
 SOURCES = {
     "shapes100": "drawn by code, no download: 10 shapes x 10 colours on calm backgrounds, 100 classes",
@@ -56,23 +46,20 @@ class LabelledImages:
 
     def __post_init__(self):
         _check_images(self.images)
-        is_tensor = isinstance(self.labels, Tensor)
-        if not is_tensor or self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
-            raise ValueError(
-                f"labels are {brief(self.labels)} but must be int64 [{len(self)}], one for each image; "
-                "convert them with .long()."
-            )
-        if not isinstance(self.classes, tuple) or not all(isinstance(name, str) for name in self.classes):
-            raise ValueError(
-                f"classes are {brief(self.classes)} but must be a tuple of names; convert them with tuple()."
-            )
+        expected = {"labels": (self.labels, torch.int64)}
+        if self.kept is not None:
+            expected["kept"] = (self.kept, torch.bool)
+        for name, (tensor, dtype) in expected.items():
+            if tensor.dtype != dtype or tensor.shape != self.images.shape[:1]:
+                raise ValueError(
+                    f"{name} are {tensor.dtype} {list(tensor.shape)} but must be {dtype} [{len(self)}], one for each "
+                    f"image; convert them with .to({dtype})."
+                )
         if len(self) and not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
             raise ValueError(
                 f"labels run from {self.labels.min()} to {self.labels.max()} but must be indices into the "
                 f"{len(self.classes)} classes, the first of which is 0."
             )
-        if self.kept is not None and (self.kept.dtype != torch.bool or self.kept.shape != self.labels.shape):
-            raise ValueError(f"kept is {brief(self.kept)} but must be bool [{len(self)}], one for each image, or None.")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -106,11 +93,14 @@ def load_images(
     CIFAR's own host has been throttled to under 100 kB/s since June 2026, which makes ``cifar100`` and ``cifar10``
     downloads of half an hour or more: ``cifair100`` and ``cifair10`` have the same training images and come quickly.
 
+    A folder has ``train/<class>/*`` and ``test/<class>/*``, or ``val/`` in place of ``test/``, or ``<class>/*`` alone:
+    then a fifth of the images of each class, drawn with seed 0, are its test images. The classes are the folders in
+    train/. Every file is tried, whatever its ending. Images that cannot be read are left out, counted and named, up to
+    one in ten; so are files that are no images. Of an animation the first picture is taken. Links to files and to class
+    folders are followed, deeper ones are not. Decoded images are cached until a file changes.
+
     Args:
-        source: a name out of ``SOURCES``, or a folder with ``train/<class>/*`` and ``test/<class>/*``. The classes
-            are the folders in train/. Images that cannot be read are left out, counted and named, up to one in ten;
-            of an animation the first picture is taken. Links to files and to class folders are followed, deeper ones
-            are not. Decoded images are cached until a file changes, for each folder and choice of options.
+        source: a name out of ``SOURCES``, or a folder.
         split: "train" or "test".
         data_dir: where downloads and cache live; by default the environment variable VITLIB_DATA, else
             ~/.cache/vitlib.
@@ -120,23 +110,18 @@ def load_images(
         progress: show progress bars.
 
     Raises:
-        ValueError: for an unknown source or option, and for a folder whose images cannot be used.
+        ValueError: for an unknown source, split or number of channels, and for a folder whose images cannot be used.
         OSError: for a missing folder or a failed download.
     """
     check_source(source)
-    check_choice("split", split, ("train", "test"))
-    check_path("data_dir", data_dir, optional=True)
-    check_whole("image_size", image_size, optional=True)
-    check("num_channels", num_channels, type(num_channels) is int and num_channels in (1, 3), "3 (RGB) or 1 (grey)")
-    check_flag("progress", progress)
-
-    name = str(source)
+    if split not in ("train", "test"):
+        raise ValueError(f"split={split!r} is not allowed; give train or test.")
+    if num_channels not in (1, 3):
+        raise ValueError(f"num_channels={num_channels!r} is not allowed; give 3 (RGB) or 1 (grey).")
+    name, kept = str(source), None
     if name not in SOURCES:
-        folder = Path(os.path.expanduser(name))
-        images, labels, classes, files = load_folder(folder, split, data_dir, image_size, num_channels, progress)
-        kept = kept_by_file(files, labels, classes) if split == "test" else None
-        return LabelledImages(images, labels, classes, kept)
-    kept = None
+        folder = Path(os.path.expanduser(name)).resolve()
+        return _load_from_folder(folder, split, data_dir, image_size, num_channels, progress)
     if name.startswith("shapes"):
         images, labels, classes, _ = draw_shapes(name, split)
     else:
@@ -146,20 +131,46 @@ def load_images(
     return LabelledImages(refit(images, image_size, num_channels), labels, classes, kept)
 
 
+def _load_from_folder(folder: Path, split: str, *options) -> LabelledImages:
+    """Load a split of a folder, found or made as :func:`load_images` says; options as in ``load_folder``."""
+    train, tests = find_splits(folder)
+    if train == folder:
+        print(
+            f"{printable(folder)} holds classes and no train folder: a fifth of the images of each class, drawn with "
+            "seed 0, are its test images."
+        )
+        parts = train_validation_split(LabelledImages(*load_folder(folder, folder, *options)[:3]), 0.2)
+        return parts[split == "test"]
+    if split == "train":
+        return LabelledImages(*load_folder(train, train, *options)[:3])
+    if not tests:
+        raise FileNotFoundError(
+            f"{printable(folder / 'test')} does not exist or holds no class folders; add the images in test/<class>/*, "
+            f"or give {printable(train)} as the folder, and a fifth of its images become test images."
+        )
+    if len(tests) > 1 or not tests[0].name.lower().startswith("test"):
+        unused = f"; not used: {', '.join(place.name for place in tests[1:])}" if len(tests) > 1 else ""
+        print(f"The test images of {printable(folder)} are those in {tests[0].name}{unused}.")
+    images, labels, classes, files = load_folder(tests[0], train, *options)
+    return LabelledImages(images, labels, classes, kept_by_file(files, labels, classes))
+
+
 def check_source(source: str | os.PathLike, name: str = "source") -> None:
-    """Check that ``source`` is one of ``SOURCES`` or a folder of images, without loading anything; ``name`` is the
-    argument's, for the sentence.
+    """Check that ``source`` is one of ``SOURCES`` or a folder of images, without loading anything.
+
+    Args:
+        name: of the argument, for the message.
 
     Raises:
         ValueError: if it is neither; the message lists the names, and first those that look alike.
-        FileNotFoundError: if it is a folder without class folders in train/.
+        OSError: if it is a folder without classes, or one that may not be read.
     """
     text = str(source)
     if text in SOURCES:
         return
     folder = os.path.expanduser(text)
     if os.path.isdir(folder):  # unlike pathlib's, it takes any text
-        class_names(Path(folder, "train"))
+        find_splits(Path(folder).resolve())
         return
     alike = difflib.get_close_matches(text.lower(), SOURCES)
     hint = f" (did you mean {' or '.join(alike)}?)" if alike else ""
@@ -170,14 +181,13 @@ def check_source(source: str | os.PathLike, name: str = "source") -> None:
 
 
 def download(name: str, data_dir: str | os.PathLike | None = None, *, progress: bool = True) -> None:
-    """Make a source ready for use without a network, without loading it. A source that is ready needs nothing.
+    """Make a source ready for use without a network, without loading it.
 
     Raises:
         ValueError: for an unknown source.
         OSError: if the download fails or is not what it should be; the message says what to do.
     """
     check_source(name, "name")
-    check_path("data_dir", data_dir, optional=True)
     if name in SOURCES and not name.startswith("shapes"):
         prepare_cifar(name, data_dir, progress)
 
@@ -195,23 +205,19 @@ def train_validation_split(
     Raises:
         ValueError: if fraction is not between 0 and 1, or if no class has two images.
     """
-    check_type("data", data, LabelledImages, "LabelledImages")
-    check_number("fraction", fraction, above=0, below=1, noun="a share")
-    check_seed("seed", seed)
-    generator = torch.Generator().manual_seed(seed)
-    labels = data.labels.cpu()
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction={fraction!r} is not allowed; give a share between 0 and 1.")
     held_out = torch.zeros(len(data), dtype=torch.bool)
-    for label in labels.unique():
-        members = torch.nonzero(labels == label).flatten()
+    for members in _shuffled_classes(data, seed):
         count = min(max(round(fraction * len(members)), 1), len(members) - 1)
-        held_out[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+        held_out[members[:count]] = True
     if not held_out.any():
         raise ValueError(f"{data} cannot be split; at least one class must have two images.")
     return data.subset(~held_out), data.subset(held_out)
 
 
 def draw_evenly(data: LabelledImages, count: int, seed: int = 0) -> LabelledImages:
-    """Some images of a data set, equally many of each class, for a measurement with few labels.
+    """Draw images of a data set, equally many of each class, for a measurement with few labels.
 
     Args:
         count: how many images, over all classes.
@@ -225,19 +231,25 @@ def draw_evenly(data: LabelledImages, count: int, seed: int = 0) -> LabelledImag
     """
     classes = len(data.classes)
     fewest = data.labels.bincount(minlength=classes).min().item()
-    if type(count) is not int or count % classes or not 0 < count <= fewest * classes:
+    if count % classes or not 0 < count <= fewest * classes:
         raise ValueError(
             f"{count!r} images cannot be drawn evenly; give a multiple of {classes} (the number of classes) from "
             f"{classes} to {fewest * classes} (the smallest class has {fewest})."
         )
-    generator = torch.Generator().manual_seed(seed)
-    members = [torch.nonzero(data.labels == label).flatten() for label in range(classes)]
-    drawn = [indices[torch.randperm(len(indices), generator=generator)[: count // classes]] for indices in members]
+    drawn = [members[: count // classes] for members in _shuffled_classes(data, seed)]
     return data.subset(torch.stack(drawn, 1).flatten())
 
 
+def _shuffled_classes(data: LabelledImages, seed: int) -> list[Tensor]:
+    """Return the indices of the images of each class that has some, in an order drawn with the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = data.labels.cpu()
+    classes = [torch.nonzero(labels == label).flatten() for label in labels.unique()]
+    return [members[torch.randperm(len(members), generator=generator)] for members in classes]
+
+
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel, over all pixels of all images, in units of [0, 1].
+    """Return mean and standard deviation of each channel, over all pixels of all images, in units of [0, 1].
 
     Both follow from how often each of the 256 values occurs, so the images need not be converted to floats. A channel
     of one single value has the standard deviation 0.
@@ -247,7 +259,7 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     """
     _check_images(images)
     if images.numel() == 0:
-        raise ValueError(f"images are {brief(images)}, which holds no pixels; give at least one image.")
+        raise ValueError(f"images {list(images.shape)} hold no pixels; give at least one image.")
     values = torch.linspace(0, 1, 256, dtype=torch.float64)
     means, deviations = [], []
     for channel in images.unbind(1):
@@ -260,8 +272,8 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
 
 
 def _check_images(images: Tensor) -> None:
-    if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.dim() != 4:
+    if images.dtype != torch.uint8 or images.dim() != 4:
         raise ValueError(
-            f"images are {brief(images)} but must be uint8 [N, C, H, W] with values from 0 to 255; "
+            f"images are {images.dtype} {list(images.shape)} but must be uint8 [N, C, H, W] with values from 0 to 255; "
             "convert floats between 0 and 1 with (images * 255).round().to(torch.uint8)."
         )
