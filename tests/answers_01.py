@@ -212,7 +212,7 @@ WRONG = {
         "backwards": (lambda conv: layer(conv.weight.flatten(1).flip(1), conv.bias), "but not in its place"),
         "in and out swapped": (lambda conv: layer(conv.weight.flatten(1).T), "in and out are swapped"),
         "only as wide as a side": (lambda conv: nn.Linear(conv.kernel_size[0], conv.out_channels), "the weight is ["),
-        "copied the other way": (copied_back, "the convolution itself has changed"),
+        "copied the other way": (copied_back, "your function changes the model that it is given"),
         "the weight alone": (lambda conv: conv.weight.flatten(1), "an nn.Linear is wanted, but a Tensor"),
         "gradients on": (with_gradients, "stopped with RuntimeError: a leaf Variable"),
         "doubled": (doubled, "what else is computed"),
@@ -267,7 +267,7 @@ WRONG = {
         "bilinear": (lambda positions, grid: stretched(positions, grid, "bilinear"), "that is bilinear interpolation"),
         "aligned corners": (
             lambda positions, grid: stretched(positions, grid, align_corners=True),
-            "keeps the outermost centres",
+            "that is align_corners=True",
         ),
         "antialiased": (lambda positions, grid: stretched(positions, grid, antialias=True), "computes other weights"),
         "area": (lambda positions, grid: stretched(positions, grid, "area"), "not those of a bicubic resize"),

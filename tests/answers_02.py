@@ -1,10 +1,10 @@
 """Right and typically wrong answers to the exercises of chapter 02."""
 
+import itertools
 import math
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from vitlib.course import checks
 
@@ -16,10 +16,10 @@ def weighted(query, key, value, divisor, dim=-1):
 def in_loops(query, key, value):
     """Exercise 1 without a matrix product."""
     output = torch.zeros_like(value)
-    for place in torch.cartesian_prod(*(torch.arange(size) for size in query.shape[:-1])).tolist():
-        others = tuple(place[:-1])
-        powers = ((query[tuple(place)] * key[others]).sum(-1) / math.sqrt(query.shape[-1])).exp()
-        output[tuple(place)] = (powers[:, None] * value[others]).sum(0) / powers.sum()
+    for place in itertools.product(*map(range, query.shape[:-1])):
+        others = place[:-1]
+        powers = ((query[place] * key[others]).sum(-1) / math.sqrt(query.shape[-1])).exp()
+        output[place] = (powers[:, None] * value[others]).sum(0) / powers.sum()
     return output
 
 
@@ -44,11 +44,14 @@ def heads_left_apart(tokens, to_qkv, num_heads):
 def by_pytorch(batch_first):
     """Exercise 4 by nn.MultiheadAttention, with or without the argument that matters."""
 
-    def attend(tokens, to_qkv, num_heads):
+    def attend(tokens, to_qkv, num_heads):  # as nn.MultiheadAttention does it inside
         width = tokens.shape[-1]
-        layer = nn.MultiheadAttention(width, num_heads, batch_first=batch_first)
-        layer.in_proj_weight.data, layer.out_proj.weight.data = to_qkv.T, torch.eye(width)
-        return layer(tokens, tokens, tokens)[0]
+        bias = torch.zeros(3 * width, dtype=tokens.dtype)
+        output, _ = F.multi_head_attention_forward(
+            *(tokens.transpose(0, 1) if batch_first else tokens,) * 3,
+            width, num_heads, to_qkv.T, bias, None, None, False, 0.0, torch.eye(width, dtype=tokens.dtype), None,
+        )  # fmt: skip
+        return output.transpose(0, 1) if batch_first else output
 
     return attend
 
@@ -109,7 +112,7 @@ def swap_of_the_first_two(tokens):
 RIGHT = {
     "attention": {
         "three lines": lambda q, k, v: weighted(q, k, v, math.sqrt(q.shape[-1])),
-        "scaled query": lambda q, k, v: F.softmax(q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1), dim=3) @ v,
+        "scaled query": lambda q, k, v: F.softmax(q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1), dim=-1) @ v,
         "PyTorch's": F.scaled_dot_product_attention,
         "loops": in_loops,
     },
@@ -140,14 +143,20 @@ RIGHT = {
         "small letters": "cdbfae",
         "a list": list("CDBFAE"),
         "a tuple": tuple("CDEFAB"),
+        "blanks between": "C D B F A E",
+        "commas between": "C,D, E, F, A, B",
+        "lines": "C\nD\nB\nF\nA\nE\n",
     },
 }
 
 WRONG = {
     "attention": {
-        "over the queries": (lambda q, k, v: weighted(q, k, v, 2, -2), "sum to 1 over the queries, not over the keys"),
-        "over the heads": (lambda q, k, v: weighted(q, k, v, 2, 1), "sum to 1 over the heads"),
-        "over the batch": (lambda q, k, v: weighted(q, k, v, 2, 0), "sum to 1 over the batch"),
+        "over the queries": (
+            lambda q, k, v: weighted(q, k, v, math.sqrt(q.shape[-1]), -2),
+            "sum to 1 over the queries, not over the keys",
+        ),
+        "over the heads": (lambda q, k, v: weighted(q, k, v, math.sqrt(q.shape[-1]), 1), "sum to 1 over the heads"),
+        "over the batch": (lambda q, k, v: weighted(q, k, v, math.sqrt(q.shape[-1]), 0), "sum to 1 over the batch"),
         "over all scores of a head": (
             lambda q, k, v: (q @ k.mT / 2).flatten(2).softmax(-1).unflatten(2, (5, 5)) @ v,
             "your weights do not sum to 1 over the keys",
@@ -155,14 +164,36 @@ WRONG = {
         "not scaled": (lambda q, k, v: weighted(q, k, v, 1), "the scores are not scaled"),
         "scaled by K": (lambda q, k, v: weighted(q, k, v, q.shape[-1]), "divided by K; divide them by the square root"),
         "scaled by T": (lambda q, k, v: weighted(q, k, v, math.sqrt(q.shape[-2])), "square root of T"),
-        "swapped": (lambda q, k, v: weighted(k, q, v, 2), "queries and keys are swapped"),
-        "no softmax": (lambda q, k, v: q @ k.mT / 2 @ v, "never normalised"),
+        "swapped": (lambda q, k, v: weighted(k, q, v, math.sqrt(q.shape[-1])), "queries and keys are swapped"),
+        "no softmax": (lambda q, k, v: q @ k.mT / math.sqrt(q.shape[-1]) @ v, "never normalised"),
         "masked": (
             lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
             "you masked the later tokens",
         ),
-        "another temperature": (lambda q, k, v: weighted(q, k, v, 3), "not those of F.scaled_dot_product_attention"),
+        "another temperature": (lambda q, k, v: weighted(q, k, v, 3.3), "not those of F.scaled_dot_product_attention"),
         "not a number": (lambda q, k, v: v * math.nan, "your weights do not sum to 1 over the keys"),
+        "half of K": (lambda q, k, v: weighted(q, k, v, 2), "a fixed number"),
+        "times the root of K": (
+            lambda q, k, v: weighted(q, k, v, q.shape[-1] ** -0.5),
+            "multiplied by the square root",
+        ),
+        "four axes only": (
+            lambda q, k, v: F.scaled_dot_product_attention(*(x.permute(0, 1, 2, 3) for x in (q, k, v))),
+            "your code stopped with RuntimeError",
+        ),
+        "detached": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v).detach(), "no gradient comes back"),
+        "keys detached": (
+            lambda q, k, v: F.scaled_dot_product_attention(q, k.detach(), v),
+            "no gradient comes back to tensor 2",
+        ),
+        "single precision": (
+            lambda q, k, v: F.scaled_dot_product_attention(q.float(), k.float(), v.float()),
+            "float32, but float64 went in",
+        ),
+        "in place": (
+            lambda q, k, v: weighted(q.div_(math.sqrt(q.shape[-1])), k, v, 1),
+            "your function changes its input number 1",
+        ),
         "weights alone": (lambda q, k, v: (q @ k.mT / 2).softmax(-1), "the shape is [2, 3, 5, 5], but should be"),
         "weights too": (lambda q, k, v: (v, q), "a tuple came back"),
         "wrong transpose": (lambda q, k, v: q @ k.transpose(0, 1), "your code stopped with RuntimeError"),
@@ -212,6 +243,14 @@ WRONG = {
             tester(lambda s, o, order: torch.allclose(s, o[:, order], atol=1e3)),
             "every layer passes, even a running sum",
         ),
+        "a tolerance of a tenth": (
+            tester(lambda s, o, order: torch.allclose(s, o[:, order], atol=0.3)),
+            "adding small positions to the tokens passes",
+        ),
+        "as many tokens as the notebook": (
+            tester(along, lambda tokens: torch.randperm(65)),
+            "your code stopped with",
+        ),
         "shapes": (tester(lambda s, o, order: s.shape == o.shape), "every layer passes, even a running sum"),
         "means": (
             tester(lambda s, o, order: torch.allclose(s.mean(1), o.mean(1), atol=1e-5)),
@@ -228,7 +267,7 @@ WRONG = {
         ),
         "two of them swapped": (
             tester(along, swap_of_the_first_two),
-            "changing the sign of the last four tokens passes; draw the shuffle",
+            "changing the sign of the last third of the tokens passes; draw the shuffle",
         ),
         "CLS only": (
             tester(lambda s, o, order: torch.allclose(s[:, 0], o[:, order[0]], atol=1e-5)),
@@ -248,7 +287,9 @@ WRONG = {
             "the result is [T, B, D]",
         ),
         "view for transpose": (
-            lambda tokens, *rest: sequence_first(tokens.view(5, 3, -1), *rest).reshape(tokens.shape),
+            lambda tokens, *rest: sequence_first(tokens.view(tokens.shape[1], len(tokens), -1), *rest).reshape(
+                tokens.shape
+            ),
             "output changes when the other images change",
         ),
         "end to end": (
@@ -256,7 +297,7 @@ WRONG = {
             "laid end to end",
         ),
         "heads left apart": (heads_left_apart, "the heads are not put back side by side"),
-        "one head": (lambda tokens, to_qkv, heads: one_by_one(tokens, to_qkv, 1), "each image is on its own now"),
+        "one head": (lambda tokens, to_qkv, heads: one_by_one(tokens, to_qkv, 1), "one single head"),
         "last image lost": (lambda tokens, *rest: one_by_one(tokens[:2], *rest), "the shape is [2, 5, 8]"),
     },
     "block_order": {

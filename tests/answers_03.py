@@ -36,6 +36,10 @@ def split_with_python(count, fraction, seed):
     return [torch.tensor(order[:cut]), torch.tensor(order[cut:])]
 
 
+def turned(count, fraction, seed):
+    return cut(torch.arange(count).roll(ordered(count, seed)[0].item()), fraction)
+
+
 def split_in_a_fork(count, fraction, seed):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -142,6 +146,47 @@ class DefaultHead(Small):
 class CutOff(Small):
     def embed(self, images):
         return super().embed(images)[:, :1]
+
+
+class TopLeftPatchOnly(Small):
+    def embed(self, images):
+        return super().embed(images)[:, :2]
+
+
+class PatchLeftOut(Small):
+    def embed(self, images):
+        return super().embed(images)[:, :-1]
+
+
+class SquaredTokens(Small):
+    def encode(self, tokens):
+        for block in self.vit_encoder.encoder:
+            tokens, _ = block(tokens)
+        return self.vit_encoder.layernorm(tokens.square())[:, 0]
+
+
+class BlockTwice(Small):
+    def encode(self, tokens):
+        for block in [*self.vit_encoder.encoder, self.vit_encoder.encoder[0]]:
+            tokens, _ = block(tokens)
+        return self.vit_encoder.layernorm(tokens)[:, 0]
+
+
+class AnotherToken(Small):
+    def encode(self, tokens):
+        for block in self.vit_encoder.encoder:
+            tokens, _ = block(tokens)
+        return self.vit_encoder.layernorm(tokens)[:, 1]
+
+
+class PositiveLogits(Small):
+    def head(self, cls):
+        return super().head(cls).relu()
+
+
+class Stub(Small):
+    def forward(self, images):
+        return ...
 
 
 class DropoutAlwaysOn(Small):
@@ -274,6 +319,17 @@ def evaluate_and_switch_off(model, images):
     return evaluate_well(model, images)
 
 
+def evaluate_and_freeze(model, images):
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    return evaluate_well(model, images)
+
+
+def evaluate_and_clear(model, images):
+    model.zero_grad()
+    return evaluate_well(model, images)
+
+
 def evaluate_without_gradients_only(model, images):
     with torch.no_grad():
         return model(images)
@@ -285,6 +341,8 @@ RIGHT = {
         "a mask turned into indices": split_by_mask,
         "Python's generator, rounded up": split_with_python,
         "a fork of the shared numbers": split_in_a_fork,
+        "lists": lists,
+        "arrays": lambda *numbers: tuple(part.numpy() for part in split_well(*numbers)),
     },
     "first_loss": {
         "ln C": math.log,
@@ -312,9 +370,10 @@ RIGHT = {
 }
 WRONG = {
     "split": {
-        "the last part": (last_part, "one end of the images as they come"),
+        "the last part": (last_part, "made of neighbours, in the order in which the images come"),
         "the first part": (lambda count, fraction, seed: cut(torch.arange(count), fraction), "shuffle before you cut"),
         "shuffled after the cut": (shuffled_after_the_cut, "whole classes would never be trained on"),
+        "turned": (turned, "made of neighbours, in the order in which the images come"),
         "with replacement": (with_replacement, "draws with replacement"),
         "two draws": (two_draws, "images are in both parts"),
         "two cuts": (two_cuts, "images are in neither part"),
@@ -328,13 +387,12 @@ WRONG = {
                 torch.arange(count)[torch.arange(count) % round(1 / fraction) > 0],
                 torch.arange(0, count, round(1 / fraction)),
             ),
-            "another seed gives the same",
+            "one image in every so many",
         ),
         "torch.manual_seed": (with_torchs_shared_numbers, "moves the random numbers that the rest"),
         "random.seed": (with_pythons_shared_numbers, "moves the random numbers that the rest"),
         "np.random.seed": (with_numpy, "moves the random numbers that the rest"),
         "masks": (masks, "a mask of True and False"),
-        "lists": (lists, "should be a tensor of indices, but a list"),
         "floats": (lambda *numbers: [part.float() for part in split_well(*numbers)], "one is float32"),
         "one part": (lambda *numbers: split_well(*numbers)[0], "return training, validation"),
     },
@@ -353,6 +411,15 @@ WRONG = {
     "sound_model": {
         "the notebook's": (BothFaults, "None reaches vit_encoder.embedding.patch_embedding.weight;"),
         "patches cut off": (CutOff, "None reaches vit_encoder.embedding.patch_embedding.weight;"),
+        "the top left patch only": (
+            TopLeftPatchOnly,
+            "Only 2 of the 17 rows of vit_encoder",
+        ),
+        "the last patch left out": (PatchLeftOut, "Only 16 of the 17 rows"),
+        "tokens tampered with": (SquaredTokens, "not the logits of equations 1 to 4"),
+        "the first block twice": (BlockTwice, "not the logits of equations 1 to 4"),
+        "a patch in place of CLS": (AnotherToken, "not the logits of equations 1 to 4"),
+        "no negative logits": (PositiveLogits, "not the logits of equations 1 to 4"),
         "dropout always on": (DropoutAlwaysOn, "do two eval passes agree? No"),
         "CLS detached": (Detached, "vit_encoder.embedding.position_embedding and 27 others; somewhere"),
         "no gradients": (WithoutGradients, "do gradients reach every parameter? They reach none"),
@@ -395,6 +462,8 @@ WRONG = {
         "left in eval mode": (evaluate_and_forget_mode, "left in eval mode"),
         "always to train mode": (evaluate_and_always_train, "goes out in train mode"),
         "gradients off for good": (evaluate_and_switch_off, "gradients stay switched off"),
+        "frozen for good": (evaluate_and_freeze, "your function changes the model"),
+        "gradients thrown away": (evaluate_and_clear, "your function changes the model"),
         "a softmax on top": (lambda model, images: evaluate_well(model, images).softmax(1), "not the logits of the"),
     },
 }

@@ -142,7 +142,7 @@ WRONG = {
         "nothing loaded": (fresh_encoder, "the encoder is a fresh one"),
         "half loaded": (embedding_only, "only some of the encoder's tensors"),
         "encoder shared": (shared_encoder, "shares tensors"),
-        "in place": (new_head_in_place, "the pretrained model itself"),
+        "in place": (new_head_in_place, "your function changes the model that it is given"),
         "fixed size": (always_ten, "must come from num_classes"),
     },
     "probe_size": {

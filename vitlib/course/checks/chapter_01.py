@@ -4,29 +4,29 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from vitlib.model import unpatchify
 
-from .frame import Mistake, NotAttempted, answer, close, compare, exercise, expect, tensor_answer
+from .frame import Mistake, answer, as_number, close, compare, exercise, expect, expect_gradients, tensor_answer
 
 
 @exercise("patch numbers")
 def patch_numbers(learners: Callable) -> None:
     """Of ``patch_numbers(height, width, channels, patch_size) -> (N, C * P * P)``."""
-    for channels in (3, 2, 1):
+    for channels in (10, 2, 1):
         patch_size, rows = torch.randint(4, 9, (2,)).tolist()
         columns = rows + 2  # a picture wider than high tells the two sides apart
         height, width = rows * patch_size, columns * patch_size
         call = f"for {height} x {width} pixels, {channels} channel(s) and patches of {patch_size}"
         given = answer(learners, height, width, channels, patch_size)
-        expect(isinstance(given, tuple | list) and len(given) == 2, "two numbers are wanted: return N, patch_dim")
-        if all(number is Ellipsis for number in given):
-            raise NotAttempted
-        expect(Ellipsis not in given, "one of the two numbers is still missing")
+        pair = isinstance(given, tuple | list) or getattr(given, "shape", ()) == (2,)
+        expect(pair and len(given) == 2, "two numbers are wanted: return N, patch_dim")
+        expect(not any(number is Ellipsis for number in given), "one of the two numbers is still missing")
+        given = [as_number(number) for number in given]
         expect(
             all(isinstance(number, int) for number in given),
-            "both numbers count things, so both must be of type int: divide with //, not with /",
+            "both numbers count things, so both must be whole: divide with //, not with /",
         )
         patches, patch_dim = rows * columns, channels * patch_size**2
         expect(
@@ -54,10 +54,10 @@ def patch_numbers(learners: Callable) -> None:
 def patchify(learners: Callable) -> None:
     """Of ``patchify(images [B, C, H, W], patch_size) -> [B, N, C * P * P]``."""
     # batch, channels, rows and columns of patches, patch size: all different, so that no mix-up goes unseen
-    for batch, channels, rows, columns, size in ((2, 3, 5, 6, 4), (3, 1, 2, 4, 5)):
+    for batch, channels, rows, columns, size in ((2, 3, 5, 6, 4), (3, 1, 2, 4, 5), (1, 4, 3, 2, 3)):
         images = torch.randn(batch, channels, rows * size, columns * size)
         patches, patch_dim = rows * columns, channels * size**2
-        given = tensor_answer(learners, images.clone(), size)
+        given = tensor_answer(learners, images, size)
         shape = tuple(given.shape)
         hint = {
             (batch, patch_dim, patches): "; a row should be a patch, so swap the last two dimensions",
@@ -90,11 +90,12 @@ def patchify(learners: Callable) -> None:
             "every line" if _same_numbers(given, right) else "some numbers of the images are lost or changed; only "
             "move them",
         )  # fmt: skip
-    images = torch.randn(2, 3, 12, 12)
+    images = torch.randn(2, 3, 12, 12, dtype=torch.float64)
     expect(
-        torch.equal(unpatchify(answer(learners, images.clone(), 4), 4), images),
+        torch.equal(unpatchify(tensor_answer(learners, images, 4), 4), images),
         "put together again, your patches are the images only up to rounding; nothing must be computed, only moved",
     )
+    expect_gradients(learners, images, 4)
 
 
 @exercise("patch embedding")
@@ -110,10 +111,8 @@ def patch_embedding(learners: Callable) -> None:
             right = conv(images).flatten(2).mT.detach()  # [B, N, D]
             linear = answer(learners, conv)
             expect(isinstance(linear, nn.Linear), f"an nn.Linear is wanted, but a {type(linear).__name__} came back")
-            expect(
-                close(conv(images).flatten(2).mT, right),
-                "the convolution itself has changed; copy from it into the linear layer, not the other way round",
-            )
+            frozen = [name for name, part in linear.named_parameters() if not part.requires_grad]
+            expect(not frozen, f"the {'/'.join(frozen)} of your layer cannot be trained: requires_grad is False")
             shape, kernels, patch_dim = tuple(linear.weight.shape), conv.weight, channels * size**2
             expect(
                 shape != (patch_dim, width),
@@ -158,57 +157,86 @@ def patch_embedding(learners: Callable) -> None:
 @exercise("tokens")
 def tokens(learners: Callable) -> None:
     """Of ``tokens(patches [B, N, D], cls_token [1, 1, D], positions [1, N + 1, D]) -> [B, N + 1, D]``."""
-    patches, cls_token, positions = torch.randn(3, 6, 5), torch.randn(1, 1, 5), torch.randn(1, 7, 5)
+    for batch, count, width in ((3, 6, 5), (2, 11, 3)):
+        patches, cls_token = torch.randn(batch, count, width), torch.randn(1, 1, width)
+        positions = torch.randn(1, count + 1, width)
+        given = tensor_answer(learners, patches, cls_token, positions)
+        shape, wanted = tuple(given.shape), (batch, count + 1, width)
+        expect(shape != tuple(patches.shape), "one token is missing: N patches and CLS make N + 1")
+        expect(shape == wanted, f"the shape is {list(shape)}, but should be [B, N + 1, D] = {list(wanted)}")
+        cls = cls_token.expand(batch, 1, width)
+        right = torch.cat([cls, patches], 1) + positions
+        if not close(given, right):
+            _expect_each_part_in_its_place(learners, patches, cls_token, positions)
+        slips = {
+            "the positions are added twice; once is enough": right + positions,
+            "the positions are subtracted; add them": right - 2 * positions,
+            "patches and positions are multiplied; add them": torch.cat([cls, patches], 1) * positions,
+            "the tokens are normalised, which equation 1 does not do; only put in front and add": (
+                F.layer_norm(right, (width,))
+            ),
+        }
+        compare(given, right, slips, "each part is in its place alone, but together they are not the sum; only add")
+        expect(
+            close(tensor_answer(learners, patches, cls_token, positions), given),
+            "two calls on the same numbers differ; leave dropout to the model",
+        )
+    expect_gradients(learners, patches.double(), cls_token.double(), positions.double())
 
-    def given(*inputs: torch.Tensor) -> torch.Tensor:
-        return tensor_answer(learners, *(tensor.clone() for tensor in inputs))
 
-    shape = tuple(given(patches, cls_token, positions).shape)
-    expect(shape != (3, 6, 5), "one token is missing: N patches and CLS make N + 1")
-    expect(shape == (3, 7, 5), f"the shape is {list(shape)}, but should be [B, N + 1, D] = [3, 7, 5]")
-
-    # with the other two inputs at zero, each input shows where it goes
-    nowhere = torch.zeros(1, 7, 5)
-    cls = given(torch.zeros(3, 6, 5), cls_token, nowhere)
-    in_front, at_the_end = cls_token.expand(3, 1, 5), cls[:, -1:]
-    expect(close(cls[:, :1], in_front) or not close(at_the_end, in_front), "CLS stands at the end; it belongs in front")
-    expect(close(cls[:1, :1], cls_token), "the first token is not CLS")
-    expect(close(cls[:, :1], in_front), "only the first image has a CLS token; expand it over the batch")
-    expect(not cls[:, 1:].any(), "the CLS token was added to the patches; it is a token of its own")
+def _expect_each_part_in_its_place(learners: Callable, patches: Tensor, cls_token: Tensor, positions: Tensor) -> None:
+    """With the other two inputs at zero, each input shows where it goes."""
+    no_patches, no_cls, nowhere = (torch.zeros_like(part) for part in (patches, cls_token, positions))
+    in_front = cls_token.expand(len(patches), 1, -1)
+    cls = tensor_answer(learners, no_patches, cls_token, nowhere)
+    at_the_end = close(cls[:, -1:], in_front) and not close(cls[:, :1], in_front)
+    expect(not at_the_end, "CLS stands at the end; it belongs in front")
+    if cls.any():
+        expect(
+            close(cls[:, :1], in_front) or not close(cls[:1, :1], cls_token),
+            "only the first image has a CLS token; expand it over the batch",
+        )
+        expect(
+            not close(cls[:, 1:], in_front.expand(-1, positions.shape[1] - 1, -1)),
+            "the CLS token was added to the patches; it is a token of its own",
+        )
+    behind = tensor_answer(learners, patches, no_cls, nowhere)[:, 1:]
     expect(
-        close(given(patches, torch.zeros(1, 1, 5), nowhere)[:, 1:], patches),
+        close(behind, patches) or not close(behind.sort(1).values, patches.sort(1).values),
         "behind CLS the patches should follow unchanged and in their order",
     )
-    added = given(torch.zeros(3, 6, 5), torch.zeros(1, 1, 5), positions)
-    right = positions.expand(3, 7, 5)
-    expect(added.any(), "the positions are not added")
+    added = tensor_answer(learners, no_patches, no_cls, positions)
+    right = positions.expand_as(added)
+    if close(cls[:, :1], in_front) and close(behind, patches):
+        expect(added.any(), "the positions are not added")
+        expect(
+            not close(added[:, 1:], right[:, :-1]),
+            "each patch got the position of the token before it, the first patch that of CLS; add positions after CLS",
+        )
+        expect(
+            added[:, 0].any() or not close(added[:, 1:], right[:, 1:]),
+            "CLS has no position: the positions were added before CLS was there; put CLS in front first",
+        )
+        mixed = not close(added, right) and close(added.sort(1).values, right.sort(1).values)
+        expect(not mixed, "a token did not get the position of its own number")
     expect(
-        not close(added[:, 1:], right[:, :-1]),
-        "each patch got the position of the token before it, the first patch that of CLS; add positions after CLS",
-    )
-    expect(
-        added[:, 0].any() or not close(added[:, 1:], right[:, 1:]),
-        "CLS has no position: the positions were added before CLS was there; put CLS in front first",
-    )
-    expect(close(added, right), "a token did not get the position of its own number")
-    expect(
-        close(given(patches, cls_token, positions), torch.cat([cls_token.expand(3, 1, 5), patches], 1) + positions),
-        "each part is in its place alone, but together they are not the sum; only add",
+        close(cls[:, :1], in_front) or not close(added, right) or not close(behind, patches),
+        "the first token is not CLS",
     )
 
 
 @exercise("position interpolation")
 def interpolation(learners: Callable) -> None:
     """Of ``stretch_positions(positions [1, 1 + g * g, D], grid) -> [1, 1 + grid * grid, D]``, CLS first."""
-    for old, new in ((5, 8), (6, 4)):  # finer and coarser, by fractions without rounding in base 2
+    for old, new in ((5, 8), (6, 4), (3, 7)):  # finer and coarser, by fractions without rounding in base 2
         _stretches(learners, old, new)
 
 
 def _stretches(learners: Callable, old: int, new: int, width: int = 7) -> None:
     """Positions of ``old`` x ``old`` patches to ``new`` x ``new``."""
 
-    def given(cls: torch.Tensor, patches: torch.Tensor, grid: int = new) -> torch.Tensor:
-        result = tensor_answer(learners, torch.cat([cls, patches], 1), grid)
+    def given(cls: Tensor, patches: Tensor, grid: int = new) -> Tensor:
+        result = tensor_answer(learners, torch.cat([cls, patches], 1), grid).detach()
         shape, wanted = tuple(result.shape), (1, 1 + grid**2, width)
         hint = {
             (1, grid**2, width): "; the row of CLS is lost, put it back in front",
@@ -254,7 +282,7 @@ def _stretches(learners: Callable, old: int, new: int, width: int = 7) -> None:
 
     grid = patches.unflatten(1, (old, old)).permute(0, 3, 1, 2)  # [1, D, g, g]
 
-    def resized(mode: str, **options) -> torch.Tensor:
+    def resized(mode: str, **options) -> Tensor:
         return F.interpolate(grid, size=(new, new), mode=mode, **options).flatten(2).mT
 
     slips = {
@@ -267,8 +295,8 @@ def _stretches(learners: Callable, old: int, new: int, width: int = 7) -> None:
         "that is bilinear interpolation, along straight lines; this course takes the smoother mode bicubic": (
             resized("bilinear")
         ),
-        "align_corners=True keeps the outermost centres where they were, but smaller patches have theirs nearer to the "
-        "rim of the image; use align_corners=False": resized("bicubic", align_corners=True),
+        "that is align_corners=True, which leaves the outermost centres where they were; this course uses "
+        "align_corners=False, as the text says": resized("bicubic", align_corners=True),
         "antialias=True computes other weights; leave it out": resized("bicubic", antialias=True),
     }
     weights = _bicubic_weights(old, new)
@@ -277,9 +305,10 @@ def _stretches(learners: Callable, old: int, new: int, width: int = 7) -> None:
         given(cls, patches)[:, 1:], right, slips,
         "each part goes to its place, but the numbers are not those of a bicubic resize with align_corners=False",
     )  # fmt: skip
+    expect_gradients(learners, torch.cat([cls, patches], 1).double(), new)
 
 
-def _bicubic_weights(old: int, new: int) -> torch.Tensor:
+def _bicubic_weights(old: int, new: int) -> Tensor:
     """``[new, old]``: how much each of ``old`` places along one side gives to each of ``new``.
 
     Cubic convolution (Keys 1981) with PyTorch's a = -0.75; beyond the rim the value at the rim goes on.
@@ -294,6 +323,6 @@ def _bicubic_weights(old: int, new: int) -> torch.Tensor:
     return weights
 
 
-def _same_numbers(first: torch.Tensor, second: torch.Tensor) -> bool:
+def _same_numbers(first: Tensor, second: Tensor) -> bool:
     """Whether both hold the same numbers, in whatever order."""
     return close(first.flatten().sort().values, second.flatten().sort().values)

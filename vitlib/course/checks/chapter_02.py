@@ -1,5 +1,6 @@
 """Checks of chapter 02: attention."""
 
+import re
 from collections.abc import Callable
 
 import torch
@@ -8,29 +9,48 @@ from torch import Tensor, nn
 
 from vitlib.model import EncoderBlock, SelfAttention
 
-from .frame import Mistake, NotAttempted, answer, close, compare, exercise, expect, tensor_answer
+from .frame import (
+    Mistake,
+    NotAttempted,
+    answer,
+    close,
+    compare,
+    exercise,
+    expect,
+    expect_gradients,
+    tensor_answer,
+)
 
 
 @exercise("attention")
 def attention(learners: Callable) -> None:
-    """Of ``attention(query, key, value)``, each ``[B, H, T, K]``, ``-> [B, H, T, K]``."""
-    batch, heads, length, width = shape = 2, 3, 5, 4
-    query, key, value = torch.randn(3, *shape)
-    given = tensor_answer(learners, query.clone(), key.clone(), value.clone(), shape=shape)
+    """Of ``attention(query, key, value)``, each ``[..., T, K]``, ``-> [..., T, K]``."""
+    _attends(learners, (2, 3, 5, 6), torch.float32)
+    for shape in ((7, 10), (3, 5, 13), (2, 1, 3, 4, 9), (1, 2, 30, 18)):
+        _attends(learners, shape, torch.float64)
+
+
+def _attends(learners: Callable, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """One call, for tensors of this shape, and for queries and keys that are larger than usual."""
+    length, width = shape[-2:]
+    query, key, value = 1.5 * torch.randn(3, *shape, dtype=dtype)
+    given = tensor_answer(learners, query, key, value, shape=shape)
+    right = F.scaled_dot_product_attention(query, key, value)
+    if close(given, right):
+        return expect_gradients(learners, query, key, value)
     products = query @ key.mT
     scores = products / width**0.5
     slips = {
-        "your weights sum to 1 over the queries, not over the keys; normalise each row, along the last axis": (
-            scores.softmax(2) @ value
-        ),
-        "your weights sum to 1 over the heads, not over the keys; normalise each row, along the last axis": (
-            scores.softmax(1) @ value
-        ),
-        "your weights sum to 1 over the batch, not over the keys; normalise each row, along the last axis": (
-            scores.softmax(0) @ value
-        ),
+        f"your weights sum to 1 over the {name}, not over the keys; normalise each row, along the last axis": (
+            scores.softmax(axis) @ value
+        )
+        for name, axis in (("queries", -2), ("heads", -3), ("batch", -4))
+        if -axis <= len(shape)
+    }
+    slips |= {
         "the scores are not scaled; divide them by the square root of K": products.softmax(-1) @ value,
         "the scores are divided by K; divide them by the square root of K": (products / width).softmax(-1) @ value,
+        "the scores are multiplied by the square root of K; divide": (products * width**0.5).softmax(-1) @ value,
         "the scores are divided by the square root of T, the number of tokens; K is the width of one query": (
             (products / length**0.5).softmax(-1) @ value
         ),
@@ -39,38 +59,47 @@ def attention(learners: Callable) -> None:
         "you masked the later tokens, as a language model does; in an image every token may look at every other": (
             F.scaled_dot_product_attention(query, key, value, is_causal=True)
         ),
+        "the shares are of the exponents of -score: the sign is wrong": (-scores).softmax(-1) @ value,
     }
-    right = F.scaled_dot_product_attention(query, key, value)
-    if not close(given, right):
-        of_ones = tensor_answer(learners, query.clone(), key.clone(), torch.ones(shape), shape=shape)
-        compare(
-            given, right, slips,
-            "the shape is right, but the numbers are not those of F.scaled_dot_product_attention"
-            if close(of_ones, torch.ones(shape))
-            else "your weights do not sum to 1 over the keys: an average of values that are all 1 has to be 1",
-        )  # fmt: skip
+    for divisor in {2, 3, 4, 5, 8, 24, 64, 96, *(number**0.5 for number in (2, 3, 8, 24, 65, 96))}:
+        if divisor not in (width, width**0.5, length**0.5):
+            fixed = "the scores are divided by a fixed number; K is the width of the query you get: query.shape[-1]"
+            expect(not close(given, (products / divisor).softmax(-1) @ value), fixed)
+    of_ones = tensor_answer(learners, query, key, torch.ones_like(value), shape=shape)
+    compare(
+        given, right, slips,
+        f"for inputs of shape {list(shape)} the numbers are not those of F.scaled_dot_product_attention"
+        if close(of_ones, torch.ones_like(value))
+        else "your weights do not sum to 1 over the keys: an average of values that are all 1 has to be 1",
+    )  # fmt: skip
 
 
 @exercise("split heads")
 def split_heads(learners: Callable) -> None:
     """Of ``split_heads(x [B, T, D], num_heads) -> [B, H, T, K]``."""
-    batch, length, heads, width = 2, 5, 3, 4
-    x = torch.randn(batch, length, heads * width)
-    given = answer(learners, x.clone(), heads)
-    expect(
-        getattr(given, "shape", None) != (batch, length, heads, width),
-        "the shape is [B, T, H, K]: well cut, now swap the axes of tokens and heads",
-    )
-    given = tensor_answer(lambda: given, shape=(batch, heads, length, width))
-    slips = {
-        "tokens and heads are mixed up, since view and reshape never move a number; cut D into H x K, then swap two "
-        "axes": x.reshape(batch, heads, length, width),
-        "head h took every H-th feature; heads are neighbouring features, so cut D into H x K, not into K x H": (
-            x.unflatten(2, (width, heads)).permute(0, 3, 1, 2)
-        ),
-    }
-    right = torch.stack(x.split(width, dim=2), dim=1)
-    compare(given, right, slips, "the shape is right, but head h of a token is not its features h * K to (h + 1) * K")
+    for batch, length, heads, width, dtype in ((2, 5, 3, 4, torch.float32), (3, 7, 2, 6, torch.float64)):
+        x = torch.randn(batch, length, heads * width, dtype=dtype)
+        given = tensor_answer(learners, x, heads)
+        letters = {batch: "B", length: "T", heads: "H", width: "K"}
+        axes = ", ".join(letters.get(size, str(size)) for size in given.shape)
+        expect(axes != "B, T, H, K", "the shape is [B, T, H, K]: well cut, now swap the axes of tokens and heads")
+        expect(
+            given.shape == (batch, heads, length, width),
+            f"the shape is {list(given.shape)}, that is [{axes}], but should be {[batch, heads, length, width]}, "
+            "that is [B, H, T, K]",
+        )
+        slips = {
+            "tokens and heads are mixed up, since view and reshape never move a number; cut D into H x K, then swap "
+            "two axes": x.reshape(batch, heads, length, width),
+            "head h took every H-th feature; heads are neighbouring features, so cut D into H x K, not into K x H": (
+                x.unflatten(2, (width, heads)).permute(0, 3, 1, 2)
+            ),
+        }
+        right = torch.stack(x.split(width, dim=2), dim=1)
+        compare(
+            given, right, slips, "the shape is right, but head h of a token is not its features h * K to (h + 1) * K"
+        )
+        expect_gradients(learners, x, heads)
 
 
 class _Watched(nn.Module):
@@ -90,11 +119,12 @@ class _Watched(nn.Module):
 @exercise("equivariance")
 def equivariance(learners: Callable) -> None:
     """Of ``is_equivariant(layer, tokens) -> bool``; ``layer`` turns ``[B, T, D]`` into ``[B, T, D]``."""
-    batch, length, width = 3, 65, 32
+    # neither the number of tokens nor the width is one of the notebook's
+    batch, width, length = 3, 28, (34, 50, 83)[torch.randint(3, ()).item()]
     tokens, positions = torch.randn(batch, length, width), torch.randn(length, width)
     attention, block = SelfAttention(width, 4), EncoderBlock(width, 4, 2 * width)
     mlp = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
-    sign = torch.where(torch.arange(length) < length - 4, 1, -1)[:, None]
+    sign = torch.where(torch.arange(length) < 2 * length // 3, 1, -1)[:, None]
     equivariant = {
         "the layer that changes nothing": lambda x: x,
         "an MLP on each token": mlp,
@@ -105,21 +135,20 @@ def equivariance(learners: Callable) -> None:
     ordered = {
         "attention to earlier tokens only": lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True),
         "attention after positions were added": lambda x: attention(x + positions)[0],
+        "adding small positions to the tokens": lambda x: x + 0.02 * positions,
         "the running sum over the tokens": lambda x: x.cumsum(1),
         "reversing the tokens": lambda x: x.flip(1),
         "moving every token on by one place": lambda x: x.roll(1, 1),
-        "changing the sign of the last four tokens": lambda x: x * sign,
+        "changing the sign of the last third of the tokens": lambda x: x * sign,
         "sorting each feature over the tokens": lambda x: x.sort(1).values,
     }
     refused, accepted, inputs = [], [], []
-    for name, layer in 3 * [*equivariant.items(), *ordered.items()]:  # thrice: a poor shuffle must not pass by luck
+    for name, layer in [*equivariant.items(), *ordered.items()]:
         watched = _Watched(layer)
-        said = _yes_or_no(answer(learners, watched, tokens.clone()))
+        said = _yes_or_no(answer(learners, watched.forward, tokens))
         inputs += watched.inputs
-        if said and name in ordered and name not in accepted:
-            accepted.append(name)
-        elif not said and name in equivariant and name not in refused:
-            refused.append(name)
+        if said != (name in equivariant):
+            (accepted if said else refused).append(name)
     if not refused and not accepted:
         return
 
@@ -190,42 +219,59 @@ def _expect_no_slip_in_the_comparison(refused: list[str], accepted: list[str], m
 @exercise("attention within each image")
 def attend(learners: Callable) -> None:
     """Of ``attend(tokens [B, T, D], to_qkv [D, 3 * D], num_heads) -> [B, T, D]``, every image on its own."""
-    batch, length, heads, width = 3, 5, 2, 8
-    tokens = torch.randn(batch, length, width)
-    to_qkv = torch.randn(width, 3 * width) / width**0.5  # scores of moderate size, or rounding errors grow
-    given = answer(learners, tokens.clone(), to_qkv.clone(), heads)
-    expect(
-        getattr(given, "shape", None) != (length, batch, width),
-        "the result is [T, B, D], sequence first; swap the two axes back before you return it",
-    )
-    given = tensor_answer(lambda: given, shape=(batch, length, width))
+    for batch, length, heads, width, dtype in ((3, 5, 2, 8, torch.float32), (2, 7, 3, 12, torch.float64)):
+        tokens = torch.randn(batch, length, width, dtype=dtype)
+        to_qkv = torch.randn(width, 3 * width, dtype=dtype) / width**0.5  # moderate scores, or rounding errors grow
+        given = tensor_answer(learners, tokens, to_qkv, heads)
+        expect(
+            given.shape != (length, batch, width),
+            "the result is [T, B, D], sequence first; swap the two axes back before you return it",
+        )
+        shape = (batch, length, width)
+        expect(given.shape == shape, f"the shape is {list(given.shape)}, but should be [B, T, D] = {list(shape)}")
+        layer = nn.MultiheadAttention(width, heads, bias=False, batch_first=True, dtype=dtype)
+        layer.load_state_dict({"in_proj_weight": to_qkv.T, "out_proj.weight": torch.eye(width)})
+        right = layer(tokens, tokens, tokens)[0].detach()
+        if close(given, right):
+            expect_gradients(learners, tokens, to_qkv, heads)
+            continue
 
-    layer = nn.MultiheadAttention(width, heads, bias=False, batch_first=True)
-    layer.load_state_dict({"in_proj_weight": to_qkv.T, "out_proj.weight": torch.eye(width)})
+        def parts(x: Tensor, count: int = heads, weights: Tensor = to_qkv) -> Tensor:
+            return (x @ weights).unflatten(2, (3, count, -1)).permute(2, 0, 3, 1, 4)  # [3, B, H, T, K]
 
-    def reference(x: Tensor) -> Tensor:
-        return layer(x, x, x)[0]
+        def joined(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
-    right = reference(tokens)
-    slips = {
-        "each token still attends to the tokens at its own place in the other images; the axis before K must be T, "
-        "not B": reference(tokens.transpose(0, 1)).transpose(0, 1),
-        "the images of the batch were laid end to end, so each token attends to all tokens of all images": (
-            reference(tokens.reshape(1, batch * length, width)).reshape(given.shape)
-        ),
-        "the attention is right, but the heads are not put back side by side; swap heads and tokens before the last "
-        "reshape": right.unflatten(2, (heads, -1)).transpose(1, 2).reshape(given.shape),
-    }
-    other_images = tokens.clone()
-    other_images[1:] = torch.randn(batch - 1, length, width)
-    alone = close(answer(learners, other_images, to_qkv.clone(), heads)[:1], given[:1])
-    compare(
-        given, right, slips,
-        "each image is on its own now, but the numbers are not those of nn.MultiheadAttention with these weights"
-        if alone
-        else "the first image's output changes when the other images change; swap axes with transpose, since view "
-        "and reshape only read the same numbers in another shape",
-    )  # fmt: skip
+        query, key, value = parts(tokens)
+        interleaved = (tokens @ to_qkv).unflatten(2, (heads, 3, -1)).permute(3, 0, 2, 1, 4)
+        over_heads = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (query, key, value))).flatten(2)
+        slips = {
+            "each token still attends to the tokens at its own place in the other images; the axis before K must be T, "
+            "not B": joined(*parts(tokens.transpose(0, 1))).transpose(0, 1),
+            "the images of the batch were laid end to end, so each token attends to all tokens of all images": (
+                joined(*parts(tokens.reshape(1, batch * length, width))).reshape(shape)
+            ),
+            "the attention is right, but the heads are not put back side by side; swap heads and tokens before the "
+            "last reshape": right.unflatten(2, (heads, -1)).transpose(1, 2).reshape(shape),
+            "that is one single head; cut the features into num_heads heads": joined(*parts(tokens, 1)),
+            "queries and keys are swapped; the first third of the features are queries": joined(key, query, value),
+            "queries, keys and values are mixed up; they come in this order": joined(query, value, key),
+            "to_qkv holds all queries, then all keys, then all values: cut its output into (3, H, K), not (H, 3, K)": (
+                joined(*interleaved)
+            ),
+            "each token attends to its own heads, not to other tokens; the axis before K must be T": over_heads,
+            "the scores are not scaled by the square root of K": joined(query * (width / heads) ** 0.5, key, value),
+        }
+        other_images = tokens.clone()
+        other_images[1:] = torch.randn_like(other_images[1:])
+        alone = close(tensor_answer(learners, other_images, to_qkv, heads)[:1], given[:1])
+        compare(
+            given, right, slips,
+            "each image is on its own now, but the numbers are not those of nn.MultiheadAttention with these weights"
+            if alone
+            else "the first image's output changes when the other images change; swap axes with transpose, since view "
+            "and reshape only read the same numbers in another shape",
+        )  # fmt: skip
 
 
 PRE_NORM_LINES = {
@@ -247,7 +293,8 @@ def block_order(learners: str) -> None:
     if learners is None or learners is Ellipsis or learners == "":
         raise NotAttempted
     expect(isinstance(learners, str | list | tuple), "give the six letters as a text, such as 'ABCDEF'")
-    letters = [str(letter).strip().upper() for letter in learners]
+    text = learners if isinstance(learners, str) else " ".join(map(str, learners))
+    letters = re.sub(r"[\s,;.>-]+", "", text).upper()
     expect(sorted(letters) == sorted(PRE_NORM_LINES), "use each of the letters A to F exactly once")
     lines = [PRE_NORM_LINES[letter] for letter in letters]
     expect("(x)" in lines[0], f"the first line, {lines[0]}, uses y, but nothing was put into y yet")

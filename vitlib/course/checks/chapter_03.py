@@ -10,12 +10,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .frame import Mistake, NotAttempted, answer, close, exercise, expect, number_answer, tensor_answer
+from vitlib.model import ViTModel
+
+from .frame import (
+    Mistake,
+    NotAttempted,
+    answer,
+    close,
+    exercise,
+    expect,
+    is_stub,
+    number_answer,
+    unchanged,
+)
 
 
 @exercise("split")
 def split(learners: Callable) -> None:
-    """Of ``split(count, fraction, seed) -> (training, validation)``: int64 indices ``[n]``, together 0 to count - 1."""
+    """Of ``split(count, fraction, seed) -> (training, validation)``: indices, together 0 to count - 1, as
+    tensors, arrays or lists."""
     for count, fraction in ((103, 0.2), (60, 0.15)):  # a size that has to be rounded, and one that has not
         seed, *other_seeds = torch.randperm(1000)[:3].tolist()
         training, validation = drawn = _two_parts(learners, count, fraction, seed)
@@ -47,34 +60,41 @@ def split(learners: Callable) -> None:
             abs(len(validation) - wanted) < 1,
             f"the validation part has {len(validation)} images, but {fraction} of {count} is {wanted:.1f}",
         )
-        end = len(validation)
+        held_out = set(validation)
+        runs = sum((index + 1) % count not in held_out for index in validation)  # a shuffle breaks it into many
         expect(
-            set(validation) not in (set(range(end)), set(range(count - end, count))),
-            "the validation part is one end of the images as they come; a folder comes sorted by class, so whole "
-            "classes would never be trained on; shuffle before you cut",
+            runs > len(validation) / 3,
+            "the validation part is made of neighbours, in the order in which the images come; a folder comes sorted "
+            "by class, so whole classes would never be trained on; shuffle before you cut",
         )
+        steps = {second - first for first, second in zip(validation, validation[1:], strict=False)}
+        expect(len(steps) > 1, "you hold out one image in every so many; draw a random order, with torch.randperm")
         _expect_own_seed(learners, count, fraction, seed, other_seeds, drawn)
 
 
-def _two_parts(learners: Callable, count: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
+def _two_parts(learners: Callable, count: int, fraction: float, seed: int) -> tuple[list[int], ...]:
     given = answer(learners, count, fraction, seed)
-    expect(isinstance(given, tuple | list) and len(given) == 2, "two tensors are wanted: return training, validation")
-    if all(part is None or part is Ellipsis for part in given):
-        raise NotAttempted
-    for part in given:
-        expect(
-            isinstance(part, Tensor),
-            f"each part should be a tensor of indices, but a {type(part).__name__} came back",
-        )
-        expect(
-            part.dtype != torch.bool,
-            "a part is a mask of True and False; torch.nonzero(mask).flatten() gives the indices",
-        )
-        expect(
-            part.dtype == torch.int64 and part.ndim == 1,
-            f"each part should be int64 [n], but one is {str(part.dtype).removeprefix('torch.')} {list(part.shape)}",
-        )
-    return tuple(sorted(part.tolist()) for part in given)  # whatever the order within a part
+    expect(isinstance(given, tuple | list) and len(given) == 2, "two parts are wanted: return training, validation")
+    return tuple(sorted(_indices(part)) for part in given)  # in any order within a part
+
+
+def _indices(part) -> list[int]:
+    """The whole numbers of a tensor, an array, a list, a tuple or a range."""
+    expect(part is not Ellipsis and part is not None, "one of the two parts is still missing")
+    try:
+        numbers = torch.as_tensor(list(part) if isinstance(part, range) else part)
+    except (TypeError, ValueError, RuntimeError):
+        raise Mistake(
+            f"each part should be a tensor or a list of indices, but a {type(part).__name__} came back"
+        ) from None
+    expect(
+        numbers.dtype != torch.bool,
+        "a part is a mask of True and False; torch.nonzero(mask).flatten() gives the indices",
+    )
+    whole = not numbers.is_floating_point() and not numbers.is_complex() and numbers.ndim == 1
+    kind = f"{str(numbers.dtype).removeprefix('torch.')} {list(numbers.shape)}"
+    expect(whole, f"each part should be a row of whole numbers, [n], but one is {kind}")
+    return numbers.tolist()
 
 
 def _expect_own_seed(learners: Callable, count: int, fraction: float, seed: int, other_seeds: list, drawn) -> None:
@@ -135,6 +155,8 @@ def sound_model(learners: Callable) -> None:
     for num_classes in (13, torch.randint(14, 20, ()).item()):
         model = answer(learners, num_classes)
         expect(isinstance(model, nn.Module), f"build should return a model, but a {type(model).__name__} came back")
+        if is_stub(type(model).forward):
+            raise NotAttempted
         images, labels = torch.randn(num_classes, 3, 32, 32), torch.arange(num_classes)
         _expect_logits(model, images, labels, num_classes)
     model = copy.deepcopy(model)  # what follows changes it
@@ -145,6 +167,21 @@ def sound_model(learners: Callable) -> None:
     model.eval()
     with torch.no_grad():
         _expect_images_apart(model, images)
+    pixels = images.clone().requires_grad_()
+    logits = model(pixels)
+    logits.square().sum().backward()
+    seen = (pixels.grad != 0).any(1).float().mean().item()
+    expect(
+        seen > 0.99,
+        f"does every patch matter? Only {seen:.0%} of the pixels have an influence on the logits; an index leaves out "
+        "the tokens of the others",
+    )
+    if isinstance(model, ViTModel):
+        expect(
+            close(logits, ViTModel.forward(model, images), 1e-4),
+            "the answers are yes, but these are not the logits of equations 1 to 4; something is left out of your "
+            "forward pass or added to it: compare it with the lines above the exercise",
+        )
 
 
 def _expect_logits(model: nn.Module, images: Tensor, labels: Tensor, num_classes: int) -> None:
@@ -158,6 +195,11 @@ def _expect_logits(model: nn.Module, images: Tensor, labels: Tensor, num_classes
     expect(
         logits.min() < 0 or not close(logits.sum(1), torch.ones(len(images)), 1e-4),
         "one logit for each class? Yours are probabilities, they sum to 1; cross-entropy applies the softmax itself",
+    )
+    one_sign = logits.max() <= 0 and logits.min() < 0
+    expect(
+        not one_sign or not close(logits.exp().sum(1), torch.ones(len(images)), 1e-4),
+        "one logit for each class? Yours are logarithms of probabilities; return what the head gives",
     )
     loss, right = F.cross_entropy(logits, labels).item(), math.log(num_classes)
     expect(
@@ -182,6 +224,14 @@ def _expect_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> None:
         f"do gradients reach every parameter? None reaches {named}; somewhere behind them the way to the loss is cut, "
         "by detach(), no_grad() or an index that leaves out too much",
     )
+    for name, part in model.named_parameters():
+        if part.ndim == 3 and part.shape[1] > 1:  # the positions, a row for each token
+            rows = (part.grad != 0).any(2).sum().item()
+            expect(
+                rows == part.shape[1],
+                f"do gradients reach every parameter? Only {rows} of the {part.shape[1]} rows of {name} get one; an "
+                "index leaves out the tokens of the others",
+            )
 
 
 def _expect_images_apart(model: nn.Module, images: Tensor) -> None:
@@ -209,7 +259,11 @@ def _expect_images_apart(model: nn.Module, images: Tensor) -> None:
 @exercise("top-1 accuracy")
 def top1(learners: Callable) -> None:
     """Of ``top1(logits [B, C], labels [B])``: the share of images whose highest logit is that of the right class."""
-    for batch, num_classes in ((60, 60), (60, 7)):  # the first, so that an argmax over the wrong axis has an answer
+    for batch, num_classes in (
+        (60, 60),
+        (60, 7),
+        (53, 130),
+    ):  # the first, so that an argmax over the wrong axis has an answer
         hits = torch.randint(35, 49, ()).item()
         labels = torch.randint(num_classes, (batch,))
         winners = torch.where(torch.arange(batch) < hits, labels, (labels + 1) % num_classes)
@@ -239,33 +293,44 @@ def top1(learners: Callable) -> None:
 
 @exercise("evaluation")
 def evaluation(learners: Callable) -> None:
-    """Of ``evaluate_model(model, images)``: logits in eval mode, without gradients, the model's mode as it was."""
-    images = torch.randn(16, 8)
-    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 3))
-    right = model.eval()(images).detach()
-    model.train()
-    recorded = []
-    model[0].register_forward_hook(lambda *_: recorded.append(torch.is_grad_enabled()))
-    first, second = (tensor_answer(learners, model, images.clone(), shape=(16, 3)) for _ in range(2))
-    expect(
-        close(first, second),
-        "two calls on the same images give different logits: dropout is still on; call model.eval() first",
-    )
-    expect(
-        not first.requires_grad and not any(recorded),
-        "gradients are recorded, which costs memory and time; call the model within torch.no_grad()",
-    )
-    expect(
-        torch.is_grad_enabled(),
-        "gradients stay switched off after your function, so nothing could be trained any more; use `with "
-        "torch.no_grad():`, which ends by itself",
-    )
-    expect(model.training, "the model is left in eval mode, so the next epoch would train without dropout; put it back")
-    expect(
-        close(first, right) and close(tensor_answer(learners, model.eval(), images.clone(), shape=(16, 3)), right),
-        "these are not the logits of the model in eval mode; return what the model gives, unchanged",
-    )
-    expect(
-        not model.training,
-        "a model that came in eval mode goes out in train mode; remember model.training before you change it",
-    )
+    """Of ``evaluate_model(model, images)``: logits in eval mode, without gradients; the model as it was before."""
+    for batch, width, classes in ((16, 8, 3), (9, 5, 7)):
+        images = torch.randn(batch, width)
+        layers = nn.Linear(width, 8), nn.Dropout(0.5), nn.Linear(8, classes)
+        model = nn.Sequential(*layers, nn.BatchNorm1d(classes))  # in train mode it would move its statistics
+        model(images).sum().backward()  # leaves gradients, which are the caller's
+        right = model.eval()(images).detach()
+        model.train()
+        recorded = []
+        model[0].register_forward_hook(lambda *_, log=recorded: log.append(torch.is_grad_enabled()))
+        with unchanged(model, images):
+            first, second = (_logits(learners, model, images, right) for _ in range(2))
+            expect(
+                close(first, second) and not (first == 0).all(),
+                "two calls on the same images give different logits: dropout is still on; call model.eval() first",
+            )
+            expect(
+                not first.requires_grad and not any(recorded),
+                "gradients are recorded, which costs memory and time; call the model within torch.no_grad()",
+            )
+            expect(
+                model.training,
+                "the model is left in eval mode, so the next epoch would train without dropout; put it back",
+            )
+            expect(close(first, right), "these are not the logits of the model in eval mode; return them unchanged")
+        model.eval()
+        with unchanged(model, images):
+            expect(
+                close(_logits(learners, model, images, right), right), "a model that is in eval mode gets other logits"
+            )
+            expect(
+                not model.training,
+                "a model that came in eval mode goes out in train mode; remember model.training before you change it",
+            )
+
+
+def _logits(learners: Callable, model: nn.Module, images: Tensor, right: Tensor) -> Tensor:
+    given = answer(learners, model, images, may_change=True)  # what has changed is looked at after the logits
+    expect(isinstance(given, Tensor), f"a tensor is wanted, but a {type(given).__name__} came back")
+    expect(given.shape == right.shape, f"the shape is {list(given.shape)}, but should be {list(right.shape)}")
+    return given

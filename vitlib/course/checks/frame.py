@@ -1,14 +1,29 @@
-"""What every check has in common: how an answer is called, judged, and told what is wrong with it."""
+"""What all checks share: they call the learner's function, compare what comes back, and put the verdict in one line."""
 
+import ast
+import inspect
 import math
 import sys
+import textwrap
 from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 
 import torch
+from torch import Tensor, nn
 
 VERDICT = "application/vnd.vitlib.verdict+json"
 CORRECT, NOT_YET, NOT_ATTEMPTED = "correct", "not yet", "not attempted yet"
+STUBS = (
+    "...",
+    "pass",
+    "return",
+    "return ...",
+    "return None",
+    "raise NotImplementedError",
+    "raise NotImplementedError()",
+)
+DRAWS = 3  # times that an answer is tried, on fresh random numbers
 
 ALL: dict[str, Callable] = {}  # every check of the course by its name, in the order of the chapters
 
@@ -24,7 +39,7 @@ class NotAttempted(Exception):
 
 
 def be_strict(strict: bool) -> None:
-    """With True, a check raises AssertionError unless the answer is correct."""
+    """With True, let a check raise AssertionError unless the answer is correct."""
     global _strict
     _strict = strict
 
@@ -35,46 +50,107 @@ def expect(condition, mistake: str) -> None:
         raise Mistake(mistake)
 
 
-def call(function: Callable, *args, **kwargs):
-    """The learner's function called, whatever it returns.
+def is_stub(function) -> bool:
+    """Return True for a function whose only line, below its docstring, is one of :data:`STUBS`."""
+    try:
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+        lines = [ast.unparse(line) for line in definition.body]
+    except (AttributeError, OSError, SyntaxError, TypeError, ValueError):  # no function, or one without source
+        return False
+    if not isinstance(definition, ast.FunctionDef):
+        return False
+    return lines[ast.get_docstring(definition) is not None :] in ([], *([line] for line in STUBS))
+
+
+def call(function: Callable, *args):
+    """Call the learner's function and return its result. It may change its arguments.
 
     Raises:
-        NotAttempted: for a stub: ``...`` or None in place of the function, or ``raise NotImplementedError`` in it.
-        Mistake: for an object that cannot be called, and for whatever the function raises.
+        NotAttempted: for an untouched stub, and for ``...`` or None in place of the function.
+        Mistake: for an object that cannot be called, for anything that the function raises, and if it leaves
+            gradients switched off.
     """
-    if function is None or function is Ellipsis:
+    if function is None or function is Ellipsis or is_stub(function):
         raise NotAttempted
     expect(callable(function), f"give the check your function; this is a {type(function).__name__}")
     try:
-        return function(*args, **kwargs)
+        result = function(*args)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # SystemExit too: a learner's exit() must not take the notebook along
         # PyTorch raises NotImplementedError as well, with a text; a stub raises the bare class
-        if isinstance(error, NotImplementedError) and not error.args:
-            raise NotAttempted from None
+        left_over = isinstance(error, NotImplementedError) and not error.args
+        expect(
+            not left_over, "the line `raise NotImplementedError` is still there; take it away, so that your code runs"
+        )
         raise Mistake(f"your code stopped with {_in_words(error)}") from None
-
-
-def answer(function: Callable, *args, **kwargs):
-    """As :func:`call`; a stub, which returns None or ``...``, counts as not attempted."""
-    result = call(function, *args, **kwargs)
-    if result is None or result is Ellipsis:
-        raise NotAttempted
+    expect(
+        torch.is_grad_enabled(),
+        "gradients stay switched off after your function, so nothing could be trained any more; use `with "
+        "torch.no_grad():`, which ends by itself",
+    )
     return result
 
 
-def tensor_answer(function: Callable, *args, shape: tuple[int, ...] | None = None, **kwargs) -> torch.Tensor:
-    """As :func:`answer`, for functions that must return a tensor, of a known shape unless the check looks at that."""
-    result = answer(function, *args, **kwargs)
-    expect(isinstance(result, torch.Tensor), f"a tensor is wanted, but a {type(result).__name__} came back")
+@contextmanager
+def unchanged(*args):
+    """Raise :class:`Mistake` if a tensor, model or list of ``args`` is not the same at the end as at the start."""
+    before = [_state(arg) for arg in args]
+    yield
+    for number, (old, arg) in enumerate(zip(before, args, strict=True), start=1):
+        changed = (
+            "the model that it is given; leave its weights, gradients, modes and attributes as they were"
+            if isinstance(arg, nn.Module)
+            else f"its input number {number}; write x = x + y for x += y, and no methods with a trailing underscore"
+        )
+        expect(_state(arg) == old, f"your function changes {changed}")
+
+
+def answer(function: Callable, *args, may_change: bool = False):
+    """As :func:`call`, for a function that must return something, and change its arguments only if it may."""
+    with nullcontext() if may_change else unchanged(*args):
+        result = call(function, *args)
+        expect(
+            result is not None, "nothing came back: end the function with `return` and your result; print only shows it"
+        )
+        expect(result is not Ellipsis, "`...` came back: put your result in its place, behind `return`")
+    return result
+
+
+def tensor_answer(function: Callable, *args, shape: tuple[int, ...] | None = None) -> Tensor:
+    """As :func:`answer`, for a function that must return a tensor, of a known shape unless the check looks at that.
+
+    Floats that come back must be of the type of the first tensor that goes in, if that has floats too.
+    """
+    result = answer(function, *args)
+    expect(isinstance(result, Tensor), f"a tensor is wanted, but a {type(result).__name__} came back")
+    wanted = next((arg.dtype for arg in args if isinstance(arg, Tensor)), result.dtype)
+    types = [str(dtype).removeprefix("torch.") for dtype in (result.dtype, wanted)]
+    kept = result.dtype == wanted or not (result.is_floating_point() and wanted.is_floating_point)
+    expect(kept, f"the numbers that come back are {types[0]}, but {types[1]} went in; keep the type")
     if shape is not None:
         expect(tuple(result.shape) == shape, f"the shape is {list(result.shape)}, but should be {list(shape)}")
     return result
 
 
+def expect_gradients(function: Callable, *args) -> None:
+    """Raise :class:`Mistake` unless a gradient comes back from the result to each tensor of ``args``, all of floats."""
+    leaves = [arg.detach().clone().requires_grad_() for arg in args if isinstance(arg, Tensor)]
+    fresh = iter(leaves)
+    result = tensor_answer(function, *(1 * next(fresh) if isinstance(arg, Tensor) else arg for arg in args))
+    reached = [None] * len(leaves)
+    if result.requires_grad:
+        reached = torch.autograd.grad(result.sum(), leaves, allow_unused=True)
+    missing = [number for number, grad in enumerate(reached, start=1) if grad is None]
+    expect(
+        not missing,
+        f"the numbers are right, but no gradient comes back to tensor {missing[0] if missing else 1}, so nothing "
+        "before it could be trained; detach(), no_grad(), .data, numpy and lists of numbers cut the way",
+    )
+
+
 def as_number(value) -> int | float:
-    """One number, given as Python's, NumPy's or a tensor's."""
+    """Return one number, given as Python's, NumPy's or a tensor's."""
     if hasattr(value, "dtype"):
         count = math.prod(value.shape)
         expect(count == 1, f"one number is wanted, but {count} came back")
@@ -84,20 +160,20 @@ def as_number(value) -> int | float:
     return value
 
 
-def number_answer(function: Callable, *args, **kwargs) -> int | float:
-    """As :func:`answer`, for functions that must return one number."""
-    return as_number(answer(function, *args, **kwargs))
+def number_answer(function: Callable, *args) -> int | float:
+    """As :func:`answer`, for a function that must return one number."""
+    return as_number(answer(function, *args))
 
 
-def close(first: torch.Tensor, second: torch.Tensor, tolerance: float = 1e-5) -> bool:
-    """Equal shapes, and no number differs by more than ``tolerance``."""
+def close(first: Tensor, second: Tensor, tolerance: float = 1e-5) -> bool:
+    """Return whether the shapes are equal and no number differs by more than ``tolerance``."""
     if first.shape != second.shape or first.is_complex():
         return False
-    return torch.allclose(first.float(), second.float(), rtol=0, atol=tolerance)
+    return torch.allclose(first.double(), second.double(), rtol=0, atol=tolerance)
 
 
-def compare(given: torch.Tensor, right: torch.Tensor, slips: dict[str, torch.Tensor], otherwise: str) -> None:
-    """Nothing if ``given`` is right; else the sentence of the typical wrong answer that it equals."""
+def compare(given: Tensor, right: Tensor, slips: dict[str, Tensor], otherwise: str) -> None:
+    """Return if ``given`` is right; else raise the sentence of the typical wrong answer that it equals."""
     if close(given, right):
         return
     for mistake, wrong in slips.items():
@@ -106,7 +182,7 @@ def compare(given: torch.Tensor, right: torch.Tensor, slips: dict[str, torch.Ten
 
 
 def exercise(title: str):
-    """Turns a function that raises :class:`Mistake` into a check, which shows its verdict in one line."""
+    """Turn a function that raises :class:`Mistake` into a check, which shows its verdict in one line."""
 
     def decorate(body: Callable):
         @wraps(body)
@@ -125,12 +201,13 @@ def exercise(title: str):
 
 
 def _judge(body: Callable, learners) -> tuple[str, str]:
-    """Status and message. Nothing that a learner can hand over makes this raise."""
+    """Return status and message. Nothing that a learner can hand over makes this raise."""
     try:
         # fresh numbers every time, none taken from the notebook's own random state, and gradients as usual
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.seed()
-            body(learners)
+            for _ in range(DRAWS):
+                body(learners)
     except NotAttempted:
         return NOT_ATTEMPTED, ""
     except Mistake as mistake:
@@ -140,8 +217,19 @@ def _judge(body: Callable, learners) -> tuple[str, str]:
     return CORRECT, ""
 
 
+def _state(thing):
+    """Return all that a function could change in its argument, in a form that can be compared."""
+    if isinstance(thing, Tensor):
+        return thing.dtype, thing.shape, thing.requires_grad, thing.detach().numpy().tobytes()
+    if isinstance(thing, nn.Module):
+        tensors = [*thing.named_parameters(), *thing.named_buffers()]
+        parts = [(name, part.training, sorted(vars(part))) for name, part in thing.named_modules()]
+        return [(name, _state(tensor), _state(tensor.grad)) for name, tensor in tensors], parts
+    return list(thing) if isinstance(thing, list) else None
+
+
 def _in_words(error: BaseException) -> str:
-    """``Name: text`` on one line, and not a long one."""
+    """Return ``Name: text`` on one line, and not a long one."""
     try:
         text = " ".join(str(error).split()[:30])
     except Exception:  # an exception class of the learner's own
