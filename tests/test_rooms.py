@@ -1,6 +1,7 @@
 """The rooms of vitlib: who may import whom."""
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,3 +43,9 @@ def test_only_the_course_imports_the_course():
 
 def test_imports_run_one_way():
     assert [edge for edge in edges() if ORDER.index(edge[1]) >= ORDER.index(edge[0])] == []
+
+
+def test_importing_the_library_loads_no_optional_package():
+    code = "import sys, vitlib.export, vitlib.predict, vitlib.weights; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torchvision", "timm", "transformers", "onnx", "onnxruntime", "matplotlib", "vitlib.course"} & {*loaded}
