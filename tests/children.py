@@ -8,7 +8,12 @@ from pathlib import Path
 
 import torch
 
-PRELOADED = ["pytest", "vitlib.__main__", "vitlib.course.commands", "torch._dynamo"]  # optimisers import the last one
+PRELOADED = [
+    "pytest",
+    "vitlib.course.cli",
+    "vitlib.course.own_images",
+    "torch._dynamo",
+]  # optimisers import the last one
 
 
 def start(target, *arguments, log: Path, **environment: str) -> BaseProcess:

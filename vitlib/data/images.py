@@ -37,12 +37,14 @@ class LabelledImages:
         classes: names of the classes, in the order of the logits.
         kept: bool [N], True where ciFAIR kept a test image of CIFAR, False where it is flagged as a near-duplicate;
             None for images of which this is not known.
+        names: the file of each image; None for images that are not from a folder.
     """
 
     images: Tensor
     labels: Tensor
     classes: tuple[str, ...]
     kept: Tensor | None = None
+    names: tuple[str, ...] | None = None
 
     def __post_init__(self):
         _check_images(self.images)
@@ -71,12 +73,14 @@ class LabelledImages:
     def subset(self, indices) -> "LabelledImages":
         """Return the images at ``indices``: a list or tensor of integers, a boolean mask or a slice."""
         kept = None if self.kept is None else self.kept[indices]
-        return LabelledImages(self.images[indices], self.labels[indices], self.classes, kept)
+        numbers = torch.arange(len(self), device=self.labels.device)[indices].tolist() if self.names else []
+        names = self.names and tuple(self.names[number] for number in numbers)
+        return LabelledImages(self.images[indices], self.labels[indices], self.classes, kept, names)
 
     def to(self, device: str | torch.device) -> "LabelledImages":
         """Return the same data set on another device."""
         kept = None if self.kept is None else self.kept.to(device)
-        return LabelledImages(self.images.to(device), self.labels.to(device), self.classes, kept)
+        return LabelledImages(self.images.to(device), self.labels.to(device), self.classes, kept, self.names)
 
 
 def load_images(
@@ -139,10 +143,10 @@ def _load_from_folder(folder: Path, split: str, *options) -> LabelledImages:
             f"{printable(folder)} holds classes and no train folder: a fifth of the images of each class, drawn with "
             "seed 0, are its test images."
         )
-        parts = train_validation_split(LabelledImages(*load_folder(folder, folder, *options)[:3]), 0.2)
+        parts = train_validation_split(_with_names(*load_folder(folder, folder, *options)), 0.2)
         return parts[split == "test"]
     if split == "train":
-        return LabelledImages(*load_folder(train, train, *options)[:3])
+        return _with_names(*load_folder(train, train, *options))
     if not tests:
         raise FileNotFoundError(
             f"{printable(folder / 'test')} does not exist or holds no class folders; add the images in test/<class>/*, "
@@ -152,7 +156,11 @@ def _load_from_folder(folder: Path, split: str, *options) -> LabelledImages:
         unused = f"; not used: {', '.join(place.name for place in tests[1:])}" if len(tests) > 1 else ""
         print(f"The test images of {printable(folder)} are those in {tests[0].name}{unused}.")
     images, labels, classes, files = load_folder(tests[0], train, *options)
-    return LabelledImages(images, labels, classes, kept_by_file(files, labels, classes))
+    return _with_names(images, labels, classes, files, kept_by_file(files, labels, classes))
+
+
+def _with_names(images, labels, classes, files, kept=None) -> LabelledImages:
+    return LabelledImages(images, labels, classes, kept, tuple(map(str, files)))
 
 
 def check_source(source: str | os.PathLike, name: str = "source") -> None:

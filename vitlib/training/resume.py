@@ -13,6 +13,17 @@ from vitlib.utils import atomic_write
 _CHANGED = {"images": "the training images have changed since", "start": "it started from other weights"}
 
 
+class OtherTraining(ValueError):
+    """A resume file belongs to a training with other settings. Made of the sentence, and of the difference alone."""
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+    @property
+    def difference(self) -> str:
+        return self.args[1]
+
+
 class ResumeFile:
     """Keep the state of an unfinished training on disk.
 
@@ -79,13 +90,15 @@ class ResumeFile:
         # other images can change settings, and settings the weights at the start: the cause is named first
         for name in sorted(differing, key=lambda name: (name != "images", name == "start", name)):
             if name in _CHANGED:
-                raise ValueError(
+                raise OtherTraining(
                     f"Choose another run_dir, or delete the resume files to begin again: {path} belongs to a training "
-                    f"that cannot go on, because {_CHANGED[name]}."
+                    f"that cannot go on, because {_CHANGED[name]}.",
+                    f"In {path.parent} {_CHANGED[name]}",
                 )
-            raise ValueError(
-                f"{path} belongs to a training with {name}={theirs.get(name)!r}, this one has {name}="
-                f"{ours.get(name)!r}; give the same settings, another run_dir, or delete the resume files."
+            difference = f"a training with {name}={theirs.get(name)!r}, this one has {name}={ours.get(name)!r}"
+            raise OtherTraining(
+                f"{path} belongs to {difference}; give the same settings, another run_dir, or delete the resume files.",
+                f"{path.parent} held {difference}",
             )
 
 

@@ -1,0 +1,114 @@
+"""The edges of training: what does not go together is one sentence, and the smallest data sets can be trained on."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from vitlib.data import LabelledImages
+from vitlib.data.augment import Augmentation
+from vitlib.model import PRESETS, ViTModel
+from vitlib.predict import predict_files
+from vitlib.training import FINETUNING, RECIPES, finetune, fit, pretrain, record_test
+from vitlib.weights import ModelCard, load_weights
+
+PLAIN = replace(RECIPES["short"], augmentation=Augmentation(padding=1, cutout=0))
+MIXED = replace(PLAIN, augmentation=Augmentation(padding=1, cutout=0, randaugment=1, erase=0.5, mixing=1.0))
+QUIET = {"progress": False, "device": "cpu"}
+
+
+def pictures(count=12, classes=3, channels=3, side=8) -> LabelledImages:
+    images = torch.randint(256, (count, channels, side, side), dtype=torch.uint8)
+    return LabelledImages(images, torch.arange(count) % classes, tuple("abcdefgh"[:classes]))
+
+
+def card_of(channels=3) -> ModelCard:
+    return ModelCard(("a", "b", "c"), (0.5,) * channels, (0.25,) * channels)
+
+
+def tiny(**changes) -> ViTModel:
+    sizes = {"num_classes": 3, "num_layers": 1, "image_size": 8, "patch_size": 4, "em_dim": 8, "num_heads": 2}
+    return ViTModel(**{**sizes, "ff_dim": 8, "drop": 0.0, **changes})
+
+
+@pytest.fixture
+def smaller(monkeypatch):
+    """The preset mini, smaller still."""
+    sizes = {"patch_size": 4, "num_layers": 1, "em_dim": 8, "num_heads": 2, "ff_dim": 8}
+    monkeypatch.setitem(PRESETS, "mini", sizes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": tiny(num_classes=2)}, r"gives \[1, 2\] logits .* need 3 classes; give a model"),
+        ({"model": nn.Conv2d(3, 4, 3)}, r"gives \[1, 4, 6, 6\] logits .* give a model with a classifier"),
+        ({"model": tiny(image_size=16)}, r"\[B, 3, 16, 16\]"),
+        ({"card": card_of(channels=1)}, r"do not go with images of 3 channels"),
+        ({"validation": pictures(classes=5)}, r"need 5 classes; give a model with a classifier of as many"),
+        ({"validation": pictures(0)}, r"12 training and 0 validation images are too few"),
+        ({"recipe": replace(PLAIN, augmentation=Augmentation(cutout=9))}, r"^cutout=9 is larger"),
+        ({"recipe": replace(PLAIN, augmentation=Augmentation(padding=8, cutout=0))}, r"^padding=8 "),
+    ],
+    ids=range(8),
+)
+def test_what_does_not_go_together_is_one_sentence(changes, words):
+    good = {"model": tiny(), "train": pictures(), "validation": pictures(), "card": card_of(), "recipe": PLAIN}
+    written = []
+    with pytest.raises(ValueError, match=words) as error:
+        fit(**{**good, **changes}, epochs=1, progress=False, after_epoch=lambda model, history: written.append(model))
+    assert "\n" not in str(error.value) and str(error.value).endswith(".") and not written
+
+
+def steps_of(data: LabelledImages, **changes) -> int:
+    """The steps of a pretraining of two epochs, whose losses must be finite."""
+    options = {"pretrain_epochs": 2, "recipe": MIXED, "validation_fraction": 0.25, **QUIET, **changes}
+    history = pretrain(data, "mini", **options).history
+    assert all(math.isfinite(step["loss"]) for step in history.steps)
+    return len(history.steps)
+
+
+@pytest.mark.parametrize(("batch_size", "steps"), [(1, 9), (8, 2), (9, 1), (10_000, 1)])
+def test_any_batch_size_works_with_nine_training_images(smaller, batch_size, steps):
+    assert steps_of(pictures(12), batch_size=batch_size) == 2 * steps
+
+
+def test_more_steps_than_batches_are_no_more_than_all(smaller):
+    assert steps_of(pictures(12), batch_size=4, train_steps_per_epoch=1000, eval_steps_per_epoch=1000) == 2 * 3
+
+
+def test_a_class_of_one_image_can_be_trained(smaller):
+    lonely = LabelledImages(pictures(9).images, torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2]), ("a", "b", "c"))
+    assert steps_of(lonely) == 2
+
+
+def test_one_image_of_each_class_cannot_be_split(smaller):
+    with pytest.raises(ValueError, match=r"cannot be split; .* must have two images\.$"):
+        steps_of(pictures(3))
+
+
+def test_grey_images_go_all_the_way(smaller, tmp_path):
+    upstream = pretrain(
+        pictures(12, channels=1), "mini", pretrain_epochs=1, recipe=MIXED, run_dir=tmp_path / "grey", **QUIET
+    )
+    model, card = load_weights(tmp_path / "grey" / "pretrained.safetensors")
+    assert model.config["num_channels"] == len(card.mean) == len(upstream.card.mean) == 1
+    tuned = finetune(model, card, pictures(8, classes=2, channels=1), recipe=PLAIN, **QUIET)
+    checkpoint = tmp_path / "finetuned.safetensors"
+    record_test(tuned, pictures(4, classes=2, channels=1), "grey", checkpoint)
+    Image.new("RGB", (20, 10), "red").save(tmp_path / "colour.png")
+    (prediction,) = predict_files(*load_weights(checkpoint), [tmp_path / "colour.png"])
+    assert prediction.error is None and sum(share for _, share in prediction.classes) == pytest.approx(1, abs=1e-6)
+
+
+def test_all_recipes_take_the_smallest_training(smaller):
+    one = {"train_steps_per_epoch": 1, "eval_steps_per_epoch": 1, **QUIET}
+    for name in RECIPES:
+        done = pretrain(pictures(4, classes=2, side=16), "mini", pretrain_epochs=1, recipe=name, **one)
+        assert len(done.history.steps) == 1, name
+    for name in FINETUNING:
+        tuned = finetune(done.model, done.card, pictures(4, classes=2, side=16), recipe=name, **one)
+        assert len(tuned.history.steps) == 1, name

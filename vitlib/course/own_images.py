@@ -1,0 +1,129 @@
+"""Fine-tuning on your own images: how many steps they need, and what the model says about the test images."""
+
+import csv
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor
+
+from vitlib.data import LabelledImages
+from vitlib.predict import confident_mistakes
+from vitlib.utils import atomic_write
+
+STEPS = 200  # that a new head and its encoder get at least
+FONTS = (  # with letters that matplotlib's own font lacks, of Linux, macOS and Windows
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "Noto Sans SC", "WenQuanYi Zen Hei", "PingFang SC",
+    "Hiragino Sans", "Apple SD Gothic Neo", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "Noto Sans Devanagari",
+    "Kohinoor Devanagari", "Nirmala UI", "Noto Sans Arabic", "Noto Sans Hebrew", "Noto Sans Thai", "Thonburi",
+    "Leelawadee UI", "Arial Unicode MS", "Segoe UI", "FreeSans",
+)  # fmt: skip
+
+
+def batch_size_for(images: int) -> int:
+    """Return a batch size for so many training images: a sixteenth of them, as a power of two from 8 to 128."""
+    return 2 ** min(7, max(3, int(math.log2(max(1, images / 16)))))
+
+
+def epochs_for(images: int, batch_size: int) -> int:
+    """Return the passes over so many training images that are at least ``STEPS`` steps."""
+    return math.ceil(STEPS / math.ceil(images / batch_size))
+
+
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """Return the 95 % interval of an accuracy measured on ``count`` images (Wilson 1927).
+
+    >>> wilson_interval(0.5, 60)
+    (0.37733..., 0.62266...)
+    """
+    z = 1.96
+    centre = share + z**2 / (2 * count)
+    half = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return max(0.0, (centre - half) / (1 + z**2 / count)), min(1.0, (centre + half) / (1 + z**2 / count))
+
+
+def chance(labels: Tensor) -> float:
+    """Return the accuracy of always naming the most frequent class."""
+    return labels.bincount().max().item() / len(labels)
+
+
+def write_predictions(path: Path, test: LabelledImages, logits: Tensor) -> None:
+    """Write a CSV file with a line for each test image: file, true class, predicted class and its probability."""
+    confidence, predicted = logits.softmax(dim=1).max(dim=1)
+    names = test.names or range(len(test))
+    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["file", "true", "predicted", "probability"])
+        for name, label, guess, share in zip(
+            names, test.labels.tolist(), predicted.tolist(), confidence.tolist(), strict=True
+        ):
+            rows.writerow([name, test.classes[label], test.classes[guess], f"{share:.4f}"])
+
+
+def draw_errors(folder: Path, test: LabelledImages, logits: Tensor) -> str:
+    """Draw confusion.png and mistakes.png into ``folder``. Return a sentence that says what they show."""
+    import matplotlib
+
+    matplotlib.use("agg")  # files need no window, which a remote machine might not have
+    from vitlib import plots
+
+    classes, predicted = len(test.classes), logits.argmax(dim=1)
+    names = [_shortened(name) for name in test.classes] if classes <= 25 else ()
+    counts = (test.labels * classes + predicted).bincount(minlength=classes**2).view(classes, classes)
+    right = (predicted == test.labels).sum().item()
+    worst = confident_mistakes(logits, test.labels)
+    with _letters_of_all_scripts() as missing:
+        confusion = plots.heatmap(
+            counts, names, names, numbers="{:.0f}", xlabel="predicted class", ylabel="true class",
+            label="test images", title=f"{right} of {len(test)} test images are right",
+        )  # fmt: skip
+        _save(confusion, folder / "confusion.png")
+        (folder / "mistakes.png").unlink(missing_ok=True)  # of an earlier training
+        if len(worst):
+            _save(_most_confident(test, logits, worst, len(test) - right), folder / "mistakes.png")
+    said = f"Which classes it confuses: {folder / 'confusion.png'}."
+    said += f" Where it is most sure and wrong: {folder / 'mistakes.png'}." if len(worst) else " It makes no mistake."
+    return said + (" No font here has all letters of the class names (Noto Sans has them)." if missing else "")
+
+
+def _most_confident(test: LabelledImages, logits: Tensor, worst: Tensor, count: int):
+    from vitlib import plots
+
+    titles = []
+    for index in worst.tolist():
+        share, guess = logits[index].softmax(dim=0).max(dim=0)
+        title = f"true: {_shortened(test.classes[test.labels[index]])}\n{share:.0%} {_shortened(test.classes[guess])}"
+        titles.append(f"{title}\n{_ending(Path(test.names[index]).name)}" if test.names else title)
+    title = f"the {len(worst)} most confident of {count} mistakes"
+    return plots.image_grid(test.images[worst], titles, columns=4, side=2.0, title=title)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 22 else f"{text[:21]}…"
+
+
+def _ending(text: str) -> str:
+    return text if len(text) <= 22 else f"…{text[-21:]}"
+
+
+@contextmanager
+def _letters_of_all_scripts() -> Iterator[list]:
+    """Draw with every font of ``FONTS`` that is installed. Yields a list of warnings of letters that none has."""
+    import matplotlib
+    from matplotlib.font_manager import fontManager
+
+    installed = {font.name for font in fontManager.ttflist}
+    fonts = ["DejaVu Sans", *(name for name in FONTS if name in installed)]
+    missing = []
+    with matplotlib.rc_context({"font.family": fonts, "text.parse_math": False}):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield missing
+        missing += [warning for warning in caught if "missing from font" in str(warning.message)]
+
+
+def _save(figure, path: Path) -> None:
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
