@@ -1,5 +1,6 @@
 """What a model says about image files: the same as about a folder's images, whatever lies beside them."""
 
+import csv
 import errno
 import os
 import sys
@@ -13,7 +14,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from vitlib import predict as predict_module
+import vitlib.predict as predict_module
 from vitlib.__main__ import main
 from vitlib.data import folders
 from vitlib.data.folders import read_image
@@ -336,6 +337,20 @@ def test_an_image_given_as_the_model_is_one_line_and_exit_code_2(images):
 def test_a_wrong_number_is_exit_code_2(weights, images, words):
     result = call(weights, images[0], *words)
     assert result.exit_code == 2 and "Invalid value" in result.stderr
+
+
+def test_the_table_has_every_class_and_error(weights, images, tmp_path):
+    table = tmp_path / "new" / "table.csv"
+    result = call(weights, images[0], tmp_path / "absent.png", "--top", 2, "--csv", table)
+    assert result.exit_code == 1
+    (prediction,) = predict_files(tiny_model(7), card_of(tiny_model(7)), images[:1], top=2)
+    with open(table, encoding="utf-8", newline="") as file:
+        first, second, error = csv.DictReader(file)
+    assert [(row["file"], row["rank"], row["class"]) for row in (first, second)] == [
+        (str(images[0]), str(rank), name) for rank, (name, _) in enumerate(prediction.classes, start=1)
+    ]
+    assert float(first["probability"]) == pytest.approx(prediction.classes[0][1], abs=1e-4)
+    assert error["file"].endswith("absent.png") and "does not exist" in error["error"] and error["class"] == ""
 
 
 def test_no_image_is_exit_code_2(weights):

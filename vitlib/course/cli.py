@@ -4,7 +4,6 @@
 safetensors, and what these bring along.
 """
 
-import csv
 import os
 import shlex
 import signal
@@ -435,13 +434,14 @@ def predict(model, images, top, batch_size, table) -> None:
     cifar100-small. An image that cannot be read gets one line on stderr, and the others are still predicted. The exit
     code is 0 when every image was predicted, 1 when one was not, 2 for a wrong command or MODEL.
     """
+    from vitlib.course.own_images import write_csv
     from vitlib.predict import predict_files
     from vitlib.training import resolve_device
-    from vitlib.utils import atomic_write, printable
+    from vitlib.utils import printable
     from vitlib.weights import load_weights
 
     network, card = load_weights(model)
-    rows, complete = [("file", "rank", "class", "probability", "error")], True
+    rows, complete = [], True
     for prediction in predict_files(network.to(resolve_device()), card, images, top=top, batch_size=batch_size):
         if prediction.error is not None:
             complete = False
@@ -453,8 +453,7 @@ def predict(model, images, top, batch_size, table) -> None:
             click.echo(f"  {probability:6.1%}  {name}")
             rows.append((prediction.path, rank, name, f"{probability:.4f}", ""))
     if table:
-        with atomic_write(table) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows(rows)
+        write_csv(table, ("file", "rank", "class", "probability", "error"), rows)
     sys.exit(0 if complete else 1)
 
 

@@ -3,7 +3,7 @@
 import csv
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -50,16 +50,20 @@ def chance(labels: Tensor) -> float:
 
 
 def write_predictions(path: Path, test: LabelledImages, logits: Tensor) -> None:
-    """Write a CSV file with a line for each test image: file, true class, predicted class and its probability."""
+    """Write a line for each test image: file, true class, predicted class and its probability."""
     confidence, predicted = logits.softmax(dim=1).max(dim=1)
-    names = test.names or range(len(test))
-    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["file", "true", "predicted", "probability"])
-        for name, label, guess, share in zip(
-            names, test.labels.tolist(), predicted.tolist(), confidence.tolist(), strict=True
-        ):
-            rows.writerow([name, test.classes[label], test.classes[guess], f"{share:.4f}"])
+    true, guessed = ([test.classes[label] for label in labels.tolist()] for labels in (test.labels, predicted))
+    shares = [f"{share:.4f}" for share in confidence.tolist()]
+    rows = zip(test.names or range(len(test)), true, guessed, shares, strict=True)
+    write_csv(path, ("file", "true", "predicted", "probability"), rows)
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
+    """Write a table, whole or not at all."""
+    # names of files need not be text; their bytes stay as they are
+    options = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
+    with atomic_write(path) as temporary, open(temporary, "w", **options) as file:
+        csv.writer(file).writerows([header, *rows])
 
 
 def draw_errors(folder: Path, test: LabelledImages, logits: Tensor) -> str:
