@@ -57,18 +57,16 @@ if ADDRESS:
         },
     }
 
-# The modules of the reference, in the order of docs/library.md.
-MODULES = [
-    "model", "training.stages", "training.recipes", "training.distributed",
-    "data.images", "data.shapes", "data.augment", "weights.checkpoint", "weights.convert",
-    "explain", "costs", "predict", "export", "records", "plots", "widgets",
-]  # fmt: skip
+# The modules of the reference: the model, the rooms in the order of docs/library.md, the rest.
+ROOMS = ["model.py", "training/*.py", "data/*.py", "weights/*.py", "*.py"]
+FOUND = [path.relative_to(ROOT / "vitlib") for room in ROOMS for path in sorted((ROOT / "vitlib").glob(room))]
+MODULES = [".".join(path.with_suffix("").parts) for path in dict.fromkeys(FOUND) if "__" not in path.name]
 CHAPTERS = sorted(path.stem for path in ROOT.glob("notebooks/[0-9]*.ipynb"))
 SHORT = {name: name.replace("_", " ").capitalize() for name in CHAPTERS}  # "02 attention"
 CONTENTS = {
     "Chapters": [f"{SHORT[name]} </notebooks/{name}>" for name in CHAPTERS],
     "Solutions": [f"{SHORT[name]} </notebooks/solutions/{name}>" for name in CHAPTERS],
-    "Teaching": ["/docs/run-sheet", "/docs/teaching"],
+    "Teaching": ["/docs/run-sheet", "/docs/teaching", "/docs/glossary"],
     "Doing more": [
         "/docs/install", "/docs/own-images", "/docs/sweeps", "/notebooks/sweeps/patches", "/notebooks/sweeps/labels",
         "/docs/parameters", "/docs/training",

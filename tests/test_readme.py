@@ -55,7 +55,7 @@ def test_every_command_is_understood(page, tmp_path, monkeypatch):
     for words in words_after("-m vitlib", [line.removesuffix(" --help") for line in lines(page)]):
         command = main.get_command(click.Context(main), words[0])
         assert command is not None, f"python -m vitlib has no command {words[0]}"
-        options = command.make_context(words[0], words[1:]).params
+        options = command.make_context(words[0], words[1:]).params if words[1:] else {}
         for name, text in options.get("given") or ():
             parameter = PARAMETERS[name]
             parameter.check(parameter.parse(text))
@@ -105,3 +105,9 @@ def test_the_guide_names_sections_and_exercises_that_exist():
         assert set(named) <= sections, chapter
         exercises = {f"{chapter}.{number}" for number in range(1, len(exercise_cells(path)) + 1)}
         assert set(re.findall(rf"\b{chapter}\.\d\b", GUIDE)) <= exercises
+
+
+def test_the_numbers_of_the_guide_were_measured():
+    texts = [TEXTS["README.md"], (ROOT / "RESULTS.md").read_text(encoding="utf-8")]
+    measured = "".join(texts + [prose_of(cells_of(path)) for path in CHAPTERS])
+    assert not [number for number in re.findall(r"\d+\.\d(?= %)", GUIDE) if number not in measured]
