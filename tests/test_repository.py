@@ -36,6 +36,7 @@ HOSTS |= {
     "www.w3.org",
     "raw.githubusercontent.com",
 }
+HOSTS |= {"dl.fbaipublicfiles.com"}  # official weights
 HOSTS |= {"192.0.2.1"}  # nobody's (RFC 5737), for tests
 URL = re.compile(r"\b[a-z][a-z0-9+]{2,}://((?:[A-Za-z0-9_-]|\\?\.)+)")  # the dot of a regular expression too
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"

@@ -43,7 +43,7 @@ def target_of(page: Page, link: str) -> tuple[Path, str] | None:
 
 
 def main() -> None:
-    pages = {path.resolve(): Page(path) for path in SITE.rglob("*.html")}
+    pages = {path.resolve(): Page(path) for path in SITE.rglob("*.html") if "_static" not in path.parts}
     faults = []
     for path, page in pages.items():
         name = path.relative_to(SITE)
