@@ -76,7 +76,7 @@ site: $(READY_SITE)
 test-site: export VITLIB_BROWSER := 1
 test-site: site
 	@$(RUN) tests/browser/lab.py
-	npm install --silent --no-save --prefix runs/axe axe-core@4.11.1
+	npm install --silent --no-save --prefix runs/axe axe-core@4.14.1
 	$(RUN) -m pytest tests/browser/test_site.py -q
 
 student-copy: $(READY)
