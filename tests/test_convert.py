@@ -1,8 +1,6 @@
-"""Weights from and to other libraries: equal outputs and gradients, round trips bit for bit, and what is refused."""
+"""Weights from and to other libraries: equal outputs, round trips bit for bit, and refusals."""
 
-import re
 import sys
-import urllib.error
 from functools import partial
 
 import numpy as np
@@ -10,12 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 from torch import nn
 
 from vitlib.model import ViTModel, interpolate_positions
 from vitlib.utils import import_torchvision
-from vitlib.weights import convert, load_weights, official
+from vitlib.weights import convert, official
 
 import_torchvision()
 SIZES = {"num_layers": 2, "image_size": 8, "patch_size": 4, "em_dim": 16, "num_heads": 4, "ff_dim": 32}
@@ -152,7 +149,7 @@ def assert_outputs_are_equal(module: nn.Module, model: nn.Module, x: torch.Tenso
 @every_library
 @many_times
 @given(data=st.data())
-def test_outputs_and_gradients_equal_those_of_the_library(library, data):
+def test_outputs_equal_those_of_the_library(library, data):
     config = data.draw(configurations(library))
     torch.manual_seed(0)
     module, x = perturbed(BUILD[library](config)), images(config)
@@ -160,27 +157,11 @@ def test_outputs_and_gradients_equal_those_of_the_library(library, data):
     assert {**model.config, **config} == model.config  # every option as it was drawn
     assert_outputs_are_equal(module, model, x)
 
-    x_theirs, x_ours = x.clone().requires_grad_(), x.clone().requires_grad_()
-    target = torch.randn_like(run(module, x))
-    (run(module, x_theirs) * target).sum().backward()
-    (model(x_ours) * target).sum().backward()
-    close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
-    close(x_ours.grad, x_theirs.grad)
-    gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
-    head, pre_logits = config["num_classes"] > 0, config["pre_logits"] is not None
-    layout = convert._spelling(gradients) if library == "huggingface" else library
-    grouped = {}
-    for theirs, name in convert.names(layout, config["num_layers"], head=head, pre_logits=pre_logits):
-        grouped.setdefault(name, []).append(gradients.pop(theirs))
-    assert not gradients
-    for name, parameter in model.named_parameters():
-        close(parameter.grad, torch.cat(grouped[name]), msg=lambda text, name=name: f"{name}: {text}")
-
 
 @every_library
 @many_times
 @given(data=st.data())
-def test_round_trips_give_the_same_state_dict_bit_for_bit(library, data):
+def test_round_trips_change_no_bit(library, data):
     config = data.draw(configurations(library))
     torch.manual_seed(0)
     model = ours(**config)
@@ -228,29 +209,21 @@ def test_timms_own_reader_of_npz_files_reads_ours(config, tmp_path_factory):
 def test_logits_of_the_full_vit_b16_are_equal():
     from torchvision.models import vit_b_16
 
-    with torch.inference_mode(), torch.random.fork_rng():
-        module = perturbed(vit_b_16())
-        model, x = convert.from_torchvision(module), torch.randn(1, 3, 224, 224)
-        logits = module(x)
-        torch.testing.assert_close(model(x), logits, rtol=0, atol=1e-5)
-    assert logits.std() > 0.1
+    with torch.device("meta"):  # its own random numbers would take seconds, and are replaced
+        module = vit_b_16()
+    module = perturbed(module.to_empty(device="cpu").apply(lambda part: [p.data.zero_() for p in part.parameters()]))
+    model, x = convert.from_torchvision(module), torch.randn(1, 3, 224, 224)
+    assert_outputs_are_equal(module, model, x)
     assert sum(parameter.numel() for parameter in model.parameters()) == 86_567_656
 
 
-@pytest.mark.parametrize(
-    ("name", "layers", "width", "patch"),
-    [
-        ("vit_l_32", 24, 1024, 32),
-        ("vit_h_14", 32, 1280, 14),
-    ],
-)
-def test_the_family_of_torchvision_converts_without_memory(name, layers, width, patch):
+def test_vit_h14_of_torchvision_converts_without_memory():
     from torchvision import models
 
     with torch.device("meta"):
-        module = getattr(models, name)()
+        module = models.vit_h_14()
     model = convert.from_torchvision(module)
-    assert [model.config[key] for key in ("num_layers", "em_dim", "patch_size")] == [layers, width, patch]
+    assert [model.config[key] for key in ("num_layers", "em_dim", "patch_size")] == [32, 1280, 14]
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     again = convert.to_torchvision(model).state_dict()
     assert {key: value.shape for key, value in again.items()} == {k: v.shape for k, v in module.state_dict().items()}
@@ -270,7 +243,7 @@ def test_the_plain_vits_of_timm_convert_without_memory(name):
 
 @every_library
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_both_directions_give_independent_float32_copies_in_eval_mode(library, dtype):
+def test_both_directions_give_independent_float32_copies(library, dtype):
     model = ours()
     for convert_it, source in ((TO[library], model), (FROM[library], TO[library](model))):
         source = source.to(dtype).train()
@@ -287,7 +260,7 @@ def test_both_directions_give_independent_float32_copies_in_eval_mode(library, d
 
 
 @every_library
-def test_a_frozen_or_wrapped_model_and_dropout_make_no_difference(library):
+def test_frozen_and_wrapped_models_convert_alike(library):
     model = ours(drop=0.3, drop_path=0.2).requires_grad_(False)
     back = FROM[library](TO[library](nn.DataParallel(model)))
     assert same(model.state_dict(), back.state_dict())
@@ -295,7 +268,7 @@ def test_a_frozen_or_wrapped_model_and_dropout_make_no_difference(library):
 
 
 @every_library
-def test_a_model_without_patch_bias_goes_out_with_one_of_zeros(library):
+def test_a_missing_patch_bias_goes_out_as_zeros(library):
     model = ours(patch_bias=False)
     module = TO[library](model)
     assert_outputs_are_equal(module, model, images(model.config))
@@ -310,7 +283,7 @@ def test_a_width_that_timms_ratio_would_round_down_goes_out_whole():
     assert_outputs_are_equal(convert.to_timm(model), model, images(model.config))
 
 
-def test_a_headless_image_classifier_of_hugging_face_is_a_model_without_classes():
+def test_a_headless_classifier_of_hugging_face_has_no_classes():
     transformers = pytest.importorskip("transformers", reason=NEEDED.format("transformers"))
     config = ours(0, norm_eps=1e-6).config
     theirs = build_huggingface(config).config
@@ -325,7 +298,7 @@ def test_a_headless_image_classifier_of_hugging_face_is_a_model_without_classes(
 @every_layout
 @pytest.mark.parametrize("head", [True, False])
 @pytest.mark.parametrize("pre_logits", [True, False])
-def test_the_table_names_every_entry_of_the_model_and_no_other(layout, head, pre_logits):
+def test_the_table_names_every_entry(layout, head, pre_logits):
     if pre_logits and (layout == "timm" or (layout.startswith("huggingface") and head)):
         with pytest.raises(ValueError, match="has no pre_logits"):
             convert.names(layout, head=head, pre_logits=pre_logits)
@@ -562,172 +535,6 @@ def test_a_missing_library_is_named_with_its_command(library, monkeypatch):
     to = {"timm": convert.to_timm, "transformers": convert.to_huggingface}[library]
     with pytest.raises(ModuleNotFoundError, match=f"{library} is not installed; install it with `pip install"):
         to(ours())
-
-
-# ---- .npz files
-
-
-def test_the_axes_of_an_npz_file_are_those_of_flax(tmp_path):
-    model = ours(num_layers=1, pre_logits=6)
-    convert.to_npz(model, path := tmp_path / "ViT.npz")
-    file, block = np.load(path), "Transformer/encoderblock_0/"
-    shapes = {
-        "embedding/kernel": (4, 4, 3, 16),
-        "cls": (1, 1, 16),
-        "Transformer/posembed_input/pos_embedding": (1, 5, 16),
-        f"{block}MultiHeadDotProductAttention_1/value/kernel": (16, 4, 4),
-        f"{block}MultiHeadDotProductAttention_1/value/bias": (4, 4),
-        f"{block}MultiHeadDotProductAttention_1/out/kernel": (4, 4, 16),
-        f"{block}MlpBlock_3/Dense_0/kernel": (16, 32),
-        "pre_logits/kernel": (16, 6),
-        "head/kernel": (6, 5),
-    }
-    assert {name: file[name].shape for name in shapes} == shapes
-    # by the formulas of flax: a patch of pixels with channels last, then keys by einsum over inputs, heads and widths
-    x = images(model.config, 1)
-    patch = x[0, :, :4, 4:].permute(1, 2, 0).numpy()
-    token = np.einsum("pqc,pqcd->d", patch, file["embedding/kernel"]) + file["embedding/bias"]
-    positions = file["Transformer/posembed_input/pos_embedding"]
-    with torch.no_grad():
-        embedded = model.vit_encoder.embedding(x)
-        np.testing.assert_allclose(embedded[0, 2], token + positions[0, 2], atol=1e-5)
-        attention = model.vit_encoder.encoder[0].attention
-        key = attention.qkv(embedded)[..., 16:32]
-    kernel, bias = (file[f"{block}MultiHeadDotProductAttention_1/key/{leaf}"] for leaf in ("kernel", "bias"))
-    expected = np.einsum("btd,dhk->bthk", embedded, kernel) + bias
-    np.testing.assert_allclose(key.unflatten(-1, (4, 4)), expected, atol=1e-5)
-
-
-def test_a_headless_npz_file_is_a_model_without_classes(tmp_path):
-    model = ours(0)
-    convert.to_npz(model, tmp_path / "ViT.npz")
-    back = official.from_file(tmp_path / "ViT.npz")
-    assert back.config["num_classes"] == 0
-    assert same(model.state_dict(), back.state_dict())
-
-
-@pytest.mark.parametrize("content", [b"", b"no zip file", b"PK\x03\x04 cut off"])
-def test_a_file_that_is_no_npz_file_is_refused(content, tmp_path):
-    path = tmp_path / "ViT.npz"
-    path.write_bytes(content)
-    assert f"{path} is not a whole file of weights (" in refusal(official.from_file, path)
-
-
-def test_pickled_objects_in_an_npz_file_are_refused(tmp_path):
-    np.savez(tmp_path / "pickled.npz", cls=np.array([{}], dtype=object))
-    assert "allow_pickle=False" in refusal(official.from_file, tmp_path / "pickled.npz")
-
-
-def test_big_visions_names_are_not_mistaken_for_ours(tmp_path):
-    """They have other numbers on the same kinds of layers."""
-    state = convert.to_state_dict(ours(num_layers=1), "npz")
-    renamed = {name.replace("MlpBlock_3", "MlpBlock_0"): value.numpy() for name, value in state.items()}
-    np.savez(tmp_path / "big_vision.npz", **renamed)
-    assert "are not those of torchvision, timm" in refusal(official.from_file, tmp_path / "big_vision.npz")
-
-
-# ---- files of other projects, and official weights
-
-
-def write(path, state: dict) -> None:
-    if path.suffix == ".safetensors":
-        save_file(state, path)
-    elif path.suffix == ".npz":
-        np.savez(path, **{name: value.numpy() for name, value in state.items()})
-    else:
-        torch.save({"model": state, "epoch": 3}, path)
-
-
-FILES = {
-    "torchvision": ("weights.pth", "torchvision"),
-    "timm": ("model.safetensors", "timm"),
-    "huggingface": ("model.safetensors", "Hugging Face"),
-    "huggingface4": ("pytorch_model.bin", "Hugging Face"),
-    "npz": ("ViT.npz", "Google"),
-}
-
-
-@pytest.mark.parametrize("layout", FILES)
-@pytest.mark.parametrize("prefix", ["", "module."])
-def test_foreign_files_are_refused_with_the_line_that_converts_them(tmp_path, layout, prefix):
-    """Of the width of Ti/16, so that the number of heads is known."""
-    name, library = FILES[layout]
-    model = ours(em_dim=192, num_heads=3, num_layers=1, norm_eps=1e-12 if "hugging" in layout else 1e-6)
-    write(tmp_path / name, {prefix + key: value for key, value in convert.to_state_dict(model, layout).items()})
-    text = refusal(load_weights, tmp_path / name)
-    assert f"{name} is not a checkpoint of vitlib: it holds weights of {library}; convert them with " in text
-    (line,) = re.findall(r"vitlib\.weights\.official\.(from_file\('.*'\)), then save_checkpoint", text)
-    converted = eval(line, {"from_file": official.from_file})  # noqa: S307 (a line of ours)
-    assert same(converted.state_dict(), model.state_dict()) and converted.config == model.config
-
-
-def test_files_of_other_models_are_called_that(tmp_path):
-    write(tmp_path / "resnet.pth", {"conv1.weight": torch.zeros(1)})
-    assert "it holds weights of another model; give those of a plain ViT." in refusal(
-        load_weights, tmp_path / "resnet.pth"
-    )
-    assert "such as conv1.weight, are not those of" in refusal(official.from_file, tmp_path / "resnet.pth")
-
-
-def test_heads_of_an_unusual_width_have_to_be_given(tmp_path):
-    write(tmp_path / "a.pth", convert.to_state_dict(model := ours(), "timm"))
-    assert "No published ViT has the width 16; give num_heads" in refusal(official.from_file, tmp_path / "a.pth")
-    assert same(official.from_file(tmp_path / "a.pth", num_heads=4).state_dict(), model.state_dict())
-
-
-def test_dinov2_without_registers_gives_equal_features(tmp_path):
-    timm = pytest.importorskip("timm", reason=NEEDED.format("timm"))
-    module = perturbed(timm.create_model("vit_small_patch14_dinov2", img_size=56, depth=2))
-    write(tmp_path / "dinov2.pth", module.state_dict() | {"mask_token": torch.zeros(1, 384)})
-    assert_outputs_are_equal(module, official.from_file(tmp_path / "dinov2.pth"), torch.randn(1, 3, 56, 56))
-
-
-@pytest.fixture
-def downloads(tmp_path, monkeypatch):
-    """What would be downloaded, by address: small models stand for the official ones."""
-    monkeypatch.setenv("VITLIB_DATA", str(tmp_path))
-    states = {}
-
-    def download(address, folder, *arguments, **options):
-        assert options["weights_only"] and options["check_hash"]
-        folder.mkdir(exist_ok=True)
-        write(folder / address.rpartition("/")[2], states[address])
-
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
-    return states
-
-
-def test_official_weights_are_loaded_by_name(downloads):
-    from torchvision.models import ViT_B_16_Weights
-
-    small = {"num_layers": 1, "em_dim": 192, "num_heads": 3}
-    official_b16, deit, dino = ours(1000, **small), ours(1000, **small), ours(0, **small)
-    downloads[ViT_B_16_Weights.DEFAULT.url] = convert.to_state_dict(official_b16, "torchvision")
-    downloads[official.OFFICIAL["deit_tiny_patch16_224"]] = convert.to_state_dict(deit, "timm")
-    downloads[official.OFFICIAL["dinov2_vits14"]] = convert.to_state_dict(dino, "timm")
-    names = {"vit_b_16": official_b16, "deit_tiny_patch16_224": deit, "dinov2_vits14": dino}
-    for name, expected in names.items():
-        model, card = load_weights(name)
-        assert same(model.state_dict(), expected.state_dict()) and card.origin == f"trained on {name}"
-        assert len(card.classes) == model.config["num_classes"] and card.mean == (0.485, 0.456, 0.406)
-    assert load_weights("vit_b_16")[1].classes[0] == "tench"
-    assert load_weights("vit_b_16", image_size=16)[0].config["image_size"] == 16
-
-
-def test_the_addresses_of_torchvision_are_known():
-    from torchvision.models import get_model_weights
-
-    for name, address in official.OFFICIAL.items():
-        assert (address or get_model_weights(name).DEFAULT.url).startswith("https://")
-
-
-def test_without_a_network_official_weights_give_one_sentence(downloads, monkeypatch):
-    def offline(*arguments, **options):
-        raise urllib.error.URLError("no route to host")
-
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
-    with pytest.raises(OSError, match=r"^deit_tiny_patch16_224 could not be downloaded \(.*no route to host.*\); put "):
-        load_weights("deit_tiny_patch16_224")
 
 
 # ---- positions at another resolution

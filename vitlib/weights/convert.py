@@ -201,9 +201,9 @@ def _without_layer_scale(state: dict[str, Tensor]) -> dict[str, Tensor]:
     scales = {name: state[name] for name in state if re.search(r"\.ls[12]\.gamma$", name)}
     plain = {name: value for name, value in state.items() if name not in scales and name != "mask_token"}
     for name, scale in scales.items():
-        layer = name.replace("ls1.gamma", "attn.proj.").replace("ls2.gamma", "mlp.fc2.")
-        plain[layer + "weight"] = scale[:, None] * plain[layer + "weight"]
-        plain[layer + "bias"] = scale * plain[layer + "bias"]
+        layer = name.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
+        for part in {f"{layer}.weight", f"{layer}.bias"} & plain.keys():
+            plain[part] = plain[part] * (scale[:, None] if part.endswith("weight") else scale)
     return plain
 
 

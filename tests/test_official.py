@@ -1,0 +1,141 @@
+"""Weights of other projects: from files of every kind, and official ones by name."""
+
+import re
+import urllib.error
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_convert import NEEDED, assert_outputs_are_equal, ours, perturbed, refusal, same
+
+from vitlib.weights import convert, load_weights, official
+
+
+def write(path, state: dict) -> None:
+    if path.suffix == ".safetensors":
+        save_file(state, path)
+    elif path.suffix == ".npz":
+        np.savez(path, **{name: value.numpy() for name, value in state.items()})
+    else:
+        torch.save({"model": state, "epoch": 3}, path)
+
+
+FILES = {
+    "torchvision": ("weights.pth", "torchvision"),
+    "timm": ("model.safetensors", "timm"),
+    "huggingface": ("model.safetensors", "Hugging Face"),
+    "huggingface4": ("pytorch_model.bin", "Hugging Face"),
+    "npz": ("ViT.npz", "Google"),
+}
+
+
+@pytest.mark.parametrize("layout", FILES)
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_foreign_files_are_refused_with_the_line_that_converts_them(tmp_path, layout, prefix):
+    """Of the width of Ti/16, so that the number of heads is known."""
+    name, library = FILES[layout]
+    model = ours(em_dim=192, num_heads=3, num_layers=1, norm_eps=1e-12 if "hugging" in layout else 1e-6)
+    write(tmp_path / name, {prefix + key: value for key, value in convert.to_state_dict(model, layout).items()})
+    text = refusal(load_weights, tmp_path / name)
+    assert f"{name} is not a checkpoint of vitlib: it holds weights of {library}; convert them with " in text
+    (line,) = re.findall(r"vitlib\.weights\.official\.(from_file\('.*'\)), then save_checkpoint", text)
+    converted = eval(line, {"from_file": official.from_file})  # noqa: S307 (a line of ours)
+    assert same(converted.state_dict(), model.state_dict()) and converted.config == model.config
+
+
+def test_files_of_other_models_are_called_that(tmp_path):
+    write(tmp_path / "resnet.pth", {"conv1.weight": torch.zeros(1)})
+    assert "it holds weights of another model; give those of a plain ViT." in refusal(
+        load_weights, tmp_path / "resnet.pth"
+    )
+    assert "such as conv1.weight, are not those of" in refusal(official.from_file, tmp_path / "resnet.pth")
+
+
+def test_heads_of_an_unusual_width_have_to_be_given(tmp_path):
+    write(tmp_path / "a.pth", convert.to_state_dict(model := ours(), "timm"))
+    assert "No published ViT has the width 16; give num_heads" in refusal(official.from_file, tmp_path / "a.pth")
+    assert same(official.from_file(tmp_path / "a.pth", num_heads=4).state_dict(), model.state_dict())
+
+
+def test_dinov2_without_registers_gives_equal_features(tmp_path):
+    timm = pytest.importorskip("timm", reason=NEEDED.format("timm"))
+    module = perturbed(timm.create_model("vit_small_patch14_dinov2", img_size=56, depth=2))
+    write(tmp_path / "dinov2.pth", module.state_dict() | {"mask_token": torch.zeros(1, 384)})
+    assert_outputs_are_equal(module, official.from_file(tmp_path / "dinov2.pth"), torch.randn(1, 3, 56, 56))
+
+
+@pytest.fixture
+def downloads(tmp_path, monkeypatch):
+    """What would be downloaded, by address: small models stand for the official ones."""
+    monkeypatch.setenv("VITLIB_DATA", str(tmp_path))
+    states = {}
+
+    def download(address, folder, *arguments, **options):
+        assert options["weights_only"] and options["check_hash"]
+        folder.mkdir(exist_ok=True)
+        write(folder / address.rpartition("/")[2], states[address])
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
+    return states
+
+
+def test_official_weights_are_loaded_by_name(downloads):
+    from torchvision.models import ViT_B_16_Weights
+
+    small = {"num_layers": 1, "em_dim": 192, "num_heads": 3}
+    official_b16, deit, dino = ours(1000, **small), ours(1000, **small), ours(0, **small)
+    downloads[ViT_B_16_Weights.DEFAULT.url] = convert.to_state_dict(official_b16, "torchvision")
+    downloads[official.OFFICIAL["deit_tiny_patch16_224"]] = convert.to_state_dict(deit, "timm")
+    downloads[official.OFFICIAL["dinov2_vits14"]] = convert.to_state_dict(dino, "timm")
+    names = {"vit_b_16": official_b16, "deit_tiny_patch16_224": deit, "dinov2_vits14": dino}
+    for name, expected in names.items():
+        model, card = load_weights(name)
+        assert same(model.state_dict(), expected.state_dict()) and card.origin == f"trained on {name}"
+        assert len(card.classes) == model.config["num_classes"] and card.mean == (0.485, 0.456, 0.406)
+    assert load_weights("vit_b_16")[1].classes[0] == "tench"
+    assert load_weights("vit_b_16", image_size=16)[0].config["image_size"] == 16
+
+
+def test_the_addresses_of_torchvision_are_known():
+    from torchvision.models import get_model_weights
+
+    for name, address in official.OFFICIAL.items():
+        assert (address or get_model_weights(name).DEFAULT.url).startswith("https://")
+
+
+def test_without_a_network_official_weights_give_one_sentence(downloads, monkeypatch):
+    def offline(*arguments, **options):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    with pytest.raises(OSError, match=r"^deit_tiny_patch16_224 could not be downloaded \(.*no route to host.*\); put "):
+        load_weights("deit_tiny_patch16_224")
+
+
+def test_a_headless_npz_file_is_a_model_without_classes(tmp_path):
+    model = ours(0)
+    convert.to_npz(model, tmp_path / "ViT.npz")
+    back = official.from_file(tmp_path / "ViT.npz")
+    assert back.config["num_classes"] == 0
+    assert same(model.state_dict(), back.state_dict())
+
+
+@pytest.mark.parametrize("content", [b"", b"no zip file", b"PK\x03\x04 cut off"])
+def test_a_file_that_is_no_npz_file_is_refused(content, tmp_path):
+    path = tmp_path / "ViT.npz"
+    path.write_bytes(content)
+    assert f"{path} is not a whole file of weights (" in refusal(official.from_file, path)
+
+
+def test_pickled_objects_in_an_npz_file_are_refused(tmp_path):
+    np.savez(tmp_path / "pickled.npz", cls=np.array([{}], dtype=object))
+    assert "allow_pickle=False" in refusal(official.from_file, tmp_path / "pickled.npz")
+
+
+def test_big_visions_names_are_not_mistaken_for_ours(tmp_path):
+    """They have other numbers on the same kinds of layers."""
+    state = convert.to_state_dict(ours(num_layers=1), "npz")
+    renamed = {name.replace("MlpBlock_3", "MlpBlock_0"): value.numpy() for name, value in state.items()}
+    np.savez(tmp_path / "big_vision.npz", **renamed)
+    assert "are not those of torchvision, timm" in refusal(official.from_file, tmp_path / "big_vision.npz")
