@@ -696,12 +696,12 @@ def test_cost_breakdown_cuts_the_image_into_the_patches_that_are_counted():
 def test_cost_breakdown_draws_every_part_and_its_bars_fill_100_percent():
     counted = costs({**B16, "pre_logits": 768})
     shares = plots.cost_breakdown(IMAGES[0], counted, counted, "itself").axes[1]
-    assert sorted(field for fields in plots.COST_PARTS.values() for field in fields) == sorted(vars(Parts(*range(8))))
+    assert sorted(field for fields in plots.COST_PARTS.values() for field in fields) == sorted(vars(Parts(*range(7))))
     widths = {bars.get_label(): [bar.get_width() for bar in bars] for bars in shares.containers}
     assert [sum(column) for column in zip(*widths.values(), strict=True)] == pytest.approx([100, 100, 100])
     parameters, flops, kept = counted.parameters, counted.forward_flops, counted.activation_bytes
     assert widths["MLP"] == pytest.approx([100 * parts.mlp / parts.total for parts in (parameters, flops, kept)])
-    heads = [100 * (parts.pre_logits + parts.classifier) / parts.total for parts in (parameters, flops, kept)]
+    heads = [100 * (parts.classifier) / parts.total for parts in (parameters, flops, kept)]
     assert widths["classifier"] == pytest.approx(heads)
     starts = np.array([[bar.get_x() for bar in bars] for bars in shares.containers])
     ends = starts + np.array(list(widths.values()))

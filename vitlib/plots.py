@@ -1070,7 +1070,7 @@ COST_PARTS = {  # as they are drawn, from the image to the classifier: sums of f
     "attention: products": ("products",),
     "MLP": ("mlp",),
     "norms": ("norms",),
-    "classifier": ("pre_logits", "classifier"),
+    "classifier": ("classifier",),
 }
 
 
