@@ -98,7 +98,7 @@ def test_a_deployable_model_normalises_as_training_does():
 
 @pytest.mark.parametrize("suffix", RUN)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_file_gives_the_models_logits_for_batches_of_any_size(exported, suffix, kind):
+def test_logits_are_equal_for_any_batch_size(exported, suffix, kind):
     model, card, path, difference = exported(suffix, kind)
     assert 0 <= difference <= TOLERANCE <= 1e-4
     for count in (1, 2, 3, 17):
@@ -116,7 +116,7 @@ def test_the_file_stands_alone(exported, suffix):
 
 
 @pytest.mark.parametrize("suffix", RUN)
-def test_the_file_says_what_one_has_to_know_as_json(exported, suffix):
+def test_the_file_holds_its_card_as_json(exported, suffix):
     _, _, path, _ = exported(suffix, PLAIN)
     about = {"classes": "", "mean": "", "std": "", "image_size": "", "num_channels": ""}
     if suffix == ".onnx":
@@ -130,7 +130,7 @@ def test_the_file_says_what_one_has_to_know_as_json(exported, suffix):
     }  # fmt: skip
 
 
-def test_inputs_and_outputs_of_onnx_have_names_types_and_a_free_batch_size(exported):
+def test_onnx_has_names_types_and_free_batch_size(exported):
     _, _, path, _ = exported(".onnx", PLAIN)
     import onnx
     import onnxruntime
@@ -232,7 +232,7 @@ def test_a_file_that_gives_other_logits_is_not_kept(place, monkeypatch, suffix, 
 
 
 @pytest.mark.parametrize("suffix", RUN)
-def test_an_export_that_fails_half_way_leaves_the_existing_file(place, monkeypatch, suffix):
+def test_a_failed_export_leaves_the_existing_file(place, monkeypatch, suffix):
     if suffix == ".onnx":
         need_onnx()
 
@@ -260,7 +260,7 @@ def test_a_folder_is_refused(tmp_path):
         export_model(*trained(), tmp_path / "model.pt2")
 
 
-def test_what_gives_the_same_logits_is_kept_and_missing_folders_are_made(place, monkeypatch):
+def test_equal_logits_are_kept_in_a_new_folder(place, monkeypatch):
     model, card = trained()
     export_for_test(monkeypatch, ".pt2", run=Deployable(model, card))
     for path in (place / "model.pt2", place / "a" / "b" / "model.pt2"):
@@ -288,7 +288,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("name", ["onnx", "onnxruntime", "onnxscript"])
-def test_a_missing_package_is_one_sentence_with_the_way_out(tmp_path, monkeypatch, name):
+def test_a_missing_package_is_named_with_its_command(tmp_path, monkeypatch, name):
     for other in ("onnx", "onnxruntime", "onnxscript"):
         if other == name:
             monkeypatch.setitem(sys.modules, other, None)
@@ -359,13 +359,13 @@ def test_the_command_says_the_measured_difference(weights, tmp_path, monkeypatch
         ("resnet", "model.pt2", "There are no pretrained weights named 'resnet'"),
     ],
 )
-def test_a_wrong_word_is_one_line_and_exit_code_2(weights, tmp_path, model, out, words):
+def test_a_wrong_argument_gives_one_line(weights, tmp_path, model, out, words):
     result = call(model or weights, tmp_path / out)
     assert result.exit_code == 2 and words in result.stderr and result.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_package_is_one_line_and_exit_code_2(weights, tmp_path, monkeypatch):
+def test_a_missing_package_gives_one_line(weights, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     result = call(weights, tmp_path / "model.onnx")
     assert result.exit_code == 2 and result.stderr.count("\n") == 1

@@ -165,7 +165,7 @@ def test_files_are_predicted_as_the_images_of_a_folder_are(images, batch_size, n
 
 
 @pytest.mark.parametrize(("top", "given"), [(1, 1), (2, 2), (7, 7), (8, 7)])
-def test_as_many_classes_are_given_as_asked_for_or_there_are(images, top, given):
+def test_top_limits_the_classes(images, top, given):
     model = tiny_model(num_classes=7)
     (prediction,) = predict_files(model, card_of(model), images[:1], top=top)
     shares = [share for _, share in prediction.classes]
@@ -178,7 +178,7 @@ def test_five_classes_are_given_by_default(images):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 100])
-def test_broken_files_are_reported_in_their_places_and_the_others_predicted(images, broken, batch_size):
+def test_broken_files_are_reported_in_their_places(images, broken, batch_size):
     model = tiny_model()
     alone = list(predict_files(model, card_of(model), images))
     mixed = [path for pair in zip(images, broken, strict=True) for path in pair]
@@ -197,7 +197,7 @@ def test_nothing_but_broken_files_is_no_error(broken):
     assert list(predict_files(model, card_of(model), [])) == []
 
 
-def test_of_many_paths_only_a_batch_is_read_at_a_time(images, monkeypatch):
+def test_only_a_batch_is_read_at_a_time(images, monkeypatch):
     taken, read = [], []
 
     def paths():
@@ -218,7 +218,7 @@ def test_of_many_paths_only_a_batch_is_read_at_a_time(images, monkeypatch):
         assert len(taken) == len(read) == 4 * -(-number // 4)
 
 
-def test_pictures_are_decoded_by_several_threads_at_once(images, monkeypatch):
+def test_images_are_decoded_by_several_threads(images, monkeypatch):
     meeting = threading.Barrier(2)
 
     def wait_for_another(*arguments):
@@ -249,7 +249,7 @@ def test_logits_that_are_not_finite_are_refused(images):
 LOGITS = torch.tensor([[9.0, 0, 0], [0, 2, 0], [0, 5, 0], [0, 0, 3], [4, 0, 0]])
 
 
-def test_the_most_confident_mistakes_come_first_and_right_answers_not_at_all():
+def test_the_most_confident_mistakes_come_first():
     labels = torch.tensor([0, 0, 0, 1, 1])
     assert confident_mistakes(LOGITS, labels).tolist() == [2, 4, 3, 1]
     assert confident_mistakes(LOGITS, labels, count=2).tolist() == [2, 4]
@@ -308,7 +308,7 @@ def test_the_command_takes_a_shipped_model(images):
     assert result.exit_code == 0 and len(result.stdout.splitlines()) == 6
 
 
-def test_broken_images_give_a_line_each_on_stderr_and_exit_code_1(weights, images, broken):
+def test_broken_images_give_a_line_each(weights, images, broken):
     result = call(weights, images[0], *broken, images[1])
     assert result.exit_code == 1 and result.stdout == expected_blocks(images[:2], 5)
     lines = result.stderr.splitlines()
@@ -321,13 +321,13 @@ def test_broken_images_give_a_line_each_on_stderr_and_exit_code_1(weights, image
     ("model", "words"),
     [("absent.safetensors", "There is no checkpoint at absent.safetensors"), ("resnet", "no pretrained weights named")],
 )
-def test_a_wrong_model_is_one_line_and_exit_code_2(images, model, words):
+def test_a_wrong_model_gives_one_line(images, model, words):
     result = call(model, images[0])
     assert result.exit_code == 2 and result.stdout == ""
     assert words in result.stderr and result.stderr.count("\n") == 1
 
 
-def test_an_image_given_as_the_model_is_one_line_and_exit_code_2(images):
+def test_an_image_given_as_the_model_is_refused(images):
     result = call(images[1], images[0])
     assert result.exit_code == 2 and "is not a checkpoint of vitlib" in result.stderr
     assert result.stderr.count("\n") == 1
@@ -358,7 +358,7 @@ def test_no_image_is_exit_code_2(weights):
 
 
 @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="there names of files are always text")
-def test_a_name_that_is_no_text_is_shown_all_the_same(weights, tmp_path, images):
+def test_undecodable_file_names_are_shown(weights, tmp_path, images):
     named = os.fsencode(tmp_path) + b"/caf\xe9.png"
     Path(os.fsdecode(named)).write_bytes(images[1].read_bytes())
     result = call(weights, os.fsdecode(named), os.fsdecode(named + b"x"))
@@ -376,7 +376,7 @@ def test_results_are_printed_as_they_come(weights, images, monkeypatch):
     assert result.exit_code == 130 and result.stdout == "a.jpg\n  100.0%  ant\n"
 
 
-def test_a_reader_that_has_seen_enough_ends_the_command_quietly(weights, images, monkeypatch):
+def test_a_closed_pipe_ends_the_command_quietly(weights, images, monkeypatch):
     def nobody_reads(*arguments, **options):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 

@@ -1,9 +1,8 @@
-"""Makes a checkpoint one that ships with vitlib: float16, its SHA-256 in index.json and its record,
-the curve included, as JSON beside it.
+"""Ship a checkpoint with vitlib: in float16, with its SHA-256 in index.json and its record, curve included, as JSON.
 
-python tools/ship.py runs/pretrain/pretrained.safetensors cifar100-small
+python tools/ship.py runs/pretrain/pretrained.safetensors cifar100-small [NAME=VALUE ...]
 
-What the record should say beyond what training wrote follows as name=value.
+NAME=VALUE adds to the record, such as commit=73dc082.
 """
 
 import hashlib

@@ -297,7 +297,8 @@ def _proved(model: ViTModel, module: nn.Module, output: Callable = lambda given:
         try:
             theirs = output(copy.deepcopy(module).to("cpu", torch.float32).eval()(images))
         except Exception as error:  # in one of their layers
-            raise ValueError(f"The module cannot compute images of shape {list(shape)} ({error}).") from error
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"The module cannot compute images of shape {list(shape)} ({reason}).") from error
     difference = (ours - theirs).abs().max().item() if ours.shape == theirs.shape else math.inf
     if not difference <= 1e-4 * max(1.0, ours.abs().max().item()):
         raise ValueError(
