@@ -126,8 +126,8 @@ def load_pretrained(name: str) -> tuple[ViTModel, ModelCard]:
     index = json.loads((PRETRAINED / "index.json").read_text())
     if name not in index:
         raise ValueError(
-            f"There are no pretrained weights named {name!r}; choose one of {', '.join(index)} (where weights are loaded "
-            "by name or file, official names such as vit_b_16 too)."
+            f"There are no pretrained weights named {name!r}; choose one of {', '.join(index)}, or an official name, "
+            "such as vit_b_16, which load_weights downloads."
         )
     path = PRETRAINED / f"{name}.safetensors"
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != index[name]:
