@@ -12,7 +12,7 @@ import vitlib  # noqa: F401  before torch, whose threads shall not spin beside o
 # isort: split
 import torch
 
-from vitlib.course import checks, early
+from vitlib.course import checks
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,12 +31,6 @@ def pytest_configure(config):
 def _own_data_dir(tmp_path_factory, monkeypatch):
     """No test reads or writes the user's cache."""
     monkeypatch.setenv("VITLIB_DATA", str(tmp_path_factory.getbasetemp() / "vitlib-data"))
-
-
-@pytest.fixture(autouse=True)
-def _workers_with_the_variables_of_now(monkeypatch):
-    """Workers that were prepared early would have those of the first test."""
-    monkeypatch.setattr(early, "prepare_workers", lambda: None)
 
 
 @pytest.fixture(autouse=True)

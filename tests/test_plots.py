@@ -537,7 +537,7 @@ def test_label_budget_refuses_a_budget_that_was_not_measured():
         plots.label_budget(BUDGETS, 30)
 
 
-def test_sweep_draws_a_line_per_combination_a_dot_per_run_and_a_band_from_the_lowest_to_the_highest():
+def test_sweep_draws_lines_through_means_and_dots():
     ax = plots.sweep(RUNS, "top1", "patch_size").axes[0]
     on, on_dots, off, off_dots, chance = ax.lines
     for line, dots, means in ((on, on_dots, [61, 41]), (off, off_dots, [51, 31])):
@@ -546,74 +546,57 @@ def test_sweep_draws_a_line_per_combination_a_dot_per_run_and_a_band_from_the_lo
         assert list(dots.get_ydata()) == pytest.approx([means[0] - 1, means[0] + 1, means[1] - 1, means[1] + 1])
         assert line.get_color() == dots.get_color()
     assert on.get_color() != off.get_color() and on.get_marker() != off.get_marker()
-    band = ax.collections[0].get_paths()[0].vertices
-    assert sorted({round(y) for x, y in band if x == 4}) == [60, 62]
     assert set(chance.get_ydata()) == {1} and ax.get_ylim()[0] == 0
-    assert ax.get_title() == "" and ax.figure.get_suptitle() == "top1 against patch_size"
+    assert ax.figure.get_suptitle() == "top1 against patch_size"
 
 
-def test_sweep_names_the_lines_below_them_if_there_is_more_than_one():
+def test_sweep_names_its_lines_below_the_figure():
     (legend,) = plots.sweep(RUNS, "top1", "patch_size", words={"position": "position embedding"}).legends
     assert legend.get_title().get_text() == "position embedding"
     assert [text.get_text() for text in legend.get_texts()] == ["True", "False"]
     assert not plots.sweep(grid([4, 8], [True]), "top1", "patch_size").legends
-
-
-def test_sweep_names_combinations_of_several_parameters_in_full():
     runs = [{**run, "parameters": {**run["parameters"], "rate": rate}} for run in RUNS for rate in (0.1, 3e-4)]
     (legend,) = plots.sweep(runs, "top1", "patch_size").legends
     assert [text.get_text() for text in legend.get_texts()] == [
         f"position={on}, rate={rate}" for on in (True, False) for rate in ("0.1", "0.0003")
     ]
-    colours = [handle.get_color() for handle in legend.legend_handles]
-    assert colours == [line.get_color() for line in plots.sweep(runs, "top1", "patch_size").axes[0].lines[:8:2]]
 
 
 @pytest.mark.parametrize(
     ("values", "scale", "ticks"),
     [
         ([16, 2, 4], "linear", ["2", "4", "16"]),  # eightfold and no more
-        ([1, 2, 9], "log", ["1", "2", "9"]),
-        ([0, 1, 100], "linear", ["0", "", "100"]),
+        ([0, 1, 100], "linear", ["0", "1", "100"]),
         ([20, 2000, 200], "log", ["20", "200", "2,000"]),
         ([3e-4, 1e-4, 1e-3], "log", ["0.0001", "0.0003", "0.001"]),
     ],
 )
-def test_sweep_spaces_numbers_as_numbers_and_names_them_where_there_is_room(values, scale, ticks):
+def test_sweep_spaces_numbers_as_numbers(values, scale, ticks):
     ax = plots.sweep(grid(values, [True]), "top1", "patch_size").axes[0]
     assert ax.get_xscale() == scale and list(ax.lines[0].get_xdata()) == sorted(values)
-    assert list(ax.get_xticks()) == sorted(values) and [tick.get_text() for tick in ax.get_xticklabels()] == ticks
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ticks
     assert ax.get_xlabel() == ("patch_size (logarithmic)" if scale == "log" else "patch_size")
 
 
-@pytest.mark.parametrize("values", [["b", "a"], [True, False], [None, 8], [[1], [0]], [4]])
-def test_sweep_puts_values_that_are_no_numbers_side_by_side_in_the_order_of_the_grid(values):
-    ax = plots.sweep(grid(values, [True]), "loss", "patch_size").axes[0]
-    assert list(ax.lines[0].get_xdata()) == list(range(len(values)))
-    assert [tick.get_text() for tick in ax.get_xticklabels()] == [str(value) for value in values]
-    (bars,) = ax.collections  # of no width a band could not be seen
-    assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [[1, 2]] * len(values)
+@pytest.mark.filterwarnings("ignore:Glyph")
+@pytest.mark.parametrize("values", [["b", "a"], [True, False], [None, 8], [[1], [0]], [4], ["$\\frac$", "猫 \ud800"]])
+def test_sweep_puts_other_values_side_by_side(values):
+    figure = plots.sweep(grid(values, [True]), "loss", "patch_size")
+    figure.draw_without_rendering()
+    assert list(figure.axes[0].lines[0].get_xdata()) == list(range(len(values)))
+    names = [str(value).replace("\ud800", "?") for value in values]
+    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == names
 
 
-def test_sweep_puts_the_lines_beside_each_other_where_the_axis_has_names():
-    first, first_dots, second, second_dots, _ = plots.sweep(RUNS, "top1", "position").axes[0].lines
-    assert not set(first_dots.get_xdata()) & set(second_dots.get_xdata())
-    for line in (first, second):
-        assert [round(x) for x in line.get_xdata()] == [0, 1]
-
-
-def test_sweep_averages_more_combinations_than_one_can_tell_apart_and_says_so():
+def test_sweep_averages_more_lines_than_one_can_read():
     runs = grid([4, 8], list(range(plots.MOST_LINES + 1)), lambda size, position, seed: position / 10)
     figure = plots.sweep(runs, "top1", "patch_size")
-    assert figure.get_suptitle() == "top1 against patch_size\nmeans over 9 combinations of position"
     line, dots = figure.axes[0].lines[:2]
     assert list(line.get_ydata()) == pytest.approx([40, 40]) and len(dots.get_ydata()) == len(runs)
     assert not figure.legends
-    fewer = plots.sweep(runs[:16] + runs[18:34], "top1", "patch_size")
-    assert len(fewer.legends[0].get_texts()) == plots.MOST_LINES
 
 
-def test_sweep_leaves_out_runs_without_a_number_and_refuses_to_draw_nothing():
+def test_sweep_leaves_out_runs_without_a_number():
     runs = grid([4, 8], [True], lambda size, position, seed: {4: 0.5, 8: 0.9}[size] if seed or size == 4 else None)
     line, dots = plots.sweep(runs, "top1", "patch_size").axes[0].lines[:2]
     assert list(line.get_ydata()) == [50, 90] and list(dots.get_xdata()) == [4, 4, 8]
@@ -625,63 +608,17 @@ def test_sweep_leaves_out_runs_without_a_number_and_refuses_to_draw_nothing():
 
 
 def test_sweep_over_a_zipped_parameter_has_one_line():
+    runs = grid([4, 8], [True])
     runs = [
-        {**run, "parameters": {**run["parameters"], "preset": f"p{run['parameters']['patch_size']}"}} for run in RUNS
+        {**run, "parameters": {**run["parameters"], "preset": f"p{run['parameters']['patch_size']}"}} for run in runs
     ]
-    assert not plots.sweep([run for run in runs if run["parameters"]["position"]], "top1", "patch_size").legends
+    assert not plots.sweep(runs, "top1", "patch_size").legends
 
 
-@pytest.mark.parametrize(("lowest", "begins_at_zero", "lines"), [(0.2, True, 3), (0.45, False, 2)])
-def test_sweep_begins_at_zero_and_shows_chance_where_small_differences_do_not_need_the_room(
-    lowest, begins_at_zero, lines
-):
-    ax = plots.sweep(grid([4, 8], [True], lambda size, *_: 0.5 if size == 4 else lowest), "top1", "patch_size").axes[0]
-    assert (ax.get_ylim()[0] == 0) == begins_at_zero and len(ax.lines) == lines
-
-
-def test_sweep_draws_no_chance_where_the_runs_disagree_about_it():
+def test_sweep_draws_no_chance_where_runs_disagree():
     runs = grid([4, 8], [True], lambda size, *_: 1 / size)
     runs[0]["figures"]["chance"] = 0.1
     assert len(plots.sweep(runs, "top1", "patch_size").axes[0].lines) == 2
-
-
-def test_sweep_by_seed_has_a_row_of_dots_and_a_bar_at_the_mean_for_each_combination():
-    ax = plots.sweep(RUNS[:4], "top1", "seed").axes[0]
-    bar, dots, other_bar, other_dots = ax.lines
-    assert list(bar.get_xdata()) == pytest.approx([61, 61]) and list(other_bar.get_xdata()) == pytest.approx([51, 51])
-    assert list(dots.get_xdata()) == pytest.approx([60, 62]) and list(other_dots.get_ydata()) == [1, 1]
-    names = [tick.get_text() for tick in ax.get_yticklabels()]
-    assert names == ["position=True\n61.0 % (60.0 to 62.0)", "position=False\n51.0 % (50.0 to 52.0)"]
-    (name,) = plots.sweep(RUNS[:2], "loss", "seed").axes[0].get_yticklabels()
-    assert name.get_text() == "1.5 (1 to 2)"
-
-
-@pytest.mark.filterwarnings("ignore:Glyph")
-@pytest.mark.parametrize("width", [5, 8])
-@pytest.mark.parametrize("axis", ["patch_size", "position", "seed"])
-def test_long_names_neither_overlap_nor_leave_the_figure_of_a_sweep(axis, width):
-    runs = grid(LONG[:6], LONG[6:8])
-    for run in runs:
-        run["figures"] = {LONG[1]: run["parameters"]["seed"]}
-    figure = plots.sweep(runs, LONG[1], axis, width=width)
-    figure.draw_without_rendering()
-    ax = figure.axes[0]
-    names = ax.get_yticklabels() if axis == "seed" else ax.get_xticklabels()
-    legend = [text for legend in figure.legends for text in (legend.get_title(), *legend.get_texts())]
-    texts = [figure._suptitle, ax.xaxis.label, ax.yaxis.label, *names, *legend]
-    boxes = [text.get_window_extent() for text in texts if text.get_text()]
-    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 <= figure.bbox.y1 for box in boxes)
-    turned = names[0].get_rotation() == 60  # their boxes overlap where they themselves do not
-    boxes = [text.get_window_extent() for text in texts if text.get_text() and not (turned and text in names)]
-    assert not any(a.overlaps(b) for n, a in enumerate(boxes) for b in boxes[:n])
-    assert ax.get_window_extent().height > 0.25 * figure.bbox.height
-
-
-def test_sweep_shortens_names_that_differ_at_their_ends_where_they_begin():
-    names = [f"/a/long/path/to/many/folders/of/images/number-{n}" for n in range(3)]
-    ticks = plots.sweep(grid(names, [True]), "top1", "patch_size").axes[0].get_xticklabels()
-    assert [tick.get_text()[-8:] for tick in ticks] == ["number-0", "number-1", "number-2"]
-    assert {tick.get_text()[0] for tick in ticks} == {"…"}
 
 
 def test_cost_breakdown_cuts_the_image_into_the_patches_that_are_counted():

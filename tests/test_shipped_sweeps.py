@@ -10,11 +10,11 @@ import pytest
 import torch
 from prose import MACHINE_PATH
 
-import vitlib.data.images
-import vitlib.training.stages
-import vitlib.weights.checkpoint
-from vitlib.course.grid import make_plan, read_grid
+import vitlib.data
+import vitlib.training
+import vitlib.weights
 from vitlib.course.parameters import ARMS
+from vitlib.course.sweep import make_plan
 from vitlib.data.images import LabelledImages
 from vitlib.model import create_model
 from vitlib.records import recorded_label_budgets, recorded_patches
@@ -41,7 +41,7 @@ def small_images(count):
 def small(monkeypatch):
     """Small images in place of the course's."""
     monkeypatch.setattr(
-        vitlib.data.images,
+        vitlib.data,
         "load_images",
         lambda source, split, **options: small_images({"train": 12, "test": 6}[split]),
     )
@@ -67,7 +67,7 @@ def test_every_arm_trains_what_it_says(small, monkeypatch, capsys):
     with torch.no_grad():
         pretrained.vit_encoder.embedding.cls_token.fill_(7.0)  # no new encoder starts like this
     card = ModelCard(("x", "y", "z"), (0.5,) * 3, (0.25,) * 3)
-    monkeypatch.setattr(vitlib.weights.checkpoint, "load_weights", lambda weights: (pretrained, card))
+    monkeypatch.setattr(vitlib.weights, "load_weights", lambda weights: (pretrained, card))
     seen = {}
 
     def note(model, train, test, card, recipe, **options):
@@ -77,7 +77,7 @@ def test_every_arm_trains_what_it_says(small, monkeypatch, capsys):
         assert train.labels.bincount().tolist() == [48, 48] and len(train.images.unique(dim=0)) == 4 and len(test) == 6
         return History(epochs=[END])
 
-    monkeypatch.setattr(vitlib.training.stages, "fit", note)
+    monkeypatch.setattr(vitlib.training, "fit", note)
     for arm in ARMS:
         run_cells("labels", arm=arm, labelled_images=4, steps=3, device="cpu")
         shown = capsys.readouterr().out
@@ -104,7 +104,7 @@ def test_positions_are_trained_or_stay_zero(small, tmp_path, position_embedding,
 def test_every_patch_size_sees_the_same_images_and_all_classes(small, tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(
-        vitlib.training.stages,
+        vitlib.training,
         "fit",
         lambda model, train, test, *rest, **options: shown.append(train) or History(epochs=[END]),
     )
@@ -118,7 +118,7 @@ def test_every_patch_size_sees_the_same_images_and_all_classes(small, tmp_path, 
 @by_name
 def test_the_record_is_that_of_the_sweeps_file(name):
     """Every run of the file is in the record, once and in its order, with the values that all have in common."""
-    plan = make_plan(read_grid(FOLDER / f"{name}.yaml"))
+    plan = make_plan(FOLDER / f"{name}.yaml")
     record = json.loads((PRETRAINED / f"sweep_{name}.json").read_text())
     assert record["command"] == f"python -m vitlib sweep notebooks/sweeps/{name}.yaml"
     assert [run["parameters"] for run in record["runs"]] == [run.varied for run in plan.runs]

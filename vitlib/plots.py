@@ -15,6 +15,7 @@ around zero, which also survive a grey printout.
 
 import io
 import math
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from functools import wraps
@@ -33,18 +34,6 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 from torch import Tensor
 
 from vitlib.costs import Costs
-from vitlib.spread import (
-    Cell,
-    are_shares,
-    combination_in_words,
-    measured_cells,
-    number_of,
-    on_one_line,
-    parameter_in_words,
-    spread_in_words,
-    varied,
-    varied_beside,
-)
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLE = {
@@ -813,7 +802,8 @@ def comparison(accuracies: Mapping[str, Sequence[float]], chance: float, title: 
         colour = COLOURS[row % len(COLOURS)]
         percent = [100 * value for value in values]
         mean = sum(percent) / len(percent)
-        _dots_and_mean(ax, row, percent, colour)
+        ax.plot([mean, mean], [row - 0.28, row + 0.28], color=colour, linewidth=4)
+        ax.plot(percent, [row] * len(percent), "o", color=colour, markersize=9, alpha=0.6)
         spread = f"{mean:.1f} % ({min(percent):.1f} to {max(percent):.1f})"
         ax.annotate(spread, (max(percent), row), xytext=(12, 0), textcoords="offset points", va="center")
     ax.axvline(100 * chance, color=COLOURS[6], linestyle=":")
@@ -863,29 +853,33 @@ def label_budget(record: Mapping, budget: int) -> Figure:
     return figure
 
 
-MOST_LINES = 8  # what a reader can still tell apart
+MOST_LINES = 8  # of a figure that a reader can still tell apart
+SHARES = re.compile(r"top\d|accuracy|chance|probe|scratch")  # names of recorded figures that are shares of images
+
+
+def in_percent(figure: str, values: Sequence[float]) -> bool:
+    """Return whether a recorded figure is shown in percent: by its name a share, and in [0, 1]."""
+    return bool(SHARES.search(figure)) and all(0 <= value <= 1 for value in values)
 
 
 @_styled
 def sweep(
     runs: Sequence[Mapping], figure: str, axis: str, title: str = "", width: float = 8, words: Mapping | None = None
 ) -> Figure:
-    """One recorded figure of many runs against one of their parameters: a dot per run, a line through the means over
-    seeds, a band from the lowest to the highest, and a line for each combination of the other parameters that vary.
+    """Draw a recorded figure of many runs against one of their parameters: a dot per run, a line through the means.
 
-    Numbers are spaced as numbers, logarithmically where they differ more than eightfold; the values of any other
-    parameter stand side by side. More combinations than ``MOST_LINES`` are averaged, and the title says so. Shares of
-    images are drawn in percent, with a line at chance if all runs have recorded the same ``chance``. What the figure
-    says in words is :func:`vitlib.spread.sweep_summary`.
+    The other parameters that vary, except the seed, make a line for each of their combinations; more than
+    ``MOST_LINES`` are averaged. Numbers are spaced as numbers, logarithmically where they differ more than eightfold;
+    other values stand side by side. Shares of images are in percent, with a line at chance.
 
     Args:
         runs: as in results.json of a sweep, each with ``parameters`` and ``figures``; one that lacks the figure is
             left out.
         figure: name of the figure.
-        axis: name of the parameter, or ``"seed"`` for a row of dots with a bar at the mean for each combination.
+        axis: name of the parameter.
         title: in place of one made of the names.
         width: of the drawing, in inches.
-        words: what to call parameters and figures, by their names; by default as they are named.
+        words: what to call parameters and figures, by their names.
 
     Raises:
         ValueError: for a figure that no run has as a number, or a parameter that no run has.
@@ -893,175 +887,73 @@ def sweep(
     known = dict.fromkeys(name for run in runs for name in run["parameters"])
     if axis not in known:
         raise ValueError(f"axis={axis!r} is not a parameter of these runs; choose one of {', '.join(known)}.")
-    words = {name: on_one_line(name) for name in (*known, figure)} | dict(words or {})
-    others = varied(runs) if axis == "seed" else varied_beside(runs, axis)
-    lines = measured_cells(runs, figure, others)
-    title = title or f"{words[figure]} {'of every run' if axis == 'seed' else f'against {words[axis]}'}"
-    if len(lines) > MOST_LINES:
-        title += f"\nmeans over {len(lines)} combinations of {', '.join(words[name] for name in others)}"
-        lines = measured_cells(runs, figure, [])
-    shares = are_shares(runs, figure)
-    quantity = f"{words[figure]} (%)" if shares else words[figure]
-    height = 1.6 + 0.7 * len(lines) if axis == "seed" else 1.5 + 0.35 * width
-    shown, ax = plt.subplots(figsize=(width, height))
-    if axis == "seed":
-        _rows_of_runs(ax, lines, words, shares)
-        quantity = _shortened(quantity, 20 * width)
-        ax.set_xlabel(f"{quantity}: a dot per run, a bar at the mean", parse_math=False)
-        ax.locator_params(axis="x", nbins=max(2, int(0.8 * width)))
-        _from_zero_and_chance(ax, lines, shares, upright=True)
-    else:
-        curves = _lines_of_runs(ax, lines, figure, axis, shares)
-        scale = " (logarithmic)" if ax.get_xscale() == "log" else ""
-        ax.set_xlabel(_shortened(words[axis], 50 * width) + scale, parse_math=False)
-        ax.set_ylabel(_shortened(quantity, 40 * height), parse_math=False)
-        _from_zero_and_chance(ax, lines, shares, upright=False)
-        if len(lines) > 1:
-            _legend_below(shown, curves, [words[name] for name in others], lines)
-    _title_over(shown, title)
-    return shown
+    rows = [(run["parameters"], run["figures"]) for run in runs if _is_number(run["figures"].get(figure))]
+    if not rows:
+        recorded = ", ".join(dict.fromkeys(name for run in runs for name in run["figures"])) or "none"
+        raise ValueError(f"No run has recorded a number named {figure!r}; choose one of {recorded}.")
 
+    def combinations(*names: str) -> int:
+        return len({repr([given.get(name) for name in names]) for given, _ in rows})
 
-def _percent(values: Sequence[float], shares: bool) -> list[float]:
-    return [100 * value if shares else value for value in values]
+    # a parameter that follows the axis, as in zipped lists, makes no lines
+    others = [name for name in known if name not in (axis, "seed", "run_dir")]
+    others = [name for name in others if combinations(axis, name) > combinations(axis)]
+    others = others if combinations(*others) <= MOST_LINES else []
+    named = {name: _on_one_line(name) for name in (*known, figure)} | dict(words or {})
+    scale = 100 if in_percent(figure, [figures[figure] for _, figures in rows]) else 1
+    values = list({repr(given.get(axis)): given.get(axis) for given, _ in rows}.values())
+    numbers = len(values) > 1 and all(map(_is_number, values))
+    lines: dict[str, dict[float, list[float]]] = {}  # by name and place the figure of each run
+    for given, figures in rows:
+        parts = [f"{named[other]}={given.get(other)}" for other in others]
+        name = _on_one_line(str(given.get(others[0])) if len(others) == 1 else ", ".join(parts))
+        place = given[axis] if numbers else values.index(given.get(axis))
+        lines.setdefault(name, {}).setdefault(place, []).append(scale * figures[figure])
 
-
-def _rows_of_runs(ax, lines: Sequence[Cell], words: Mapping, shares: bool) -> None:
-    """A row for each combination: a dot per run, a bar at the mean, and the numbers under the combination's name."""
-    names = []
-    for row, cell in enumerate(lines):
-        _dots_and_mean(ax, row, _percent(cell.values, shares), COLOURS[row % len(COLOURS)])
-        named = combination_in_words({words[name]: value for name, value in cell.parameters.items()})
-        names.append(f"{_shortened(named, 200)}\n{spread_in_words(cell, shares)}".strip())
-    ax.set_yticks(range(len(lines)), names, parse_math=False)
-    ax.set_ylim(len(lines) - 0.5, -0.5)
-    ax.margins(x=0.1)
-
-
-def _dots_and_mean(ax, row: int, values: Sequence[float], colour: str) -> None:
-    mean = sum(values) / len(values)
-    ax.plot([mean, mean], [row - 0.28, row + 0.28], color=colour, linewidth=4)
-    ax.plot(values, [row] * len(values), "o", color=colour, markersize=9, alpha=0.6)
-
-
-def _lines_of_runs(ax, lines: Sequence[Cell], figure: str, axis: str, shares: bool) -> list:
-    """For each line its means, runs and ranges; numbers where they belong, other values of ``axis`` side by side.
-    The curves of means come back."""
-    values, curves = [], []
-    for run in (run for line in lines for run in line.runs):
-        value = run["parameters"].get(axis)
-        if value not in values:
-            values.append(value)
-    numbers = len(values) > 1 and all(type(value) in (int, float) and math.isfinite(value) for value in values)
-    for row, line in enumerate(lines):
-        points = measured_cells(line.runs, figure, [axis])
-        if numbers:
-            points.sort(key=lambda cell: cell.parameters[axis])
-            x = [cell.parameters[axis] for cell in points]
-        else:  # beside each other, or dots would hide dots
-            points.sort(key=lambda cell: values.index(cell.parameters[axis]))
-            shift = min(0.15, 0.6 / len(lines)) * (row - (len(lines) - 1) / 2)
-            x = [values.index(cell.parameters[axis]) + shift for cell in points]
-        curves.append(_line_of_runs(ax, x, points, shares, row, band=numbers))
+    drawn, ax = plt.subplots(figsize=(width, 1.5 + 0.35 * width + 0.25 * -(-len(lines) // 2) * (len(lines) > 1)))
+    for row, (name, points) in enumerate(lines.items()):
+        colour, places = COLOURS[row % len(COLOURS)], sorted(points)
+        means = [sum(points[place]) / len(points[place]) for place in places]
+        ax.plot(places, means, color=colour, marker="os^DvPX*"[row], markersize=8, label=name)
+        dots = [(place, value) for place in places for value in points[place]]
+        ax.plot(*zip(*dots, strict=True), "o", color=colour, markersize=5, alpha=0.5, markeredgewidth=0)
+    title = title or f"{named[figure]} against {named[axis]}"
+    drawn.suptitle(textwrap.fill(title, int(10 * width)), parse_math=False)
+    ax.set_xlabel(named[axis], parse_math=False)
+    ax.set_ylabel(f"{named[figure]} (%)" if scale == 100 else named[figure], parse_math=False)
     if numbers:
-        _ticks_at_numbers(ax, sorted(values))
+        if min(values) > 0 and max(values) > 8 * min(values):
+            ax.set_xscale("log")
+            ax.set_xlabel(f"{named[axis]} (logarithmic)", parse_math=False)
+        if len(values) <= 12:
+            ax.set_xticks(sorted(values), [f"{value:,}" for value in sorted(values)])
+            ax.set_xticks([], minor=True)
     else:
-        _ticks_at_names(ax, _told_apart([parameter_in_words(value) for value in values], 110))
-    return curves
-
-
-def _line_of_runs(ax, x: Sequence[float], points: Sequence[Cell], shares: bool, row: int, band: bool):
-    colour, marker, dashes = COLOURS[row % len(COLOURS)], "os^DvPX*"[row], ("-", "--")[row // 4]
-    lowest, highest = (_percent([getattr(cell, end) for cell in points], shares) for end in ("lowest", "highest"))
-    dots = [(place, value) for place, cell in zip(x, points, strict=True) for value in _percent(cell.values, shares)]
-    means = _percent([cell.mean for cell in points], shares)
-    (curve,) = ax.plot(x, means, dashes, marker=marker, color=colour, markersize=8, markeredgecolor="white", zorder=3)
-    ax.plot(*zip(*dots, strict=True), "o", color=colour, markersize=5, alpha=0.5, markeredgewidth=0)
-    if band:
-        ax.fill_between(x, lowest, highest, color=colour, alpha=0.15, linewidth=0)
-    else:
-        ax.vlines(x, lowest, highest, color=colour, alpha=0.25, linewidth=6)
-    return curve
-
-
-def _ticks_at_numbers(ax, values: Sequence[float]) -> None:
-    """A tick at every value, named where the name has room; at round numbers where the values are many."""
-    if values[0] > 0 and values[-1] > 8 * values[0]:
-        ax.set_xscale("log")
-    elif len(values) > 12:
-        return
-    ax.autoscale_view()
-    places = ax.transAxes.inverted().transform(ax.transData.transform([(value, 0) for value in values]))[:, 0]
-    points = 0.85 * 72 * ax.figure.get_figwidth()  # what the axis leaves for its names
-    names, free = [], -math.inf
-    for place, value in zip(places, values, strict=True):
-        name = f"{value:,}" if isinstance(value, int) else f"{value:g}"
-        half = 1.1 * _points_wide(name) / 2 + 3  # ticks have letters of 11 points
-        names.append(name if place * points - half >= free else "")
-        free = place * points + half if names[-1] else free
-    ax.set_xticks(values, names)
-    ax.set_xticks([], minor=True)
-
-
-def _ticks_at_names(ax, names: Sequence[str]) -> None:
-    """Names side by side, turned where they would not fit, and only some of them where they are many."""
-    room, widest, turned = 0.8 * 72 * ax.figure.get_figwidth() / len(names), max(map(_points_wide, names)), {}
-    if widest > room:
-        turned = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
-        ax.figure.set_figheight(ax.figure.get_figheight() + 0.85 * widest / 72)  # they take nothing from the drawing
-    every = math.ceil(18 / room)
-    kept = [name if place % every == 0 else "" for place, name in enumerate(names)]
-    ax.set_xticks(range(len(names)), kept, fontsize=10, parse_math=False, **turned)
-    ax.set_xlim(-0.5, len(names) - 0.5)
-
-
-def _from_zero_and_chance(ax, lines: Sequence[Cell], shares: bool, upright: bool) -> None:
-    """The axis of values begins at 0, where small differences would not drown on it, with a line at chance."""
-    values = _percent([value for line in lines for value in line.values], shares)
-    if min(values) < 0 or max(values) - min(values) < max(values) / 4:
-        return
-    chances = {number_of(run, "chance") for line in lines for run in line.runs}
-    ax.set(**{"xlim" if upright else "ylim": (0, None)})
-    if not shares or len(chances) > 1 or None in chances:
-        return
-    chance = 100 * chances.pop()
-    (ax.axvline if upright else ax.axhline)(chance, color=COLOURS[6], linestyle=":")
-    where = {"xy": (chance, 1), "xycoords": ax.get_xaxis_transform(), "xytext": (4, 0), "va": "top"}
-    if not upright:
+        names = [textwrap.shorten(_on_one_line(str(value)), 40, placeholder="…") for value in values]
+        turned = {"rotation": 30, "ha": "right"} if max(map(len, names)) > 60 / len(names) else {}
+        ax.set_xticks(range(len(names)), names, parse_math=False, **turned)
+    chances = {figures.get("chance") for _, figures in rows}
+    if scale == 100 and len(chances) == 1 and None not in chances:
+        chance = 100 * chances.pop()
+        ax.axhline(chance, color=COLOURS[6], linestyle=":")
         where = {"xy": (1, chance), "xycoords": ax.get_yaxis_transform(), "xytext": (0, 3), "ha": "right"}
-    ax.annotate("chance", textcoords="offset points", fontsize=10, path_effects=[HALO], **where)
+        ax.annotate("chance", textcoords="offset points", fontsize=10, path_effects=[HALO], **where)
+        ax.set_ylim(0, None)
+    if len(lines) > 1:
+        legend = drawn.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+        legend.set_title(named[others[0]] if len(others) == 1 else None)
+        for text in (legend.get_title(), *legend.get_texts()):
+            text.set_parse_math(False)
+    return drawn
 
 
-def _told_apart(texts: Sequence[str], width: float) -> list[str]:
-    """Texts that are shortened where they begin, if they would be the same when shortened where they end."""
-    shortened = [_shortened(text, width) for text in texts]
-    if len(set(shortened)) == len(set(texts)):
-        return shortened
-    return [_shortened(text[::-1], width)[::-1] for text in texts]
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
-def _legend_below(figure: Figure, curves: list, names: Sequence[str], lines: Sequence[Cell]) -> None:
-    """A legend that hides no line; where one parameter tells the lines apart, its name is the legend's title."""
-    values = [dict(zip(names, line.parameters.values(), strict=True)) for line in lines]
-    if len(names) == 1:
-        texts = [parameter_in_words(value[names[0]]) for value in values]
-    else:
-        texts = [combination_in_words(value) for value in values]
-    room = 72 * figure.get_figwidth() - 40
-    texts = _told_apart(texts, min(room - 40, 400))
-    columns = max(1, min(len(texts), int(room // (1.1 * max(map(_points_wide, texts)) + 50))))
-    legend = figure.legend(curves, texts, loc="outside lower center", ncols=columns, frameon=False)
-    if len(names) == 1:
-        legend.set_title(_shortened(names[0], room))
-    for text in (legend.get_title(), *legend.get_texts()):
-        text.set_parse_math(False)
-    figure.set_figheight(figure.get_figheight() + 0.25 * -(-len(texts) // columns))
-
-
-def _title_over(figure: Figure, title: str) -> None:
-    width = int(10.5 * figure.get_figwidth())  # letters of 12 points in a line
-    lines = [line for part in title.splitlines() for line in textwrap.wrap(part, width)]
-    figure.suptitle("\n".join(lines), parse_math=False)
+def _on_one_line(text: str) -> str:
+    """Return a text that a figure can show: a name of a file that is not UTF-8 has halves of surrogate pairs in it."""
+    return " ".join(text.split()).encode(errors="replace").decode()
 
 
 COST_PARTS = {  # as they are drawn, from the image to the classifier: sums of fields of vitlib.costs.Parts

@@ -130,25 +130,18 @@ def sweep(notebook, grid, zips, parameters, given, out, dry_run, scheduler, work
     executed notebooks. The same command again runs what is missing or failed. The exit code is 0 when every run is
     finished, 1 when one failed, 2 for a wrong command, 130 after Ctrl-C.
     """
-    from vitlib.course import early
-
-    if not (scheduler or dry_run):
-        early.prepare_workers()  # before the imports that take seconds here, too
-
-    from vitlib.course import grid as grids
-    from vitlib.course import runner
     from vitlib.course import sweep as sweeps
+    from vitlib.course.runner import parameters_from_file
 
     if scheduler and workers:
         raise click.UsageError("--workers is about this machine; the scheduler of --scheduler has workers of its own.")
-    described = grids.read_grid(notebook)
-    described = grids.with_options(
-        described,
-        grids.parse_axes("\n".join(grid).split("\n") if grid else ()),
-        [grids.parse_axes(words.split("\n")) for words in zips],
-        runner.parameters_from_file(parameters) if parameters else {},
+    plan = sweeps.make_plan(
+        notebook,
+        sweeps.parse_axes("\n".join(grid).split("\n") if grid else ()),
+        [sweeps.parse_axes(words.split("\n")) for words in zips],
+        parameters_from_file(parameters) if parameters else {},
+        dict(given),
     )
-    plan = grids.make_plan(described, dict(given))
     out = out or Path("runs") / f"sweep-{notebook.stem}"
     if dry_run:
         click.echo(sweeps.preview(plan, out))

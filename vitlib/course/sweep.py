@@ -1,18 +1,244 @@
-"""Sweeps: grids of runs of one notebook on Dask workers. The same command again runs what is missing or failed, and of
-a grid that has grown only what is new.
+"""Sweeps: run one notebook with every combination of parameters, several at a time, and tabulate the results.
+
+A grid becomes runs, each checked before the first starts (:func:`make_plan`). Dask workers execute them with papermill
+(:func:`run_sweep`), on this machine or on a cluster, and pandas writes the tables. The folder of a sweep:
+
+- ``runs/<label>/`` of each finished run: the executed notebook, its log, the files it saved, and ``run.json``
+- ``failed/<label>/`` of each that failed, the same as far as it got
+- ``results.csv``, ``results.json`` and ``report.html`` about all of them
+
+Runs work in ``.work`` and are moved when they end, so a folder under a final name is whole. That is how the same
+command knows the runs that are still missing.
 """
 
+import contextlib
+import csv
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import logging
+import math
 import os
-import threading
-from collections.abc import Callable, Sequence
+import re
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
-from vitlib.arguments import check_number, check_path, check_text, check_type, check_whole
+import filelock
+import nbformat
+
 from vitlib.course.figures import format_figure
-from vitlib.course.grid import Plan, Run
-from vitlib.course.results import SweepFolder, finished
-from vitlib.course.runner import FIGURES_IN_TABLE, text_table
-from vitlib.course.worker import Job, Result
+from vitlib.course.runner import (
+    FIGURES_IN_TABLE,
+    Lesson,
+    RunResult,
+    checked_values,
+    escape_formula,
+    last_cell,
+    parameters_from_file,
+    read_lesson,
+    run_notebook,
+)
+from vitlib.utils import atomic_write, progress_bar
+
+try:
+    import dask
+    import pandas as pd
+    from dask.system import CPU_COUNT
+    from distributed import Client, Future, KilledWorker, LocalCluster, get_worker, wait
+    from distributed.comm.addressing import parse_host_port
+    from distributed.system import MEMORY_LIMIT
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f'{error.name} is not installed, and sweeps need it; run `pip install "vitlib[sweep]"`.'
+    ) from error
+
+MOST_RUNS = 10_000
+MOST_ROWS = 40  # of the table at the end
+RUN_MEMORY = 2**30  # bytes that one run may take; the course's kernels stay below with the class parameters
+MOST_SENT = 256 * 2**20  # bytes of files that one run sends back from a cluster
+EVERY = 5  # seconds between two writings of the tables while runs come in
+PATIENCE = 10  # seconds for a scheduler to answer and to have a worker
+GRID_KEYS = ("notebook", "grid", "zip", "parameters")
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+LOCAL_SETTINGS = {
+    "distributed.scheduler.allowed-failures": 0,  # --retries counts, in _run_all
+    "distributed.worker.profile.enabled": False,  # it takes a twentieth of a core of each worker
+    "distributed.admin.tick.interval": "1s",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One combination: its ``label`` names folders, its ``key`` is a hash of all that decides the result."""
+
+    key: str
+    label: str
+    varied: dict[str, object]
+    parameters: dict[str, object]  # all of the notebook's but run_dir
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A notebook and its runs, all checked."""
+
+    lesson: Lesson
+    source: str  # the notebook as JSON, without outputs
+    sha256: str  # of its code cells
+    varied: tuple[str, ...]
+    runs: tuple[Run, ...]
+
+
+def parse_axes(words: Iterable[str]) -> dict[str, list[str]]:
+    """Turn ``seed=0,1,2`` and more of the kind into a mapping. A value with a comma stands in double quotes.
+
+    Raises:
+        ValueError: for a word of another form, or a name that comes twice.
+    """
+    axes: dict[str, list[str]] = {}
+    for word in words:
+        name, _, values = word.partition("=")
+        if not (name and values):
+            raise ValueError(f"{word!r} is not of the form name=value,value; write for instance seed=0,1,2.")
+        if name in axes:
+            raise ValueError(f"{name} is given twice; write all of its values in one list.")
+        axes[name] = next(csv.reader([values], skipinitialspace=True))
+    return axes
+
+
+def make_plan(
+    path: str | Path,
+    grid: Mapping[str, Sequence] | None = None,
+    zips: Sequence[Mapping[str, Sequence]] = (),
+    parameters: Mapping[str, object] | None = None,
+    given: Mapping[str, object] | None = None,
+) -> Plan:
+    """List all runs of a grid, each combination checked.
+
+    Args:
+        path: a notebook, or a YAML file with the keys ``notebook``, ``grid``, ``zip`` and ``parameters``. The other
+            arguments win over the file.
+        grid: values by parameter; each is crossed with all others.
+        zips: groups of parameters whose values go together, first with first.
+        parameters: values for all runs. Those of other notebooks of the course are passed over.
+        given: values for all runs that win over ``parameters``; the notebook must take them. Texts are parsed.
+
+    Raises:
+        ValueError: one sentence about the first mistake.
+        OSError: if a file cannot be read.
+    """
+    from vitlib.course.parameters import PARAMETERS  # here, since it loads torch, which workers do without
+
+    grid, zips, given = dict(grid or {}), list(zips), dict(given or {})
+    content = _read_grid(Path(path).expanduser())
+    typed = {*grid, *(name for group in zips for name in group)}
+    zips = [group for group in content["zip"] if typed.isdisjoint(group)] + zips
+    grid = {name: values for name, values in content["grid"].items() if name not in typed} | grid
+    lesson = read_lesson(content["notebook"])
+    axes = [{name: values} for name, values in grid.items()] + zips
+    names = [name for axis in axes for name in axis]
+    for name in [*names, *given]:
+        if names.count(name) + (name in given) > 1:
+            raise ValueError(f"{name} is given twice; leave it in one place of --grid, --zip and -p.")
+        if name in PARAMETERS and name not in lesson.parameters:
+            raise ValueError(f"{name} is no parameter of {lesson.name}; it takes {', '.join(lesson.parameters)}.")
+    shared = {
+        name: value
+        for name, value in {**content["parameters"], **(parameters or {})}.items()
+        if name not in names and (name in lesson.parameters or name not in PARAMETERS)
+    }
+    common = checked_values([lesson], [lesson], shared, given)
+    lists = [_rows(lesson, axis) for axis in axes]
+    if (count := math.prod(map(len, lists))) > MOST_RUNS:
+        raise ValueError(f"The grid has {count:,} runs; at most {MOST_RUNS:,} are allowed, so split it.")
+    source, sha256 = _source(lesson.path)
+    runs = []
+    for parts in itertools.product(*lists):
+        varied = {name: value for part in parts for name, value in part.items()}
+        values = {**lesson.defaults, **common, **varied}
+        values = {name: values[name] for name in lesson.parameters if name != "run_dir"}
+        identity = json.dumps([lesson.name, sha256, values, version("vitlib")], sort_keys=True, default=str)
+        key = hashlib.sha256(identity.encode()).hexdigest()[:16]
+        text = ",".join(f"{name}={value}" for name, value in varied.items()) or lesson.name
+        label = re.sub(r"[^\w=,.+-]+", "_", text)[:100].strip("._ ")
+        runs.append(Run(key, f"{label}-{key[:8]}", varied, values))
+    return Plan(lesson, source, sha256, tuple(names), tuple(runs))
+
+
+def _read_grid(path: Path) -> dict:
+    """Return the content of a YAML file of a sweep; a notebook alone is a grid of one run."""
+    from vitlib.course.parameters import near_match
+
+    if path.suffix == ".ipynb":
+        return {"notebook": path, "grid": {}, "zip": [], "parameters": {}}
+    if path.suffix not in (".yaml", ".yml"):
+        raise ValueError(f"{path} is neither a notebook (.ipynb) nor the file of a sweep (.yaml).")
+    content = parameters_from_file(path)
+    for name in content:
+        if name not in GRID_KEYS:
+            raise ValueError(f"{path} has {name!r}{near_match(name, GRID_KEYS)}; a sweep has {', '.join(GRID_KEYS)}.")
+    if not isinstance(content.get("notebook"), str):
+        raise ValueError(f"{path} names no notebook; write `notebook: FILE.ipynb`, relative to the file.")
+    grid, zips, parameters = (content.get(name) or {} for name in GRID_KEYS[1:])
+    zips = zips if isinstance(zips, list) else [zips] if zips else []
+    for part in (grid, parameters, *zips):
+        if not isinstance(part, dict):
+            raise ValueError(f"{path} has {part!r} where names and values belong; write one 'name: value' a line.")
+    notebook = path.parent / Path(content["notebook"]).expanduser()
+    return {"notebook": notebook, "grid": _lists(grid), "zip": [*map(_lists, zips)], "parameters": parameters}
+
+
+def _lists(axis: Mapping[str, object]) -> dict[str, list]:
+    return {str(name): values if isinstance(values, list) else [values] for name, values in axis.items()}
+
+
+def _rows(lesson: Lesson, axis: Mapping[str, Sequence]) -> list[dict[str, object]]:
+    """Return the checked values of one axis: of one parameter, or of several that go together."""
+    for name, values in axis.items():
+        if not values:
+            raise ValueError(f"{name} has no values; write for instance {name}=0,1,2.")
+    if len(set(map(len, axis.values()))) > 1:
+        lengths = ", ".join(f"{name} has {len(values)}" for name, values in axis.items())
+        raise ValueError(f"Values that go together must be equally many, but {lengths}.")
+    rows = [
+        checked_values([lesson], [lesson], {}, dict(zip(axis, row, strict=True)))
+        for row in zip(*axis.values(), strict=True)
+    ]
+    for row in rows:
+        if rows.count(row) > 1:
+            text = ", ".join(f"{name}={value}" for name, value in row.items())
+            raise ValueError(f"{text} comes twice; each run takes place once.")
+    return rows
+
+
+def _source(path: Path) -> tuple[str, str]:
+    """Return the notebook as JSON without outputs, and the SHA-256 of its code cells and their tags."""
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for cell in code:
+        cell.outputs, cell.execution_count = [], None
+    cells = [(cell.source, cell.metadata.get("tags", [])) for cell in code]
+    return nbformat.writes(notebook), hashlib.sha256(json.dumps(cells).encode()).hexdigest()
+
+
+@dataclass
+class Result:
+    """One try of a run: its outcome, the host, and from a cluster the files by name and those too large to send."""
+
+    outcome: RunResult
+    host: str = ""
+    files: tuple[tuple[str, bytes], ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 def run_sweep(
@@ -27,155 +253,389 @@ def run_sweep(
     command: str = "",
     say: Callable[[str], None] = print,
 ) -> dict:
-    """Run what is missing of a plan, and write results.csv, results.json and report.html into the folder ``out``.
+    """Run the missing runs of a plan, and write results.csv, results.json and report.html into the folder ``out``.
 
     Args:
-        plan: of :func:`vitlib.course.grid.make_plan`.
+        plan: from :func:`make_plan`.
         out: folder of the sweep.
         scheduler: address of a Dask scheduler; None for worker processes on this machine.
-        workers: how many of these; None for as many as cores and memory allow.
-        threads: for each run to compute with; None for those that are left over, on a cluster for one.
-        retries: how often a run that failed is tried again.
+        workers: number of these; None for as many as cores and memory allow.
+        threads: for each run; None for the cores that are left over, on a cluster for one.
+        retries: how often a failed run is tried again.
         timeout: longest time for one run, in seconds; None for no limit.
-        command: what was typed, for the record.
-        say: gets lines for people.
+        command: the command as typed, for the record.
+        say: prints a line.
 
     Returns:
-        what results.json holds. Its runs have the status ok, failed or, where Ctrl-C ended the sweep, not run.
+        the content of results.json. A run is ok, failed or, where Ctrl-C ended the sweep, not run.
 
     Raises:
-        ValueError: for a value that is not allowed, if another sweep is at work in ``out``, or if the scheduler's
-            address is none.
-        OSError: if the folder cannot be written, or a scheduler cannot be reached or goes away. What was finished by
-            then is in the results.
-        ModuleNotFoundError: if Dask is not installed.
+        ValueError: if another sweep works in ``out``, or the address is not one.
+        OSError: if the folder cannot be written, or a scheduler cannot be reached or goes away. The results hold the
+            runs that were finished by then.
     """
-    check_type("plan", plan, Plan, "what make_plan returns")
-    check_path("out", out)
-    check_text("scheduler", scheduler, optional=True)
-    check_whole("workers", workers, optional=True)
-    check_whole("threads", threads, optional=True)
-    check_whole("retries", retries, 0)
-    check_number("timeout", timeout, above=0, optional=True)
-    cluster = _engine()
-    with SweepFolder(out, plan, command) as folder:
-        missing = folder.missing()
+    out = Path(out).expanduser().resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    work = out / ".work"
+    next_writing = 0.0
+    with _locked(out):
+        shutil.rmtree(work, ignore_errors=True)  # of a sweep that was killed
+        records = {run.key: record for run in plan.runs if (record := finished(out, run))}
+        missing = [run for run in plan.runs if run.key not in records]
         if scheduler is None:
-            workers, threads = cluster.local_size(max(1, len(missing)), workers, threads)
-            where = f"{workers} at a time on this machine, threads for each: {threads}"
+            workers, threads = local_size(max(1, len(missing)), workers, threads)
+            client, where = _local_workers(workers), f"{workers} at a time on this machine"
         else:
-            threads, where = threads or 1, f"on {scheduler}, threads for each: {threads or 1}"
-        todo = len(missing)
-        say(f"Runs: {len(plan.runs)}; finished before: {len(plan.runs) - todo}; to run: {todo}, {where}.")
-        runs = {run.key: run for run in missing}
-
-        def done(job: Job, result: Result, attempts: int) -> str:
-            return line(folder.store(runs[job.key], result, attempts))
-
+            client, where, threads = _cluster_workers(scheduler), f"on {scheduler}", threads or 1
+        say(
+            f"Runs: {len(plan.runs)}; finished before: {len(records)}; to run: {len(missing)}, {where}, "
+            f"threads for each: {threads}."
+        )
+        jobs = [(run, _job(plan, run, None if scheduler else work / run.label, threads, timeout)) for run in missing]
         try:
-            if missing:
-                with cluster.cluster_workers(scheduler) if scheduler else cluster.local_workers(workers) as client:
-                    threading.Thread(target=_load_report, daemon=True).start()  # the runs leave time for it
-                    jobs = [_job(run, plan, folder, threads, timeout) for run in missing]
-                    cluster.run_jobs(client, jobs, retries, done)
+            if jobs:
+                with client as client, progress_bar(description="sweep", total=len(jobs), unit="run") as bar:
+                    for run, result, attempts in _run_all(client, jobs, retries):
+                        records[run.key] = _store(out, plan, run, result, attempts)
+                        bar.write(_line(records[run.key]), file=sys.stdout)
+                        bar.update()
+                        if time.monotonic() > next_writing:
+                            _write_tables(out, plan, records, command)
+                            next_writing = time.monotonic() + EVERY
         except KeyboardInterrupt:
             say("Interrupted; the same command again goes on with what is missing.")
         finally:
-            results = folder.write()
-            _write_report(results, folder.path)
+            shutil.rmtree(work, ignore_errors=True)
+            results = _write_tables(out, plan, records, command)
+            from vitlib.course.report import write_report  # here, since workers do without matplotlib
+
+            write_report(results, out / "report.html")
     return results
 
 
-def _engine():
-    """The module that needs Dask."""
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    lock = filelock.FileLock(out / ".lock")
     try:
-        from vitlib.course import cluster
-    except ModuleNotFoundError as error:
-        if error.name not in ("dask", "distributed"):
-            raise
-        raise ModuleNotFoundError(
-            f'{error.name} is not installed, and sweeps need it; run `pip install "vitlib[sweep]"`.'
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        message = f"Another sweep is at work in {out}; wait for it, or choose another folder with --out."
+        raise ValueError(message) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def local_size(runs: int, workers: int | None = None, threads: int | None = None) -> tuple[int, int]:
+    """Return how many runs this machine does at a time, and with how many threads each.
+
+    A small model gains little from a second thread, and threads beyond the cores wait for each other. So there is a
+    run for each core, as far as memory allows ``RUN_MEMORY`` for each, and the cores left over become threads. Cores
+    and memory are those that a container grants.
+    """
+    if workers is None:
+        cores = CPU_COUNT // threads if threads else CPU_COUNT
+        workers = max(1, min(cores, int(MEMORY_LIMIT // RUN_MEMORY), runs))
+    return workers, threads or max(1, CPU_COUNT // workers)
+
+
+@contextlib.contextmanager
+def _local_workers(count: int) -> Iterator[Client]:
+    """Start a scheduler and ``count`` worker processes, reachable from this machine only; they end with the block."""
+    with (
+        dask.config.set(LOCAL_SETTINGS),
+        LocalCluster(
+            n_workers=count,
+            threads_per_worker=1,
+            host="127.0.0.1",
+            dashboard_address="127.0.0.1:0",  # any free port: 8787 may be that of another sweep
+            memory_limit=None,  # it would count the worker, not the kernel that the worker starts
+            preload=["vitlib.course.sweep"],
+            silence_logs=logging.CRITICAL,
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+def dask_setup(worker) -> None:
+    """Let Ctrl-C pass; Dask calls this when a worker of this machine starts. A terminal sends Ctrl-C to the workers
+    too, but the client ends them. A function, since kernels would inherit that a signal is ignored.
+    """
+    signal.signal(signal.SIGINT, lambda number, frame: None)
+
+
+@contextlib.contextmanager
+def _cluster_workers(address: str) -> Iterator[Client]:
+    """Connect to the scheduler at ``address``, and check that its workers have this version of vitlib."""
+    try:  # by hand: a Client that cannot connect stays half open, and may hold up the next one
+        socket.create_connection(parse_host_port(address.partition("://")[2] or address), PATIENCE).close()
+        client = Client(address, timeout=PATIENCE)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"scheduler={address!r} is not an address; give one such as tcp://192.0.2.1:8786.") from error
+    except OSError as error:
+        raise ConnectionError(
+            f"No scheduler answers at {address} within {PATIENCE} s; start one with `dask scheduler`, or leave "
+            "--scheduler out to use this machine."
         ) from error
-    return cluster
+    with client:
+        try:
+            client.wait_for_workers(1, timeout=PATIENCE)
+        except TimeoutError as error:
+            raise ConnectionError(
+                f"The scheduler at {address} has no worker; start some with `dask worker {address} --nthreads 1`."
+            ) from error
+        own = version("vitlib")
+        for worker, found in client.run(importlib.metadata.version, "vitlib", on_error="return").items():
+            if found != own:
+                problem = f"lacks vitlib ({found})" if isinstance(found, Exception) else f"has vitlib {found}"
+                raise ConnectionError(
+                    f"The worker {worker} {problem}; install vitlib {own} with its extra `sweep` there."
+                )
+        yield client
 
 
-def _job(run: Run, plan: Plan, folder: SweepFolder, threads: int, timeout: float | None) -> Job:
+def _run_all(client: Client, jobs: Sequence[tuple[Run, dict]], retries: int) -> Iterator[tuple[Run, Result, int]]:
+    """Yield each run with its last result and the number of tries, as they end.
+
+    Only as many are sent as the workers have threads, in the order of the grid. Dask would give every worker its share
+    in advance, and when a run kills its worker it would count the others of that share as failed too.
+    """
+    waiting, running, tries = deque(jobs), {}, Counter()
+    try:
+        while waiting or running:
+            room = max(1, sum(client.nthreads().values())) - len(running)
+            for _ in range(min(room, len(waiting))):
+                run, job = waiting.popleft()
+                running[client.submit(_work, **job, pure=False)] = run, job
+            with contextlib.suppress(TimeoutError):  # after a second look for new workers
+                wait(list(running), timeout=1, return_when="FIRST_COMPLETED")
+            for future in [future for future in running if future.status != "pending"]:
+                run, job = running.pop(future)
+                result = _result_of(future)
+                tries[run.key] += 1
+                if result.outcome.status != "ok" and tries[run.key] <= retries:
+                    waiting.appendleft((run, job))
+                else:
+                    yield run, result, tries[run.key]
+    except (OSError, CancelledError) as error:
+        raise ConnectionError("The scheduler is gone; the same command again goes on with what is missing.") from error
+    finally:
+        with contextlib.suppress(Exception):  # the connection may be what is broken
+            client.cancel(list(running), force=True)  # so that workers end what nobody waits for
+
+
+def _result_of(future: Future) -> Result:
+    try:
+        return future.result()
+    except CancelledError:
+        raise
+    except KilledWorker:
+        return Result(RunResult("failed", "its worker died (killed, or no memory left)"))
+    except Exception as error:  # of the worker, not of the notebook: a full disk, another version of a package
+        return Result(RunResult("failed", f"its worker failed with {type(error).__name__}: {error}"))
+
+
+def _job(plan: Plan, run: Run, folder: Path | None, threads: int, timeout: float | None) -> dict[str, object]:
+    """Return the arguments of :func:`_work`."""
     lesson = plan.lesson
-    defaults = lesson.defaults
-    return Job(
-        key=run.key,
-        name=lesson.name,
-        notebook=plan.source,
-        parameters={name: value for name, value in run.parameters.items() if value != defaults[name]},
-        defaults=defaults,
-        has_run_dir="run_dir" in lesson.parameters,
-        work=str(folder.work),
-        token=folder.token,
-        home=os.getcwd(),
-        threads=threads,
-        timeout=timeout,
-        topic="",
-    )
+    return {
+        "notebook": plan.source,
+        "name": lesson.name,
+        "parameters": {name: value for name, value in run.parameters.items() if value != lesson.defaults[name]},
+        "defaults": lesson.defaults,
+        "folder": folder and str(folder),
+        "home": os.getcwd(),
+        "threads": threads,
+        "timeout": timeout,
+    }
 
 
-def _load_report():
-    """The module that draws figures; it takes longer to load than all others here."""
-    from vitlib.course import report
+def _work(notebook, name, parameters, defaults, folder, home, threads, timeout) -> Result:
+    """Execute the notebook once, as a Dask task.
 
-    return report
+    On this machine the run works in ``folder``. Elsewhere that is None: there may be no shared disk, so the run works
+    in a folder of its own and its files come back with the result.
+    """
+    worker = get_worker()
+    task, deadline = worker.get_current_task(), time.monotonic() + (timeout or math.inf)
+
+    def end() -> str:
+        """Return the reason to stop, if there is one."""
+        if time.monotonic() > deadline:
+            return f"stopped after {timeout:g} s; allow more with --timeout"
+        state = worker.state.tasks.get(task)
+        return "" if state is not None and state.state == "executing" else "nobody waits for it any longer"
+
+    # of Dask's settings for its workers, this one makes a training on the CPU take up to half as long again
+    environment = {"MALLOC_TRIM_THRESHOLD_": None, **dict.fromkeys(THREAD_VARIABLES, str(threads))}
+    with tempfile.TemporaryDirectory(prefix="vitlib-", ignore_cleanup_errors=True) as temporary:
+        place = Path(folder or temporary)
+        if folder:
+            shutil.rmtree(place, ignore_errors=True)  # of an earlier try
+            place.mkdir(parents=True, exist_ok=True)
+        if "run_dir" in defaults:
+            parameters = {**parameters, "run_dir": str(place)}
+        with open(place / "log.txt", "w", encoding="utf-8") as log:
+            outcome = run_notebook(
+                nbformat.reads(notebook, as_version=4), place, name, parameters,
+                defaults=defaults, log=log, end=end, environment=environment,
+                folder=Path(home) if Path(home).is_dir() else place,
+            )  # fmt: skip
+        return Result(outcome, socket.gethostname(), *(() if folder else _files(place)))
 
 
-def _write_report(results: dict, folder: Path) -> None:
-    _load_report().write_report(results, folder / "report.html")
+def _files(folder: Path) -> tuple[tuple[tuple[str, bytes], ...], tuple[str, ...]]:
+    """Return the files of a folder, the small ones first, and the names of those that are too much to send."""
+    paths = sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    sizes = itertools.accumulate(path.stat().st_size for path in paths)
+    count = sum(size <= MOST_SENT for size in sizes)
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    sent = zip(names, (path.read_bytes() for path in paths[:count]), strict=False)
+    return tuple(sent), tuple(names[count:])
+
+
+def _store(out: Path, plan: Plan, run: Run, result: Result, attempts: int) -> dict:
+    """Move the files of a run to their place with a record, and return the record."""
+    folder, outcome = out / ".work" / run.label, result.outcome
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in result.files:
+        target = (folder / name).resolve()
+        if target.is_relative_to(folder):  # a cluster writes nowhere else
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+    partial = folder / f"{plan.lesson.name}.partial.ipynb"
+    if partial.exists():  # its worker was killed, maybe while it wrote
+        with contextlib.suppress(Exception):
+            outcome.error = f"{last_cell(nbformat.read(partial, as_version=4))}{outcome.error}"
+            partial.replace(folder / f"{plan.lesson.name}.failed.ipynb")
+    if outcome.error:
+        with open(folder / "log.txt", "a", encoding="utf-8") as log:
+            log.write(f"\n{outcome.error}\n")
+    record = _record(plan, run, result, attempts)
+    (folder / "run.json").write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+    for kind in ("runs", "failed"):  # an earlier failure; a run that is whole is never run again
+        shutil.rmtree(out / kind / run.label, ignore_errors=True)
+    place = out / ("runs" if outcome.status == "ok" else "failed") / run.label
+    place.parent.mkdir(exist_ok=True)
+    folder.replace(place)
+    return record
+
+
+def _record(plan: Plan, run: Run, result: Result, attempts: int) -> dict:
+    return {
+        "run": run.label,
+        "key": run.key,
+        "notebook": plan.lesson.name,
+        "notebook_sha256": plan.sha256,
+        "vitlib": version("vitlib"),
+        **asdict(result.outcome),
+        "parameters": run.parameters,
+        "seed": run.parameters.get("seed"),
+        "varied": run.varied,
+        "host": result.host or None,
+        "attempts": attempts,
+        "left_out": list(result.left_out),
+    }
+
+
+def finished(out: Path, run: Run, kind: str = "runs") -> dict | None:
+    """Return the record of a finished run; None if there is none, or it is damaged."""
+    record = _read(out / kind / run.label)
+    return record if record.get("key") == run.key else None
+
+
+def _read(folder: Path) -> dict:
+    try:
+        return json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _write_tables(out: Path, plan: Plan, records: Mapping[str, dict], command: str) -> dict:
+    """Write results.json and results.csv: the runs of the plan in its order, then others of the same notebook and
+    version that are finished, for instance those of a larger grid. Return the content of results.json.
+    """
+    rows = [
+        records.get(run.key) or finished(out, run, "failed") or _record(plan, run, Result(RunResult("not run")), 0)
+        for run in plan.runs
+    ]
+    labels = {run.label for run in plan.runs}
+    others = [_read(folder) for folder in sorted((out / "runs").glob("*/")) if folder.name not in labels]
+    about = {"notebook": plan.lesson.name, "notebook_sha256": plan.sha256, "vitlib": version("vitlib")}
+    rows += [record for record in others if about.items() <= record.items()]
+    results = {
+        "command": command,
+        **about,
+        "varied": list(dict.fromkeys([*plan.varied, *(name for record in rows for name in record["varied"])])),
+        "runs": rows,
+    }
+    with atomic_write(out / "results.json") as temporary:
+        temporary.write_text(json.dumps(results, indent=2, default=str) + "\n", encoding="utf-8")
+    with atomic_write(out / "results.csv") as temporary:
+        columns = {
+            name: [escape_formula(cell) if isinstance(cell, str) else cell for cell in column]
+            for name, column in as_frame(results)[0].items()
+        }
+        pd.DataFrame(columns, dtype=object).to_csv(temporary, index=False)
+    return results
+
+
+def as_frame(results: Mapping) -> tuple[pd.DataFrame, dict[str, str]]:
+    """Return a row for each run: parameters, those that vary first, then figures, then the rest.
+
+    The second value is the column of each figure: one with the name of another column gets ``figure_`` before it.
+    """
+    runs = results["runs"]
+    parameters = dict.fromkeys([*results["varied"], *(name for run in runs for name in run["parameters"])])
+    rest = ("seconds", "peak_memory_bytes", "host", "seed", "started", "attempts", "error", "left_out", "key")
+    rest = [name for name in rest if name not in parameters]
+    taken = {"run", "status", *parameters, *rest}
+    figures = dict.fromkeys(name for run in runs for name in run["figures"])
+    titles = {name: f"figure_{name}" if name in taken else name for name in figures}
+    rows = [
+        {"run": run["run"], "status": run["status"]}
+        | {name: run["parameters"].get(name) for name in parameters}
+        | {title: run["figures"].get(name) for name, title in titles.items()}
+        | {name: ", ".join(run[name]) if name == "left_out" else run[name] for name in rest}
+        | {f"version_{name}": value for name, value in run["versions"].items()}
+        for run in runs
+    ]
+    # objects, or a column of whole numbers with a gap would become one of fractions
+    return pd.DataFrame(rows, columns=None if rows else [*taken], dtype=object), titles
 
 
 def preview(plan: Plan, out: str | Path) -> str:
-    """The runs of a plan as a table, each with whether it is finished in ``out``."""
-    states = ["finished" if finished(Path(out), run) else "to run" for run in plan.runs]
-    rows = [("", *plan.varied, "state")]
-    rows += [
-        (str(number), *(str(run.varied[name]) for name in plan.varied), state)
-        for number, (run, state) in enumerate(zip(plan.runs, states, strict=True), start=1)
-    ]
-    return "\n".join([*text_table(rows), f"Runs: {len(plan.runs)}; to run: {states.count('to run')}."])
+    """Return the runs of a plan as a table, each with whether it is finished in ``out``."""
+    out = Path(out).expanduser()
+    states = ["finished" if finished(out, run) else "to run" for run in plan.runs]
+    rows = [run.varied | {"state": state} for run, state in zip(plan.runs, states, strict=True)]
+    table = pd.DataFrame(rows, index=range(1, len(rows) + 1), dtype=object).to_string()
+    return f"{table}\nRuns: {len(rows)}; to run: {states.count('to run')}."
 
 
-MOST_ROWS = 40
-
-
-def summary(results: dict) -> str:
-    """What is printed at the end: all runs, or of many those that are not ok, and how many there are of each status."""
-    runs, statuses = results["runs"], [run["status"] for run in results["runs"]]
+def summary(results: Mapping) -> str:
+    """Return the table printed at the end: all runs, or of many those that are not ok, and the count of each status."""
+    runs = results["runs"]
+    statuses = Counter(run["status"] for run in runs)
     shown = runs if len(runs) <= MOST_ROWS else [run for run in runs if run["status"] != "ok"][:MOST_ROWS]
-    counts = ", ".join(
-        f"{statuses.count(status)} {status}" for status in ("ok", "failed", "not run") if status in statuses
+    rows = [
+        {"status": run["status"]}
+        | {name: run["parameters"].get(name) for name in results["varied"]}
+        | {name: format_figure(value) for name, value in [*run["figures"].items()][:FIGURES_IN_TABLE]}
+        | {"seconds": run["seconds"], "MiB": (run["peak_memory_bytes"] or 0) >> 20, "error": run["error"]}
+        for run in shown
+    ]
+    table = pd.DataFrame(rows, dtype=object).fillna("").to_string(index=False) if rows else ""
+    counts = ", ".join(f"{statuses[one]} {one}" for one in ("ok", "failed", "not run") if statuses[one])
+    return f"{table}\nRuns: {counts}."
+
+
+def _line(record: Mapping) -> str:
+    """Return one run as a line, printed as it ends."""
+    figures = ", ".join(
+        f"{name} {format_figure(value)}" for name, value in [*record["figures"].items()][:FIGURES_IN_TABLE]
     )
-    return "\n".join(filter(None, (table(shown, results["varied"]) if shown else "", f"Runs: {counts}.")))
-
-
-def table(records: Sequence[dict], varied: Sequence[str]) -> str:
-    """The runs as lines of text: status, what varies, the main figures, seconds and memory, and why one failed."""
-    figures = list(dict.fromkeys(name for record in records for name in record["figures"]))[:FIGURES_IN_TABLE]
-    rows = [("status", *varied, *figures, "seconds", "peak memory", "")]
-    for record in records:
-        memory = record["peak_memory_bytes"]
-        rows.append(
-            (
-                record["status"],
-                *(str(record["parameters"].get(name, "")) for name in varied),
-                *(format_figure(record["figures"][name]) if name in record["figures"] else "" for name in figures),
-                "" if record["seconds"] is None else f"{record['seconds']:.1f}",
-                "" if memory is None else f"{memory / 2**20:.0f} MiB",
-                record["error"] or "",
-            )
-        )
-    numbers = range(1 + len(varied), len(rows[0]) - 1)
-    return "\n".join(text_table(rows, right=numbers))
-
-
-def line(record: dict) -> str:
-    """One run in one line, printed as it ends."""
-    figures = list(record["figures"].items())[:FIGURES_IN_TABLE]
     seconds = "" if record["seconds"] is None else f"{record['seconds']:.1f} s"
-    text = ", ".join(f"{key} {format_figure(value)}" for key, value in figures)
-    return "  ".join(filter(None, (record["status"], record["run"], seconds, text, record["error"])))
+    return "  ".join(filter(None, (record["status"], record["run"], seconds, figures, record["error"])))
