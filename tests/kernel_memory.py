@@ -20,12 +20,16 @@ def pytest_runtest_call(item):
             peak = peak_memory(item.parent.kernel.km.provisioner.pid)
         except psutil.Error:  # the cell has ended its kernel
             return result
-        peaks[item.parent.nodeid] = peak
+        item.user_properties.append(("peak", (item.parent.nodeid, peak)))  # travels from a worker to the report
         if peak > LIMIT:
             pytest.fail(
                 f"the kernel has had {peak / 2**20:,.0f} MiB in memory, of which {LIMIT / 2**20:,.0f} are allowed"
             )
     return result
+
+
+def pytest_runtest_logreport(report):
+    peaks.update(value for name, value in report.user_properties if name == "peak")
 
 
 def pytest_terminal_summary(terminalreporter):
