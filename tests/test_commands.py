@@ -228,8 +228,8 @@ def test_finetune_takes_enough_steps_for_few_images(pretrained, folder, tmp_path
     values = {name: value for name, value in SMALL.items() if name != "batch_size"}
     weights = pretrained[1] / "pretrained.safetensors"
     result = call("finetune", downstream=folder, weights=weights, run_dir=tmp_path, **values)
-    assert "36 training images: batch_size=8, finetune_epochs=2." in result.stdout
-    assert "after 10 steps in 2 epochs" in result.stdout
+    assert "32 images to learn from: batch_size=8, finetune_epochs=3." in result.stdout
+    assert "after 15 steps in 3 epochs" in result.stdout
 
 
 def test_finetune_leaves_figures_and_a_table_of_its_predictions(pretrained, folder, tmp_path, confused):

@@ -1,15 +1,12 @@
 """The command line, ``python -m vitlib``. Heavy imports wait for the command that needs them.
 
-``pretrain`` and ``finetune`` are also what ``torchrun`` starts. They need only torch, torchvision, tqdm, click and
-safetensors, and what these bring along.
+``torchrun`` starts ``pretrain`` and ``finetune``, too.
 """
 
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -187,23 +184,26 @@ class TrainingCommand(click.Command):
     def course_options(self) -> list[click.Option]:
         from vitlib.course.parameters import PARAMETERS  # loads torch
 
-        def option(name: str, default: object) -> click.Option:
+        def check(context, option: click.Option, value: object) -> object:
+            parameter = PARAMETERS[option.name]
+            if isinstance(value, str):
+                value = parameter.parse(value)
+            elif value is None:  # not given
+                return None
+            return parameter.check(value)
+
+        options = []
+        for name, default in self.defaults.items():
             parameter = PARAMETERS[name]
-            is_found = default is None and not parameter.optional
-            words = f"{'|'.join(parameter.choices) or parameter.type.__name__}, default "
-            words += "by the number of images" if is_found else str(default)
-
-            def check(context, option, value):
-                if value is None:
-                    return None
-                return parameter.check(parameter.parse(value) if isinstance(value, str) else value)
-
-            flag = f"--{name.replace('_', '-')}"
-            return click.Option(
-                [flag, name], metavar="", type=str, default=default, callback=check, help=f"{parameter.help} [{words}]"
-            )
-
-        return [option(name, default) for name, default in self.defaults.items()]
+            shown = "by the number of images" if default is None and not parameter.optional else default
+            kind = "|".join(parameter.choices) or parameter.type.__name__
+            options.append(
+                click.Option(
+                    [f"--{name.replace('_', '-')}", name], metavar="", type=str, default=default, callback=check,
+                    help=f"{parameter.help} [{kind}, default {shown}]",
+                )
+            )  # fmt: skip
+        return options
 
 
 TRAINING = {
@@ -216,196 +216,33 @@ TRAINING = {
     "upstream": "cifair100", "preset": "small", "recipe": "modern", "norm_first": True, "pooling": "cls",
     "pretrain_epochs": 100, "batch_size": 128, **TRAINING, "run_dir": "runs/pretrain",
 })  # fmt: skip
-def pretrain(upstream, preset, run_dir, data_dir, image_size, **options) -> None:
+def pretrain(**parameters) -> None:
     """Train a new model and score its last weights on the test split, once.
 
     RUN_DIR gets pretrained.safetensors with the record of the run, pretrained-history.json, and the file from which
     the same command, called again, resumes an interrupted training.
     """
-    from vitlib import training
-    from vitlib.model import PRESETS
-    from vitlib.training.distributed import init_distributed
+    from vitlib.course import training_commands
 
-    options["device"] = init_distributed(options["device"])
-    train, test = _splits(upstream, data_dir, image_size or PRESETS[preset]["image_size"])
-    with _compiling(options["compile"]):
-        trained = training.pretrain(train, preset, run_dir=run_dir, resume=True, source=upstream, **options)
-    _score(trained, test, upstream, Path(run_dir) / "pretrained.safetensors")
+    training_commands.pretrain(**parameters)
 
 
 @main.command(cls=TrainingCommand, defaults={
     "downstream": "cifair10", "weights": "cifar100-small", "recipe": "modern", "freeze_encoder": False,
     "finetune_epochs": None, "batch_size": None, **TRAINING, "run_dir": "runs/finetune",
 })  # fmt: skip
-def finetune(
-    downstream, weights, run_dir, data_dir, image_size, recipe, batch_size, finetune_epochs, **options
-) -> None:
+def finetune(**parameters) -> None:
     """Move the encoder of WEIGHTS to other images, train it there and score it on their test split, once.
 
-    With --weights random a new encoder of the small preset takes its place, trained from scratch as in pretraining:
-    the control. RUN_DIR gets finetuned.safetensors and what belongs to it, predictions.csv with every test image, and,
-    where matplotlib is installed, confusion.png and mistakes.png, the images that the model is most sure of and wrong
-    about. An earlier training with other settings moves to a folder of its own there.
+    WEIGHTS is a shipped name, a checkpoint, an official model such as vit_b_16, which is downloaded, or random: a new
+    encoder of the small preset, trained from scratch as in pretraining, for comparison.
+
+    RUN_DIR gets finetuned.safetensors and its record, predictions.csv with every test image, confusion.png, and
+    mistakes.png with the most confident errors. An earlier training with other settings moves to a folder of its own.
     """
-    from vitlib import training
-    from vitlib.course import own_images
-    from vitlib.model import PRESETS
-    from vitlib.training.distributed import current_context, init_distributed
-    from vitlib.training.resume import OtherTraining
+    from vitlib.course import training_commands
 
-    if weights is None:
-        raise ValueError("weights=None names no encoder; give a shipped name, a checkpoint file, or random.")
-    options["device"] = init_distributed(options["device"])
-    if weights == "random":
-        train, test = _splits(downstream, data_dir, image_size or PRESETS["small"]["image_size"])
-        model, card = _new_encoder(train, options["seed"])
-        recipe = (training.FINETUNING if options["freeze_encoder"] else training.RECIPES)[recipe]
-    else:
-        model, card = _encoder(weights, image_size)
-        train, test = _splits(downstream, data_dir, model.config["image_size"], model.config["num_channels"])
-    batch_size = batch_size or own_images.batch_size_for(len(train))
-    if finetune_epochs is None:
-        finetune_epochs = 1 if options["train_steps_per_epoch"] else own_images.epochs_for(len(train), batch_size)
-    _say(f"{len(train):,} training images: batch_size={batch_size}, finetune_epochs={finetune_epochs}.")
-
-    def train_once():
-        with _compiling(options["compile"]):
-            return training.finetune(
-                model, card, train, recipe=recipe, batch_size=batch_size, finetune_epochs=finetune_epochs,
-                run_dir=run_dir, resume=True, source=downstream, **options,
-            )  # fmt: skip
-
-    try:
-        trained = train_once()
-    except OtherTraining as error:
-        if current_context().is_first:
-            _say(f"{error.difference}: that training is now in {_set_aside(Path(run_dir))}, and a new one begins.")
-        trained = train_once()
-    checkpoint = Path(run_dir) / "finetuned.safetensors"
-    is_first = current_context().is_first
-    trained = _score(trained, test, downstream, checkpoint)
-    if is_first:
-        click.echo(_look_at_errors(trained, test, checkpoint.parent))
-        click.echo(f"Use it: {shlex.join(['python', '-m', 'vitlib', 'predict', str(checkpoint)])} image.jpg")
-
-
-def _say(sentence: str) -> None:
-    """Print a sentence, of several processes only in the first."""
-    from vitlib.training.distributed import current_context
-
-    if current_context().is_first:
-        click.echo(sentence)
-
-
-def _splits(source: str, data_dir: str | None, image_size: int, num_channels: int = 3):
-    """Load training and test images; only the first process shows progress."""
-    from vitlib.data import load_images
-    from vitlib.training.distributed import current_context
-
-    options = {"data_dir": data_dir, "image_size": image_size, "num_channels": num_channels}
-    options["progress"] = current_context().is_first
-    return load_images(source, "train", **options), load_images(source, "test", **options)
-
-
-def _new_encoder(train, seed: int):
-    import torch
-
-    from vitlib.data import channel_statistics
-    from vitlib.model import create_model
-    from vitlib.weights import ModelCard
-
-    torch.manual_seed(seed)
-    model = create_model("small", 1, image_size=train.images.shape[-1], num_channels=train.images.shape[1])
-    return model, ModelCard(("none",), *channel_statistics(train.images), "small", {"stage": "random"})
-
-
-def _encoder(weights: str, image_size: int | None):
-    """Load weights for images of ``image_size``; where the model's own is another, a line says what that means."""
-    from vitlib.costs import costs
-    from vitlib.weights import load_weights, with_image_size
-
-    model, card = load_weights(weights)
-    if image_size is None or image_size == model.config["image_size"]:
-        return model, card
-    other = with_image_size(model, image_size)
-    before, after = costs(model.config), costs(other.config)
-    _say(
-        f"The encoder knows images of {model.config['image_size']} pixels a side ({before.patches} patches) and gets "
-        f"{image_size} ({after.patches} patches): its positions are interpolated, and a step takes "
-        f"{after.training_flops.total / before.training_flops.total:.2g} times the FLOPs."
-    )
-    return other, card
-
-
-@contextmanager
-def _compiling(compile: bool) -> Iterator[None]:
-    """Turn the errors of torch.compile, which are pages long, into a sentence."""
-    try:
-        yield
-    except Exception as error:
-        if not (compile and type(error).__module__.startswith(("torch._inductor", "torch._dynamo"))):
-            raise
-        reason = next(line for line in [*str(error).splitlines(), type(error).__name__] if line.strip())
-        raise ValueError(
-            f"compile=True does not work here ({reason:.100}); install a C++ compiler such as g++, or leave it out."
-        ) from error
-
-
-def _set_aside(run_dir: Path) -> Path:
-    """Move the files of an earlier fine-tuning into a new folder below ``run_dir``, and return it."""
-    folder = next(folder for number in range(1, 10**6) if not (folder := run_dir / f"earlier-{number}").exists())
-    folder.mkdir()
-    for path in [*run_dir.glob("finetuned*"), *run_dir.glob("*.png"), *run_dir.glob("predictions.csv")]:
-        path.rename(folder / path.name)
-    return folder
-
-
-def _score(trained, test, source: str, checkpoint: Path):
-    """Score the last weights, write the result into their file, print it, and leave other processes.
-
-    Returns:
-        the weights with the score in their card.
-    """
-    from vitlib.course.own_images import chance, wilson_interval
-    from vitlib.training import record_test
-    from vitlib.training.distributed import end_distributed
-
-    if trained.history.interrupted:
-        end_distributed()
-        sys.exit(130)
-    trained.card.record["command"] = shlex.join(["python", "-m", "vitlib", *sys.argv[1:]])
-    trained = record_test(trained, test, source, checkpoint)
-    score, epochs = trained.card.record["test"], trained.history.epochs
-    low, high = wilson_interval(score["accuracy"], score["images"])
-    _say(
-        f"{score['accuracy']:.2%} top-1 (95 % interval {low:.1%} to {high:.1%}, chance {chance(test.labels):.1%}, loss "
-        f"{score['loss']:.3f}) on the {score['images']} test images of {source}, after {len(trained.history.steps)} "
-        f"steps in {len(epochs)} epochs and {sum(epoch['seconds'] for epoch in epochs):.0f} s of training; the weights "
-        f"are in {checkpoint}."
-    )
-    end_distributed()
-    return trained
-
-
-def _look_at_errors(trained, test, folder: Path) -> str:
-    """Write predictions.csv and draw the figures of errors. Return a sentence about them.
-
-    The training is over and stored by now, so an error here costs no more than the sentence.
-    """
-    from vitlib.course import own_images
-    from vitlib.training import predict
-
-    logits = predict(trained.model, test.images, trained.card)
-    table = folder / "predictions.csv"
-    own_images.write_predictions(table, test, logits)
-    try:
-        said = own_images.draw_errors(folder, test, logits)
-    except ModuleNotFoundError as error:
-        said = f"Figures of the errors need {error.name}; install it with `pip install {error.name}`."
-    except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
-        said = f"The figures of the errors could not be drawn ({type(error).__name__}: {reason:.200})."
-    return f"{said} All predictions: {table}."
+    training_commands.finetune(**parameters)
 
 
 @main.command()

@@ -1,0 +1,178 @@
+"""What the commands ``pretrain`` and ``finetune`` do: load, train, score once, and look at the errors.
+
+This module needs only torch, torchvision, tqdm, click and safetensors, and what these bring along.
+"""
+
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+import torch
+
+from vitlib import training
+from vitlib.costs import costs
+from vitlib.course import own_images
+from vitlib.data import LabelledImages, channel_statistics, load_images
+from vitlib.model import PRESETS, ViTModel, create_model
+from vitlib.training import FINETUNING, RECIPES, Trained, record_test
+from vitlib.training.distributed import current_context, end_distributed, init_distributed
+from vitlib.training.resume import OtherTraining
+from vitlib.weights import ModelCard, load_weights, with_image_size
+
+
+def pretrain(upstream, preset, run_dir, data_dir, image_size, device, **options) -> None:
+    """Train a new model, and score it; the arguments are parameters of the course."""
+    device = init_distributed(device)
+    train, test = _load_splits(upstream, data_dir, image_size or PRESETS[preset]["image_size"])
+    with _compiling(options["compile"]):
+        trained = training.pretrain(
+            train, preset, run_dir=run_dir, resume=True, source=upstream, device=device, **options
+        )
+    _score(trained, test, upstream, Path(run_dir) / "pretrained.safetensors")
+
+
+def finetune(
+    downstream, weights, run_dir, data_dir, image_size, recipe, batch_size, finetune_epochs, device, **options
+) -> None:
+    """Fine-tune an encoder, and score it; the arguments are parameters of the course.
+
+    Args:
+        batch_size, finetune_epochs: None lets the number of images decide.
+    """
+    if weights is None:
+        raise ValueError("weights=None names no encoder; give a shipped name, a checkpoint file, or random.")
+    device = init_distributed(device)
+    if weights == "random":
+        train, test = _load_splits(downstream, data_dir, image_size or PRESETS["small"]["image_size"])
+        model, card = _random_encoder(train, options["seed"])
+        recipe = (FINETUNING if options["freeze_encoder"] else RECIPES)[recipe]
+    else:
+        model, card = load_weights(weights)
+        model = _for_images_of(model, image_size or model.config["image_size"])
+        train, test = _load_splits(downstream, data_dir, model.config["image_size"], model.config["num_channels"])
+    learned_from = round(len(train) * (1 - options["validation_fraction"]))
+    batch_size = batch_size or own_images.batch_size_for(learned_from)
+    if finetune_epochs is None:
+        finetune_epochs = 1 if options["train_steps_per_epoch"] else own_images.epochs_for(learned_from, batch_size)
+    _say(f"{learned_from:,} images to learn from: batch_size={batch_size}, finetune_epochs={finetune_epochs}.")
+
+    def train_model() -> Trained:
+        with _compiling(options["compile"]):
+            return training.finetune(
+                model, card, train, recipe=recipe, batch_size=batch_size, finetune_epochs=finetune_epochs,
+                run_dir=run_dir, resume=True, source=downstream, device=device, **options,
+            )  # fmt: skip
+
+    is_first = current_context().is_first
+    try:
+        trained = train_model()
+    except OtherTraining as error:
+        if is_first:
+            _say(f"{error.difference}: that training is now in {_set_aside(Path(run_dir))}, and a new one begins.")
+        trained = train_model()
+    checkpoint = Path(run_dir) / "finetuned.safetensors"
+    trained = _score(trained, test, downstream, checkpoint)
+    if is_first:
+        click.echo(_look_at_errors(trained, test, checkpoint.parent))
+        click.echo(f"Use it: {shlex.join(['python', '-m', 'vitlib', 'predict', str(checkpoint)])} image.jpg")
+
+
+def _say(sentence: str) -> None:
+    """Print a sentence, of several processes only in the first."""
+    if current_context().is_first:
+        click.echo(sentence)
+
+
+def _load_splits(
+    source: str, data_dir: str | None, image_size: int, num_channels: int = 3
+) -> tuple[LabelledImages, LabelledImages]:
+    options = {"data_dir": data_dir, "image_size": image_size, "num_channels": num_channels}
+    options["progress"] = current_context().is_first
+    return load_images(source, "train", **options), load_images(source, "test", **options)
+
+
+def _random_encoder(train: LabelledImages, seed: int) -> tuple[ViTModel, ModelCard]:
+    torch.manual_seed(seed)
+    model = create_model("small", 1, image_size=train.images.shape[-1], num_channels=train.images.shape[1])
+    return model, ModelCard(("none",), *channel_statistics(train.images), "small", {"stage": "random"})
+
+
+def _for_images_of(model: ViTModel, image_size: int) -> ViTModel:
+    """Return the model for images of that size; where this is not its own, a line says what the change means."""
+    other = with_image_size(model, image_size)
+    if other is not model:
+        before, after = costs(model.config), costs(other.config)
+        _say(
+            f"The encoder knows images of {model.config['image_size']} pixels a side ({before.patches} patches) and "
+            f"gets {image_size} ({after.patches} patches): its positions are interpolated, and a step takes "
+            f"{after.training_flops.total / before.training_flops.total:.2g} times the FLOPs."
+        )
+    return other
+
+
+@contextmanager
+def _compiling(compile: bool) -> Iterator[None]:
+    """Turn the errors of torch.compile, which are pages long, into a sentence."""
+    try:
+        yield
+    except Exception as error:
+        if not (compile and type(error).__module__.startswith(("torch._inductor", "torch._dynamo"))):
+            raise
+        reason = next(line for line in [*str(error).splitlines(), type(error).__name__] if line.strip())
+        raise ValueError(
+            f"compile=True does not work here ({reason:.100}); install a C++ compiler such as g++, or leave it out."
+        ) from error
+
+
+def _set_aside(run_dir: Path) -> Path:
+    """Move the files of an earlier fine-tuning into a new folder below ``run_dir``, and return it."""
+    folder = next(folder for number in range(1, 10**6) if not (folder := run_dir / f"earlier-{number}").exists())
+    folder.mkdir()
+    for name in ("finetuned*", "confusion.png", "mistakes.png", "predictions.csv"):
+        for path in list(run_dir.glob(name)):
+            path.rename(folder / path.name)
+    return folder
+
+
+def _score(trained: Trained, test: LabelledImages, source: str, checkpoint: Path) -> Trained:
+    """Score the last weights, write the result into their file, print it, and leave the other processes.
+
+    Returns:
+        the weights with the score in their card.
+    """
+    if trained.history.interrupted:
+        end_distributed()
+        sys.exit(130)
+    trained.card.record["command"] = shlex.join(["python", "-m", "vitlib", *sys.argv[1:]])
+    trained = record_test(trained, test, source, checkpoint)
+    score, epochs = trained.card.record["test"], trained.history.epochs
+    low, high = own_images.wilson_interval(score["accuracy"], score["images"])
+    _say(
+        f"{score['accuracy']:.2%} top-1 (95 % interval {low:.1%} to {high:.1%}, chance "
+        f"{own_images.chance(test.labels):.1%}, loss {score['loss']:.3f}) on the {score['images']} test images of "
+        f"{source}, after {len(trained.history.steps)} steps in {len(epochs)} epochs and "
+        f"{sum(epoch['seconds'] for epoch in epochs):.0f} s of training; the weights are in {checkpoint}."
+    )
+    end_distributed()
+    return trained
+
+
+def _look_at_errors(trained: Trained, test: LabelledImages, folder: Path) -> str:
+    """Write predictions.csv and draw the figures of errors. Return a sentence about them.
+
+    The training is over and stored by now, so an error in drawing costs no more than the sentence.
+    """
+    logits = training.predict(trained.model, test.images, trained.card)
+    table = folder / "predictions.csv"
+    own_images.write_predictions(table, test, logits)
+    try:
+        said = own_images.draw_errors(folder, test, logits)
+    except ModuleNotFoundError as error:
+        said = f"Figures of the errors need {error.name}; install it with `pip install {error.name}`."
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        said = f"The figures of the errors could not be drawn ({type(error).__name__}: {reason:.200})."
+    return f"{said} All predictions: {table}."
