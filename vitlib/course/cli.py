@@ -334,22 +334,25 @@ def export(model, out) -> None:
     "--notebooks", metavar="DIR", type=FILE,
     help="Folder of the course's notebooks; the course's own without it.",
 )  # fmt: skip
-def grade(folder, parameters, given, out, timeout, memory, jobs, notebooks) -> None:
-    """Run the students' notebooks in DIR with strict checks, and print a table of who passed what.
+@click.option("--roster", metavar="FILE", type=FILE, help="Text file with one name a line: who is missing?")
+@click.option("--whole", is_flag=True, help="Run all cells, not only those that the checks need.")
+def grade(folder, parameters, given, out, timeout, memory, jobs, notebooks, roster, whole) -> None:
+    """Run the students' notebooks in DIR, and print a table of who passed which exercise.
 
-    DIR holds ada/01_patching.ipynb, 01_patching_ada.ipynb or the like. The first lines say what students' code is kept
-    from on this machine, and what not; use a container for people you do not know. The exit code is 0 when every
-    notebook ran to its end, whatever the marks, 1 when one did not, 2 for a wrong command, 130 after Ctrl-C (grades.csv
-    keeps what was done).
+    DIR holds ada/01_patching.ipynb, 01_patching_ada.ipynb or the like. The first line says whether bubblewrap contains
+    their code. The course's own solutions of one chapter run first. The exit code is 0 when every notebook ran to its
+    end, whatever the marks, 1 when one did not, 2 when nobody was graded: for a wrong command, or where the solutions
+    fail; 130 after Ctrl-C (grades.csv keeps what was done).
     """
     from vitlib.course import grade as grading
 
+    names = grading.read_roster(roster) if roster else ()
     found = grading.grade_folder(
         folder, out, notebooks=notebooks or grading.COURSE_FOLDER, parameters=parameters, given=dict(given),
-        timeout=timeout, memory=memory, jobs=jobs, say=click.echo,
+        timeout=timeout, memory=memory, jobs=jobs, whole=whole, say=click.echo,
     )  # fmt: skip
-    click.echo(f"\n{grading.tables(found, folder)}\ngrades.csv and the executed copies are in {out}.")
-    sys.exit(1 if any(one.note for one in found) else 0)
+    click.echo(f"\n{grading.tables(found, names)}\ngrades.csv and the executed copies are in {out}.")
+    sys.exit(1 if any(one.stopped for one in found if one.chapter) else 0)
 
 
 @main.command()

@@ -1,11 +1,8 @@
-"""Grades students' notebooks: runs each through papermill with strict checks, and says who passed what.
+"""Grade students' notebooks: run each under limits, and say who passed which exercise.
 
-Each notebook has a process of its own, limits of time and memory, a scratch copy of its folder and none of the grader's
-environment, and all that it started is killed afterwards; where the system can do it, it reaches no other files and
-processes (:mod:`vitlib.course.contain`; docs/teaching.md, section 6.3, says what stays open). For an examination, or
-people you do not trust, grade in a container without a network. The verdicts are what the student's kernel says: a
-notebook that redefines ``checks`` or shows a verdict of its own making is believed. Read the executed copies of whoever
-passed.
+The verdict on an exercise comes from a cell of the grader's own, which follows the student's: it loads the checks anew
+and hands them what the student handed them. So a notebook that redefines ``checks``, or shows a verdict of its own
+making, gains nothing. It still runs in the student's kernel: whoever alters torch itself can deceive it.
 """
 
 import csv
@@ -14,6 +11,7 @@ import re
 import threading
 import time
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -23,10 +21,8 @@ import nbformat
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_raw_cell
 
-from vitlib.course import contain
-from vitlib.course.checks import VERDICT
-from vitlib.course.checks.frame import CORRECT, NOT_ATTEMPTED, NOT_YET
-from vitlib.course.execution import Limits, execute_apart
+from vitlib.course.cells import calls_of, names_of, needed_cells
+from vitlib.course.checks.frame import CORRECT, NOT_ATTEMPTED, NOT_YET, VERDICT
 from vitlib.course.parameters import PARAMETERS
 from vitlib.course.runner import (
     COURSE_FOLDER,
@@ -38,37 +34,63 @@ from vitlib.course.runner import (
     reason,
     text_table,
 )
+from vitlib.course.sandbox import Limits, not_contained, run_apart
 from vitlib.utils import atomic_write
 
 WORDS = {CORRECT: "correct", NOT_YET: "not yet", NOT_ATTEMPTED: "open"}  # a verdict's status to the table's word
 MISSING, NOT_REACHED = "missing", "not reached"
-NO_CHAPTER = "no chapter of the course"
-COLUMNS = ("student", "chapter", "exercise", "status", "message", "seconds", "note")
-CALL = re.compile(r"^[ \t]*checks\.(?!be_strict\b)(\w+)\(", re.MULTILINE)
-LARGEST = 100 * 2**20  # bytes of a notebook; a loop that printed all night makes larger ones
+COLUMNS = ("student", "file", "chapter", "exercise", "status", "message", "seconds", "note")
+LARGEST = 100 * 2**20  # bytes of a student's notebook
+SHOWN = 100_000  # characters of one output in an executed copy
+LISTED = 10  # files of one folder that are not graded, each on a line of its own
+# In a file's name beside chapter and student: copies by browsers and Jupyter, versions.
+NOISE = re.compile(
+    r"(?<![^\W_])(copy( of)?|copy\d+|final|fixed|new|version|v\d+|submission|homework|solutions?|notebook|untitled\d*)"
+    r"(?![^\W_])|\(\d+\)|(?<=[_ -])\d{1,2}$",
+    re.IGNORECASE,
+)
+CHECK_CELL = """\
+# the grader's own check
+import importlib, sys
+for _name in [name for name in sys.modules if name.startswith({module!r})]:
+    del sys.modules[_name]
+importlib.import_module({module!r}).{exercise}({arguments})"""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Chapter:
-    """A notebook of the course: its parameters' values for grading, and the checks that it calls, in order."""
+    """A notebook of the course: values of its parameters, and each check that it calls, with the arguments as text."""
 
     name: str
-    exercises: tuple[str, ...]
+    exercises: dict[str, str]
     parameters: dict[str, object]
+    module: str  # of the checks
+
+    @property
+    def pattern(self) -> re.Pattern:
+        return re.compile(re.sub("_", "[ _-]*", re.escape(self.name)), re.IGNORECASE)
 
 
 @dataclass
 class Submission:
-    """A file of a student, and what became of it: exercise to (status, message), in the order of the chapter."""
+    """A file that was handed in, and its results: exercise to (status, message), in the order of the chapter."""
 
     path: Path
+    file: str  # the path below the graded folder, printable
     student: str
-    chapter: Chapter | None  # None for a file that belongs to no chapter
-    notebook: NotebookNode | None  # None if it cannot be read
-    copy: Path | None  # where the executed notebook goes
-    note: str = ""  # why it could not be run to its end
+    chapter: Chapter | None = None  # None for a file that belongs to no chapter
+    notebook: NotebookNode | None = None  # None if it cannot be read
+    copy: Path | None = None  # of the executed notebook
+    remark: str = ""
+    stopped: str = ""  # why it did not run to its end
+    first_error: str = ""
     verdicts: dict[str, tuple[str, str]] = field(default_factory=dict)
     seconds: float = 0.0
+
+    @property
+    def note(self) -> str:
+        first = f"first error: {self.first_error}" if self.first_error else ""
+        return "; ".join(filter(None, (self.stopped, first, self.remark)))
 
     @property
     def passed(self) -> int:
@@ -85,48 +107,65 @@ def grade_folder(
     timeout: float = 600,
     memory: float = 4,
     jobs: int = 1,
+    whole: bool = False,
     say: Callable[[str], None] = print,
 ) -> list[Submission]:
-    """Run every student's notebook below ``folder``; grades.csv in ``out`` grows with each, beside executed copies.
+    """Grade every notebook below ``folder``; grades.csv in ``out`` grows with each, beside executed copies.
 
     Args:
         folder: holds ``ada/01_patching.ipynb``, ``01_patching_ada.ipynb`` or the like.
         out: folder of the results; what is in it already is not graded.
-        notebooks: folder of the course, whose notebooks say which exercises there are.
-        parameters: YAML file of parameters; None for the course's ``parameters/smoke.yaml``, since training takes
-            minutes and no check depends on it.
+        notebooks: folder of the course, whose notebooks say which exercises there are. The solutions below it are
+            tried first, for one of the chapters that were handed in.
+        parameters: YAML file of parameters; None for the course's ``parameters/smoke.yaml``.
         given: values that win over those of the file. Texts are parsed.
         timeout: longest time for one notebook, in seconds.
-        memory: most memory for one notebook, in GiB: of its kernel and of all that this has started.
-        jobs: how many to run at once; with more than one, each computes on one thread.
-        say: gets what the notebooks are kept from and what not, then one line as each is done.
+        memory: most memory for one notebook and all that it has started, in GiB.
+        jobs: number of notebooks at once; with more than one, each computes on one thread.
+        whole: whether all cells run. Without it only those that the checks need do.
+        say: gets one line on containment, then one line for each notebook that is done.
+
+    Returns:
+        all files, those that were not graded too: they have no chapter.
 
     Raises:
-        ValueError: for unknown or wrong parameters, an ``out`` that would overwrite originals, or if there is no
-            notebook, before any kernel starts.
-        OSError: for folders and files that are not there.
+        ValueError: for unknown or wrong parameters, an ``out`` that would overwrite originals, a folder without
+            notebooks of the course, or if the course's own solutions fail here; nobody is graded then.
+        OSError: for files and folders that are not there.
     """
-    folder, out = Path(folder).resolve(), Path(out).resolve()
+    folder, out = Path(folder).expanduser().resolve(), Path(out).expanduser().resolve()
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; name the one that holds the students' notebooks.")
     if folder.is_relative_to(out):
         raise ValueError(f"Results in {out} would overwrite the students' notebooks; choose another --out.")
-    chapters = _read_chapters(notebooks, parameters, given or {})
+    chapters = _read_chapters(Path(notebooks).expanduser(), parameters, given or {})
     found = _find(folder, out, chapters)
-    graded = [submission for submission in found if submission.chapter]
+    graded = [one for one in found if one.chapter]
     if not graded:
-        raise ValueError(f"No notebook in {folder} belongs to the course, which has {', '.join(chapters)}.")
+        names = ", ".join(chapter.name for chapter in chapters)
+        raise ValueError(f"No notebook in {folder} belongs to the course, which has {names}.")
     _write_grades(out, [])  # better that it fails now than after the first notebook
-    say(contain.in_words(contain.landlock_version()))
+    why = not_contained()
+    say(
+        f"Notebooks are NOT contained ({why}): they can use the network, read and change your files, and leave programs"
+        " running; see Grading in docs/teaching.md."
+        if why
+        else "Notebooks are contained by bwrap: no network, no files but a copy of their own, no other processes."
+    )
     limits, stopped = Limits(timeout, memory, one_thread=jobs > 1), threading.Event()
+
+    def grade(one: Submission) -> None:
+        _grade(one, found, folder, limits, whole, stopped)
+
+    _try_solutions(Path(notebooks).expanduser() / "solutions", graded, grade, say)
     pool = ThreadPoolExecutor(jobs)
     try:
-        others = {submission.path for submission in found}
-        futures = {pool.submit(_grade, one, others - {one.path}, out, limits, stopped): one for one in graded}
+        futures = {pool.submit(grade, one): one for one in graded}
         for count, future in enumerate(as_completed(futures), start=1):
             future.result()
-            done = futures[future]
-            say(f"[{count}/{len(graded)}] {_in_one_line(done)}")
+            one = futures[future]
+            marks = f"{one.passed} of {len(one.verdicts)} correct  {one.seconds:.0f} s"
+            say("  ".join(filter(None, (f"[{count}/{len(graded)}] {one.student}", one.chapter.name, marks, one.note))))
             _write_grades(out, [one for one in graded if one.verdicts])
     finally:
         stopped.set()
@@ -134,68 +173,84 @@ def grade_folder(
     return found
 
 
-def _read_chapters(
-    notebooks: str | Path, parameters: str | Path | None, given: Mapping[str, object]
-) -> dict[str, Chapter]:
+def _try_solutions(solutions: Path, graded: list[Submission], grade: Callable, say: Callable[[str], None]) -> None:
+    """Grade the course's own solutions of one chapter; where they fail, students cannot do better."""
+    names = sorted({one.chapter.name: one.chapter for one in graded}.items())
+    for path, chapter in ((solutions / f"{name}.ipynb", chapter) for name, chapter in names):
+        if path.is_file():
+            own = Submission(path, path.name, "", chapter, _read(path))
+            grade(own)
+            failed = [f"{n} is {status}. {said}" for n, (status, said) in own.verdicts.items() if status != "correct"]
+            if failed or own.stopped:
+                raise ValueError(
+                    f"The course's own solutions of {chapter.name} fail here, so nobody is graded: "
+                    f"{own.note or failed[0]}\nLook at `python -m vitlib doctor` and at the parameters."
+                )
+            say(f"The course's own solutions of {chapter.name} pass in {own.seconds:.0f} s.")
+            return
+    say("The course's own solutions are not there, so nothing shows that this environment works.")
+
+
+# What was handed in
+
+
+def _read_chapters(notebooks: Path, parameters: str | Path | None, given: Mapping[str, object]) -> list[Chapter]:
     lessons = read_lessons(notebooks)
-    smoke = Path(notebooks) / "parameters" / "smoke.yaml"
+    smoke = notebooks / "parameters" / "smoke.yaml"
     shared = parameters_from_file(parameters or smoke) if parameters or smoke.exists() else {}
     values = checked_values(lessons, lessons, shared, given)
-    return {lesson.name: Chapter(lesson.name, _exercises(lesson), _parameters(lesson, values)) for lesson in lessons}
+    return [_chapter(lesson, values) for lesson in lessons]
 
 
-def _exercises(lesson: Lesson) -> tuple[str, ...]:
-    calls = (name for cell in nbformat.read(lesson.path, as_version=4).cells for name in _calls(cell))
-    return tuple(dict.fromkeys(calls))
-
-
-def _calls(cell: NotebookNode) -> list[str]:
-    """Names of the checks that a cell calls."""
-    return CALL.findall(cell.source) if cell.cell_type == "code" else []
-
-
-def _parameters(lesson: Lesson, values: Mapping[str, object]) -> dict[str, object]:
-    """What a chapter's notebooks run with: all of its parameters, whatever a student has set or removed."""
+def _chapter(lesson: Lesson, values: Mapping[str, object]) -> Chapter:
+    """A chapter runs with all of its parameters, whatever a student has set or removed."""
+    cells = nbformat.read(lesson.path, as_version=4).cells
     defaults = {name: value for name, value in lesson.defaults.items() if name in PARAMETERS}
-    fixed = {"strict_checks": True, "run_dir": "../run"}  # not the student's own training, made with other parameters
-    return {name: value for name, value in {**defaults, **values, **fixed}.items() if name in lesson.parameters}
+    fixed = {"strict_checks": False, "run_dir": "../run"}  # not the student's own training, made with other parameters
+    parameters = {name: value for name, value in {**defaults, **values, **fixed}.items() if name in lesson.parameters}
+    exercises = {name: arguments for cell in cells for name, arguments in calls_of(cell).items()}
+    source = "\n".join(cell.source for cell in cells)
+    found = re.findall(r"^(?:from ([\w.]+) import checks$|import ([\w.]+) as checks$)", source, re.MULTILINE)
+    module = next((f"{package}.checks" if package else name for package, name in found), "vitlib.course.checks")
+    return Chapter(lesson.name, exercises, parameters, module)
 
 
-def _find(folder: Path, out: Path, chapters: Mapping[str, Chapter]) -> list[Submission]:
-    """The students' files, by student and chapter. What cannot be read, or is no chapter, is among them with a note."""
-    found, copies = [], set()
+def _find(folder: Path, out: Path, chapters: Sequence[Chapter]) -> list[Submission]:
+    """All files by student and chapter. What cannot be read, or belongs to no chapter, says why."""
+    found, copies = [], Counter()
     for path in sorted(_files(folder, out)):
-        notebook, note = None, ""
+        name = path.relative_to(folder)
+        one = Submission(path, _plain(str(name)), _student(name, chapters))
+        found.append(one)
+        if path.is_file() and not path.is_symlink() and ".ipynb" not in path.name.casefold():
+            is_packed = path.suffix.casefold() in (".zip", ".gz", ".tar", ".7z", ".rar")
+            one.remark = "an archive; unpack it first" if is_packed else "not a notebook"
+            continue
         try:
-            notebook = _read(path)
-        except Exception as error:  # there is no end to what a broken file can raise
-            note = f"not a notebook: {_plain(reason(error).removeprefix('ValueError: '))}"
-        chapter = _chapter_of(path, notebook, chapters)
-        student = _student(path.relative_to(folder), chapter, folder.name)
-        copy = _free(out / student / f"{chapter.name}.ipynb", copies) if chapter else None
-        found.append(Submission(path, student, chapter, notebook, copy, note))
+            one.notebook = _read(path)
+        except Exception as error:  # there is no end to the ways in which a file can be broken
+            one.stopped = f"not a notebook: {_plain(reason(error).removeprefix('ValueError: '))}"
+        one.chapter, one.remark = _chapter_of(name, one.notebook, chapters)
+        if one.chapter:
+            copy = out / one.student / f"{one.chapter.name}.ipynb"
+            copies[str(copy).casefold()] += 1  # some systems do not tell capitals from small letters
+            number = copies[str(copy).casefold()]
+            one.copy = copy.with_stem(f"{copy.stem}_{number}") if number > 1 else copy
     return sorted(found, key=lambda one: (one.student.casefold(), one.chapter.name if one.chapter else "", one.path))
 
 
 def _files(folder: Path, out: Path) -> Iterator[Path]:
-    """Notebooks below ``folder``, and what may hold some but cannot be entered: links, folders without permission.
-
-    Hidden files and folders are Jupyter's checkpoints or the leftovers of unpacking, not submissions.
-    """
+    """Files, links and folders that cannot be entered. Hidden ones are leftovers of Jupyter and of unpacking."""
     closed: list[OSError] = []
     for here, folders, files in os.walk(folder, onerror=closed.append):
-        folders[:] = [name for name in folders if not name.startswith(".") and Path(here, name) != out]
-        if Path(here) == folder:
-            yield from (folder / name for name in folders if (folder / name).is_symlink())
-        yield from (Path(here, name) for name in files if name.endswith(".ipynb") and not name.startswith("."))
+        folders[:] = [n for n in folders if not n.startswith((".", "__MACOSX", "@eaDir")) and Path(here, n) != out]
+        yield from (Path(here, name) for name in folders if Path(here, name).is_symlink())
+        yield from (Path(here, name) for name in files if not name.startswith("."))
     yield from (Path(error.filename) for error in closed)
 
 
 def _read(path: Path) -> NotebookNode:
-    """A notebook of any format as nbformat 4, with nothing but sources and the tags that papermill needs.
-
-    What students' editors and extensions leave beside these can stop or mislead papermill.
-    """
+    """Read a notebook of any format: sources and the tag of the parameters, since other metadata can stop papermill."""
     if path.is_symlink():
         raise ValueError("it is a link, and links are not followed")
     if not path.is_file():
@@ -205,7 +260,11 @@ def _read(path: Path) -> NotebookNode:
     text = path.read_text(encoding="utf-8-sig")
     if not text.strip():
         raise ValueError("it is empty")
-    cells = [_copied(cell) for cell in nbformat.convert(nbformat.reader.reads(text), 4).cells]
+    create = {"code": new_code_cell, "raw": new_raw_cell}
+    cells = []
+    for cell in nbformat.convert(nbformat.reader.reads(text), 4).cells:
+        tags = [tag for tag in cell.get("metadata", {}).get("tags", ()) if tag in ("parameters", "injected-parameters")]
+        cells.append(create.get(cell.cell_type, new_markdown_cell)("".join(cell.source), metadata={"tags": tags}))
     if not any("parameters" in cell.metadata.tags for cell in cells):  # the tag was lost, perhaps not the cell
         setting = re.compile(r"^strict_checks\b.*=", re.MULTILINE)
         for cell in [cell for cell in cells if cell.cell_type == "code" and setting.search(cell.source)][:1]:
@@ -213,86 +272,132 @@ def _read(path: Path) -> NotebookNode:
     return new_notebook(cells=cells)
 
 
-def _copied(cell: NotebookNode) -> NotebookNode:
-    create = {"code": new_code_cell, "raw": new_raw_cell}.get(cell.cell_type, new_markdown_cell)
-    tags = [tag for tag in cell.get("metadata", {}).get("tags", ()) if tag in ("parameters", "injected-parameters")]
-    return create("".join(cell.source), metadata={"tags": tags})
+def _chapter_of(path: Path, notebook: NotebookNode | None, chapters: Iterable[Chapter]) -> tuple[Chapter | None, str]:
+    """By the name of file or folder, unless only another chapter's checks are called; and a remark if they differ."""
+    texts = (unicodedata.normalize("NFC", text) for text in (path.name, str(path)))
+    named = next((chapter for text in texts for chapter in chapters if chapter.pattern.search(text)), None)
+    calls = {name for cell in (notebook.cells if notebook else ()) for name in calls_of(cell)}
+    best = max(chapters, key=lambda chapter: len(calls.intersection(chapter.exercises)))
+    if not calls.intersection(best.exercises) or (named and calls.intersection(named.exercises)):
+        return named, "" if named else "belongs to no chapter of the course"
+    return best, f"named {named.name}, but it calls the checks of {best.name}" if named else ""
 
 
-def _chapter_of(path: Path, notebook: NotebookNode | None, chapters: Mapping[str, Chapter]) -> Chapter | None:
-    """By the file's name, else by the checks that it calls."""
-    for name, chapter in chapters.items():
-        if name.casefold() in path.stem.casefold():
-            return chapter
-    calls = {name for cell in (notebook.cells if notebook else ()) for name in _calls(cell)}
-    best = max(chapters.values(), key=lambda chapter: len(calls.intersection(chapter.exercises)))
-    return best if calls.intersection(best.exercises) else None
+def _student(path: Path, chapters: Iterable[Chapter]) -> str:
+    """All that a path says beside the chapter: ``ada`` of 01_patching_ada.ipynb, ``group1/ada`` of a folder's path.
 
-
-def _student(path: Path, chapter: Chapter | None, otherwise: str) -> str:
-    """The first part of a path that says more than the chapter's name: ``ada`` of ada/01_patching.ipynb, of
-    01_patching_ada.ipynb and of 01_patching/ada.ipynb. It is fit to be the name of a folder.
+    Fit to be the name of a folder.
     """
-    for part in (*path.parts[:-1], path.stem):
-        if chapter and chapter.name.casefold() in part.casefold():
-            part = re.sub(re.escape(chapter.name), "", part, flags=re.IGNORECASE).strip(" _-()")
-        name = _plain(unicodedata.normalize("NFC", part)).replace("/", "_").replace("\\", "_").strip(". ")
-        if name:
-            return name
-    return otherwise or "unnamed"
+    stem = re.split(r"\.ipynb", path.name, maxsplit=1, flags=re.IGNORECASE)[0]
+    names = []
+    for part in (*path.parts[:-1], stem):
+        name = unicodedata.normalize("NFC", part)
+        for chapter in chapters:
+            name = chapter.pattern.sub(" ", name)
+        name = NOISE.sub("", name.strip()) if part is stem or name != part else name
+        names.append(re.sub(r"[/\\]", "_", _plain(name)).strip(" _-()." if name != part else ". "))
+    return "/".join(filter(None, names)) or _plain(stem).strip(". ") or "unnamed"
 
 
-def _free(path: Path, taken: set[str]) -> Path:
-    """``path``, or one with a number, and added to ``taken``; some systems do not tell capitals from small letters."""
-    candidate, number = path, 1
-    while str(candidate).casefold() in taken:
-        number += 1
-        candidate = path.with_stem(f"{path.stem}_{number}")
-    taken.add(str(candidate).casefold())
-    return candidate
+# What is run
 
 
-def _grade(one: Submission, others: set[Path], out: Path, limits: Limits, stopped: threading.Event) -> None:
+def _prepared(one: Submission, whole: bool) -> NotebookNode:
+    """Put the grader's checks into a notebook, and tag the cells that they do not need, which are then skipped."""
+    cells, exercises = one.notebook.cells, one.chapter.exercises
+    code = {index: cell for index, cell in enumerate(cells) if cell.cell_type == "code"}
+    calls = {index: calls_of(cell) for index, cell in code.items()}
+    names = {index: names_of(cell) for index, cell in code.items()}
+    place = {name: index for index, called in calls.items() for name in called if name in exercises}
+    for name in exercises.keys() - place.keys():  # no call, or by another name: after the cell that defines the answer
+        for index in (index for index, cell in names.items() if exercises[name] in cell.bound - cell.imported):
+            place[name] = index
+    needed = set(code) if whole else needed_cells(code, names, set(place.values()))
+    prepared = []
+    for index, cell in enumerate(cells):
+        if index in code and index not in needed:
+            cell.metadata.tags.append("skip-execution")
+        prepared.append(cell)
+        for name in (name for name in exercises if place.get(name) == index):
+            arguments = calls[index].get(name) or exercises[name]
+            source = CHECK_CELL.format(module=one.chapter.module, exercise=name, arguments=arguments)
+            prepared.append(new_code_cell(source, metadata={"tags": [], "vitlib": {"exercise": name}}))
+    return new_notebook(cells=prepared)
+
+
+def _grade(
+    one: Submission, found: list[Submission], folder: Path, limits: Limits, whole: bool, stopped: threading.Event
+) -> None:
     """Run one notebook and fill in its verdicts. Nothing is raised: one bad notebook must not stop the rest."""
     executed, start = None, time.monotonic()
     try:
-        one.copy.unlink(missing_ok=True)  # of an earlier grading
+        if one.copy:
+            one.copy.unlink(missing_ok=True)  # of an earlier grading
         if one.notebook:
-            left_out, parameters = {*others, out}, one.chapter.parameters
-            executed, note = execute_apart(
-                one.notebook, one.path.parent, left_out, parameters, VERDICT, limits, stopped
-            )
-            one.note = _plain(note)
-        if executed:
+            beside = [other for other in found if other.chapter and other.path.is_relative_to(one.path.parent)]
+            is_own = one.copy and {other.student for other in beside} == {one.student}
+            executed, stop = run_apart(
+                _prepared(one, whole), one.path.parent if is_own else None, folder, one.chapter.parameters, limits,
+                stopped,
+            )  # fmt: skip
+            one.stopped = _plain(stop)
+        if executed and one.copy:
+            _shorten(executed)
             with atomic_write(one.copy) as temporary:
                 nbformat.write(executed, temporary)
     except Exception as error:
-        one.note = f"not run: {_plain(reason(error))}"
+        one.stopped = f"not run: {_plain(reason(error))}"
     if not stopped.is_set():
         one.seconds = time.monotonic() - start
-        one.verdicts = _judge(one, executed)
+        _judge(one, executed)
 
 
-def _judge(one: Submission, executed: NotebookNode | None) -> dict[str, tuple[str, str]]:
-    """Status and message of each exercise: the last verdict, and where there is none, why."""
-    cells = [cell for cell in (executed or one.notebook or new_notebook()).cells if cell.cell_type == "code"]
-    said = {}
-    for output in (output for cell in cells for output in cell.outputs):
-        verdict = output.get("data", {}).get(VERDICT)
-        if isinstance(verdict, dict) and str(verdict.get("status")) in WORDS:
-            said[str(verdict.get("check"))] = WORDS[verdict["status"]], _plain(str(verdict.get("message", "")))
-    return {name: said.get(name) or _without_verdict(name, cells, one) for name in one.chapter.exercises}
+def _shorten(executed: NotebookNode) -> None:
+    for output in (output for cell in executed.cells for output in cell.get("outputs", ())):
+        if len(output.get("text", "")) > SHOWN:
+            output.text = output.text[:SHOWN] + "\n[further output is left out]\n"
 
 
-def _without_verdict(name: str, cells: Sequence[NotebookNode], one: Submission) -> tuple[str, str]:
-    calling = [cell for cell in cells if name in _calls(cell)]
-    errors = [output for cell in calling for output in cell.outputs if output.output_type == "error"]
+# What came out
+
+
+def _judge(one: Submission, executed: NotebookNode | None) -> None:
+    """Fill in status and message of each exercise, and the notebook's first error."""
+    reached, student = {}, new_code_cell()
+    for cell in (cell for cell in (executed.cells if executed else ()) if cell.cell_type == "code"):
+        exercise = cell.metadata.get("vitlib", {}).get("exercise")
+        if exercise:
+            reached[exercise] = _verdict(exercise, cell, student, one)
+            continue
+        student = cell
+        errors = [output for output in cell.outputs if output.output_type == "error"]
+        if errors and not one.first_error:
+            line = (cell.source.strip().splitlines() or [""])[0]
+            one.first_error = _plain(f'In [{cell.execution_count}] "{line}": {_in_words(errors[0])}')
+    nothing = (NOT_REACHED, "") if one.stopped and not executed else (MISSING, "")
+    one.verdicts = {name: reached.get(name, nothing) for name in one.chapter.exercises}
+
+
+def _verdict(exercise: str, cell: NotebookNode, student: NotebookNode, one: Submission) -> tuple[str, str]:
+    """Status and message of an exercise by the grader's cell, unless the student's cell before it stopped early."""
+    given = [output.data[VERDICT] for output in student.outputs if VERDICT in output.get("data", {})]
+    errors = [output for output in student.outputs if output.output_type == "error"]
+    if errors and not any(isinstance(said, dict) and said.get("check") == exercise for said in given):
+        first = one.first_error if errors[0].ename == "NameError" else ""
+        said = f"; the first error was {first}" if first and _in_words(errors[0]) not in first else ""
+        return WORDS[NOT_YET], _plain(f"its cell stopped before the check with {_in_words(errors[0])}{said}")
+    errors = [output for output in cell.outputs if output.output_type == "error"]
     if errors:
-        text = f"{errors[-1].ename}: {errors[-1].evalue}" if errors[-1].evalue else errors[-1].ename
-        return WORDS[NOT_YET], _plain(f"its cell stopped before the check with {text}")
-    if calling or not one.notebook:
-        return NOT_REACHED, "" if one.note else "its cell ran, but no check spoke"
-    return MISSING, ""
+        return WORDS[NOT_YET], _plain(f"the check stopped with {_in_words(errors[0])}")
+    for output in reversed(cell.outputs):
+        verdict = output.get("data", {}).get(VERDICT)
+        if isinstance(verdict, dict) and verdict.get("check") == exercise and str(verdict.get("status")) in WORDS:
+            return WORDS[verdict["status"]], _plain(str(verdict.get("message", "")))
+    return NOT_REACHED, ""
+
+
+def _in_words(error: NotebookNode) -> str:
+    return f"{error.ename}: {error.evalue}" if error.evalue else error.ename
 
 
 def _plain(text: str) -> str:
@@ -308,39 +413,62 @@ def _write_grades(out: Path, graded: Iterable[Submission]) -> None:
         rows = csv.writer(file)
         rows.writerow(COLUMNS)
         for one in graded:
-            for exercise, (status, message) in one.verdicts.items():
-                texts = (one.student, one.chapter.name, exercise, status, message, f"{one.seconds:.1f}", one.note)
+            for name, (status, message) in one.verdicts.items():
+                seconds = f"{one.seconds:.1f}"
+                texts = (one.student, one.file, one.chapter.name, name, status, message, seconds, one.note)
                 rows.writerow(map(escape_formula, texts))
 
 
-def _in_one_line(one: Submission) -> str:
-    marks = f"{one.passed} of {len(one.verdicts)} correct  {one.seconds:.0f} s"
-    return "  ".join(filter(None, (one.student, one.chapter.name, marks, one.note)))
-
-
-def tables(found: Sequence[Submission], folder: str | Path) -> str:
-    """For each chapter who passed what, then the files that were not graded, then how many there were."""
-    folder = Path(folder).resolve()
+def tables(found: Sequence[Submission], roster: Sequence[str] = ()) -> str:
+    """For each chapter who passed what and who of the roster is missing, then the files that were not graded."""
     graded = [one for one in found if one.chapter]
-    chapters = {one.chapter.name: one.chapter for one in graded}
-    blocks = [
-        _table(chapters[name], [one for one in graded if one.chapter.name == name], folder) for name in sorted(chapters)
-    ]
+    blocks = []
+    for name, chapter in sorted({one.chapter.name: one.chapter for one in graded}.items()):
+        rows = [one for one in graded if one.chapter.name == name]
+        students = Counter(one.student for one in rows)
+        lines = [(name, *chapter.exercises, "passed", "")]
+        for one in rows:
+            origin = f"({one.file})" if students[one.student] > 1 else ""
+            statuses = (status for status, _ in one.verdicts.values())
+            note = " ".join(filter(None, (one.note, origin)))
+            lines.append((one.student, *statuses, f"{one.passed}/{len(chapter.exercises)}", note))
+        blocks.append(text_table(lines))
+        missing = _missing(roster, list(students))
+        blocks[-1] += [f"Missing: {', '.join(missing)}"] if missing else []
     strange = [one for one in found if not one.chapter]
-    if strange:
-        reasons = (f"{_plain(str(one.path.relative_to(folder)))}: {one.note or NO_CHAPTER}" for one in strange)
-        blocks.append(["Not graded:", *reasons])
-    students, stopped = len({one.student for one in graded}), sum(bool(one.note) for one in graded)
-    blocks.append([f"{len(graded)} notebooks of {students} students; {stopped} could not be run to the end."])
+    blocks += [["Not graded:", *_listed(strange)]] if strange else []
+    count, stopped = len({one.student for one in graded}), sum(bool(one.stopped) for one in graded)
+    blocks.append([f"{len(graded)} notebooks of {count} students; {stopped} could not be run to the end."])
     return "\n\n".join("\n".join(lines) for lines in blocks)
 
 
-def _table(chapter: Chapter, rows: Sequence[Submission], folder: Path) -> list[str]:
-    students = [one.student for one in rows]
-    lines = [(chapter.name, *chapter.exercises, "passed", "")]
-    for one in rows:
-        origin = f"({_plain(str(one.path.relative_to(folder)))})" if students.count(one.student) > 1 else ""
-        statuses = (one.verdicts[name][0] for name in chapter.exercises)
-        note = " ".join(filter(None, (one.note, origin)))
-        lines.append((one.student, *statuses, f"{one.passed}/{len(chapter.exercises)}", note))
-    return text_table(lines)
+def _listed(files: Sequence[Submission]) -> Iterator[str]:
+    """Name each file with its reason; many of one folder and one reason share a line."""
+    groups: dict[tuple[str, str], list[Submission]] = {}
+    for one in files:
+        groups.setdefault((os.path.dirname(one.file), one.stopped or one.remark), []).append(one)
+    for (folder, said), group in groups.items():
+        if len(group) > LISTED:
+            endings = Counter(one.path.suffix for one in group)
+            yield f"{folder}/: {', '.join(f'{count} {ending}' for ending, count in endings.items())}: {said}"
+        else:
+            yield from (f"{one.file}: {said}" for one in group)
+
+
+def read_roster(path: Path) -> list[str]:
+    """Read the names of a class, one a line."""
+    try:
+        lines = path.expanduser().read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8; save it as UTF-8 text with one name a line.") from error
+    return [_plain(line) for line in lines if line.strip()]
+
+
+def _missing(roster: Sequence[str], students: Sequence[str]) -> list[str]:
+    """Names of which no student has all words, in whatever order; each student counts for the longest name only."""
+    words = {name: frozenset(re.findall(r"[^\W_]+", unicodedata.normalize("NFC", name).casefold())) for name in roster}
+    there = set()
+    for student in students:
+        said = set(re.findall(r"[^\W_]+", unicodedata.normalize("NFC", student).casefold()))
+        there |= set(sorted((name for name in roster if words[name] <= said), key=lambda name: len(words[name]))[-1:])
+    return [name for name in roster if name not in there]

@@ -85,14 +85,22 @@ class KernelMonitor:
             with suppress(psutil.Error, OSError):  # the process is ending
                 self.peak_bytes = max(self.peak_bytes or 0, peak_memory(self.pid))
                 self.ended = self.ended or self._end()
-                for process in with_children(self.pid) if self.ended else ():
-                    process.kill()
+                if self.ended:
+                    kill_tree(self.pid)
 
 
 def with_children(pid: int) -> list[psutil.Process]:
     """Return a process and all it has started; raise psutil.Error if there is none."""
     process = psutil.Process(pid)
     return [process, *process.children(recursive=True)]
+
+
+def kill_tree(pid: int, itself: bool = True) -> None:
+    """Kill a process, unless ``itself`` is False, and all it has started. Halted first, they start no others."""
+    for act in (psutil.Process.suspend, psutil.Process.suspend, psutil.Process.kill):
+        for process in with_children(pid)[0 if itself else 1 :]:
+            with suppress(psutil.Error):
+                act(process)
 
 
 def peak_memory(pid: int) -> int:
@@ -122,7 +130,7 @@ def run_notebook(
     end: Callable[[], str] = lambda: "",
     folder: Path | None = None,
     environment: Mapping[str, str | None] | None = None,
-    **options,
+    **options: object,
 ) -> RunResult:
     """Run one notebook to ``out/<name>.ipynb``, or to ``out/<name>.failed.ipynb`` and keep an earlier good one.
 
@@ -137,7 +145,8 @@ def run_notebook(
         log: gets the text that cells and the kernel print.
         end: called a few times a second; a text kills the kernel and is the reason.
         folder, environment: where the kernel starts, and its variables beside this process's; None removes one.
-        options: further options of nbclient, for example ``allow_errors=True``.
+        options: further options of papermill and nbclient; with ``allow_errors=True`` an error in a cell neither
+            stops the notebook nor counts as a failure.
     """
     partial, failed = out / f"{name}.partial.ipynb", out / f"{name}.failed.ipynb"
     in_full = {**defaults, **parameters}
@@ -167,7 +176,8 @@ def run_notebook(
         except KeyboardInterrupt:
             result.status, result.error = "interrupted", "Ctrl-C"
         except Exception as error:  # one notebook's failure must not stop the others
-            result.status, result.error = "failed", monitor.ended or reason(error, cell_timeout)
+            if not (options.get("allow_errors") and isinstance(error, papermill.PapermillExecutionError)):
+                result.status, result.error = "failed", monitor.ended or reason(error, cell_timeout)
     result.seconds = round(time.perf_counter() - start, 2)
     result.peak_memory_bytes = monitor.peak_bytes
     if partial.exists():

@@ -1,0 +1,251 @@
+"""Run a notebook of somebody else's: in a scratch copy of its folder, under limits, contained by bubblewrap.
+
+``bwrap`` (https://github.com/containers/bubblewrap, a package of most Linux systems) gives the notebook a network, a
+process table and a file tree of its own. Where it is missing, the limits and the scratch copy remain.
+
+As a program this module is the inside: papermill and its kernel. It does without torch, so that it starts quickly.
+"""
+
+import functools
+import glob
+import json
+import os
+import re
+import shutil
+import site
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import nbformat
+import psutil
+from nbformat import NotebookNode
+
+from vitlib.course.runner import KernelMonitor, kill_tree, run_notebook, with_children
+from vitlib.utils import cache_dir
+
+# Environment variables that a notebook inherits; tokens and passwords are in others.
+PASSED = re.compile(
+    r"PATH|LANG|LANGUAGE|LC_\w+|TZ|USER|LOGNAME|USERNAME|VIRTUAL_ENV|CONDA_PREFIX|PYTHON(PATH|HOME|HASHSEED|UTF8)|"
+    r"(LD|DYLD|DYLD_FALLBACK)_LIBRARY_PATH|(OMP|MKL|OPENBLAS)_NUM_THREADS|GOMP_SPINCOUNT|KMP_BLOCKTIME|"
+    r"OMP_WAIT_POLICY|CUDA_(HOME|VISIBLE_DEVICES)|NVIDIA_\w+|"
+    r"SYSTEM(ROOT|DRIVE)|WINDIR|COMSPEC|PATHEXT|NUMBER_OF_PROCESSORS|PROCESSOR_\w+",  # Windows needs these
+    re.IGNORECASE,
+)
+SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/etc", "/opt", "/nix/store", "/gnu/store")
+DEVICES = ("/dev/nvidia*", "/dev/dri", "/dev/kfd")
+PACKAGE = Path(__file__).parents[1]
+IN_CHECKOUT = (PACKAGE.parent / "notebooks").is_dir()
+NAME = "executed"  # of the executed notebook
+LARGEST = 100 * 2**20  # bytes of an executed notebook: one that prints without end is stopped there
+LARGEST_FILE = 2 * 2**30  # bytes
+MOST_PROCESSES = 100
+GRACE = 30  # seconds after the time limit in which papermill can still write
+
+clock = time.monotonic
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of one notebook: seconds in all, and GiB of memory of everything it has started."""
+
+    timeout: float
+    memory: float
+    one_thread: bool = False
+
+
+@functools.cache
+def not_contained() -> str:
+    """Say why notebooks are not contained on this machine; "" if they are. Found out by starting Python in bwrap."""
+    if shutil.which("bwrap") is None:
+        return "bwrap is not installed"
+    with tempfile.TemporaryDirectory() as own:
+        line = [*_bwrap(Path(own), Path(own), ()), sys.executable, "-c", "import encodings"]
+        probe = subprocess.run(line, capture_output=True, text=True, env=_environment(Path(own), False))
+    said = (probe.stderr.strip().splitlines() or [f"exit code {probe.returncode}"])[-1]
+    return f"bwrap does not work here: {said}" if probe.returncode else ""
+
+
+def run_apart(
+    notebook: NotebookNode,
+    companions: Path | None,
+    hidden: Path,
+    parameters: Mapping[str, object],
+    limits: Limits,
+    stopped: threading.Event,
+) -> tuple[NotebookNode | None, str]:
+    """Run a notebook to its end, beyond errors in its cells.
+
+    Args:
+        notebook: the notebook to run.
+        companions: folder with the files that it expects beside it; it gets a copy. None for an empty folder.
+        hidden: folder that it must not see, even if Python's packages lie around it.
+        parameters: values that papermill injects. A file or folder that one names by its whole path can be read.
+        limits: what ends it.
+        stopped: ends it when set.
+
+    Returns:
+        the executed notebook as far as it got (None if it did not start), and why it got no further, or "".
+    """
+    with tempfile.TemporaryDirectory(prefix="vitlib-grade-", ignore_cleanup_errors=True) as scratch:
+        own = Path(scratch).resolve()
+        environment = _environment(own, limits.one_thread)
+        (own / "folder").mkdir()
+        if companions:
+            _copy(companions, own / "folder")
+        nbformat.write(notebook, own / "notebook.ipynb")
+        contained = not not_contained()
+        readable = [value for value in parameters.values() if isinstance(value, str) and os.path.isabs(value)]
+        job = {"own": str(own), "parameters": parameters, "limits": asdict(limits), "contained": contained}
+        line = _bwrap(own, hidden, readable) if contained else []
+        line += [sys.executable, "-P", "-m", __name__, json.dumps(job)]
+        deadline = clock() + limits.timeout + GRACE
+
+        def end() -> str:  # the limits are kept inside; this is for a notebook that has ended or halted papermill
+            return "interrupted" if stopped.is_set() else "it did not end" if clock() > deadline else ""
+
+        with KernelMonitor(end, interval=0.1) as monitor, open(own / "errors.txt", "wb") as errors:
+            process = subprocess.Popen(
+                line, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors, env=environment,
+                cwd=own / "folder", start_new_session=True,
+            )  # fmt: skip
+            monitor.pid = process.pid
+            try:
+                process.wait()
+            finally:  # after Ctrl-C it still runs
+                if process.poll() is None:
+                    kill_tree(process.pid)
+                process.stdin.close()
+        return _result(own, monitor.ended)
+
+
+def _result(own: Path, ended: str) -> tuple[NotebookNode | None, str]:
+    found = sorted(own.glob(f"{NAME}*.ipynb"), key=os.path.getmtime)
+    error, said = (own / name for name in ("error.txt", "errors.txt"))
+    if not found or found[-1].stat().st_size > 5 * LARGEST:
+        words = said.read_text(errors="replace").strip().splitlines() or ["no word from it"]
+        return None, ended or f"it did not start: {words[-1]}"
+    executed = nbformat.read(found[-1], as_version=4)
+    return executed, ended or (error.read_text() if error.exists() else "its process was ended")
+
+
+def _environment(own: Path, one_thread: bool) -> dict[str, str]:
+    """Return the variables of a notebook, and make the home and the folder of temporary files that they name."""
+    home, temporary, fonts = (own / name for name in ("home", "tmp", "matplotlib"))
+    for folder in (home, temporary, fonts):
+        folder.mkdir()
+    paths = [*filter(None, [os.environ.get("PYTHONPATH")]), *([str(PACKAGE.parent)] if IN_CHECKOUT else [])]
+    import matplotlib
+
+    for known in Path(matplotlib.get_cachedir()).glob("fontlist-*.json"):  # to make another takes seconds
+        shutil.copy(known, fonts)
+    return {
+        **{name: value for name, value in os.environ.items() if PASSED.fullmatch(name)},
+        **dict.fromkeys(("HOME", "USERPROFILE", "APPDATA", "LOCALAPPDATA"), str(home)),
+        **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(temporary)),
+        "MPLCONFIGDIR": str(fonts),
+        "PYTHONPATH": os.pathsep.join(paths),  # this very vitlib, even if another one is installed
+        "PYTHONUSERBASE": site.getuserbase(),  # the packages of `pip install --user` are in the real home
+        "VITLIB_DATA": str(cache_dir()),
+        **({"OMP_NUM_THREADS": "1"} if one_thread else {}),
+    }
+
+
+def _bwrap(own: Path, hidden: Path, readable: Iterable[str]) -> list[str]:
+    """Begin a command line that runs a program contained: it writes below ``own`` and reads what Python needs."""
+    line = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
+    line += ["--proc", "/proc", "--dev", "/dev", "--bind", str(own / "tmp"), "/tmp"]
+    shown = [*_of_python(), str(cache_dir()), *readable]
+    around = [path for path in shown if hidden.is_relative_to(path)]
+    for path in around:
+        line += ["--ro-bind-try", path, path]
+    line += ["--tmpfs", str(hidden)]
+    for path in (path for path in shown if path not in around):
+        line += ["--ro-bind-try", path, path]
+    for path in (path for pattern in DEVICES for path in glob.glob(pattern)):
+        line += ["--dev-bind-try", path, path]
+    return [*line, "--bind", str(own), str(own), "--remount-ro", "/", "--chdir", str(own)]
+
+
+def _of_python() -> list[str]:
+    """Return the system's files, this Python with its packages, and vitlib, but no checkout: it holds the solutions."""
+    here = PACKAGE.parent
+    closed = {Path.cwd(), *([here, *here.parents] if IN_CHECKOUT else ())}
+    listed = (os.environ.get(name, "").split(os.pathsep) for name in ("PYTHONPATH", "LD_LIBRARY_PATH"))
+    packages = {path for paths in (sys.path, *listed) for path in paths if path and Path(path).absolute() not in closed}
+    python = {sys.prefix, sys.base_prefix, str(Path(sys.executable).resolve().parents[1])}
+    return sorted({*SYSTEM, *python, str(PACKAGE), *map(str, here.glob("vitlib*-info")), *packages})
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy regular files that can be read and are not hidden; links would lead back to the originals."""
+    for here, folders, files in os.walk(source):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        copied = target / Path(here).relative_to(source)
+        copied.mkdir(exist_ok=True)
+        for path in (Path(here, name) for name in files):
+            if path.is_file() and not path.is_symlink():
+                with suppress(OSError):
+                    shutil.copyfile(path, copied / path.name)
+
+
+def main(job: str) -> None:
+    """Run the notebook of a job, which :func:`run_apart` writes as JSON, to ``executed*.ipynb`` and ``error.txt``."""
+    given = json.loads(job)
+    own, limits = Path(given["own"]), Limits(**given["limits"])
+    threading.Thread(target=_end_with_the_grader, daemon=True).start()
+    if sys.platform == "linux":  # should memory run out, this ends and not the grader
+        with suppress(OSError):
+            Path("/proc/self/oom_score_adj").write_text("1000")
+    if os.name == "posix":
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))
+    deadline = clock() + limits.timeout
+
+    def end() -> str:
+        # inside bwrap every process is the notebook's, even one that has cut itself loose
+        processes = list(psutil.process_iter()) if given["contained"] else with_children(os.getpid())
+        partial = own / f"{NAME}.partial.ipynb"
+        if clock() > deadline:
+            return f"stopped after {limits.timeout:g} s"
+        if len(processes) > MOST_PROCESSES:
+            return f"stopped with {len(processes)} processes at once, of which it may have {MOST_PROCESSES}"
+        if (used := sum(map(_memory, processes)) / 2**30) > limits.memory:
+            return f"stopped with {used:.1f} GiB of memory, of which it may have {limits.memory:g}"
+        if partial.exists() and partial.stat().st_size > LARGEST:
+            return f"stopped with more than {LARGEST >> 20} MiB of output"
+        return ""
+
+    result = run_notebook(
+        nbformat.read(own / "notebook.ipynb", as_version=4), own, NAME, given["parameters"],
+        defaults={}, end=end, folder=own / "folder", allow_errors=True, autosave_cell_every=5,
+        iopub_timeout=30, raise_on_iopub_timeout=False,  # messages that a flood has lost
+        store_widget_state=False, shutdown_kernel="immediate",
+    )  # fmt: skip
+    (own / "error.txt").write_text(result.error or "")
+    kill_tree(os.getpid(), itself=False)
+
+
+def _memory(process: psutil.Process) -> int:
+    """Return the bytes that a process has in memory now."""
+    with suppress(psutil.Error, OSError):  # it has ended
+        return process.memory_info().rss
+    return 0
+
+
+def _end_with_the_grader() -> None:
+    """End when the grader is gone, however it ended: it holds the other end of standard input open."""
+    os.read(sys.stdin.fileno(), 1)
+    kill_tree(os.getpid(), itself=False)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
