@@ -579,20 +579,25 @@ BROKEN_TAGS = {  # beside the orientation: (entries, data after them); offsets c
 def test_photograph_with_broken_tags_is_turned_upright(tmp_path, entry, rest, kind):
     pixels = np.zeros((16, 24, 3), np.uint8)
     pixels[:, :12] = 255  # bright on the left
-    block = b"II*\0\x08\0\0\0" + struct.pack("<H", 2) + exif_entry(0x112, 3, 1, 6) + entry + bytes(4) + rest
-    save_picture(tmp_path / "photo", pixels, format=kind, exif=b"Exif\0\0" + block)
-    image = read_image(tmp_path / "photo")
-    assert image.shape == (3, 24, 16) and image[:, :10].min() > 240 and image[:, 14:].max() < 15
+    turned = exif_entry(0x112, 3, 1, 6)
+    for entries in (turned + entry, entry + turned):
+        block = b"II*\0\x08\0\0\0" + struct.pack("<H", 2) + entries + bytes(4) + rest
+        save_picture(tmp_path / "photo", pixels, format=kind, exif=b"Exif\0\0" + block)
+        image = read_image(tmp_path / "photo")
+        assert image.shape == (3, 24, 16) and image[:, :10].min() > 240 and image[:, 14:].max() < 15
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_orientation_is_that_of_pillow(tmp_path, orientation):
+def test_orientation_is_that_of_pillow(tmp_path, orientation, kind):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    save_picture(tmp_path / "0.png", noise(4, 6, 3), exif=exif)
-    with Image.open(tmp_path / "0.png") as picture:
-        expected = np.asarray(ImageOps.exif_transpose(picture))
-    assert np.array_equal(read_image(tmp_path / "0.png"), expected.transpose(2, 0, 1))
+    xmp = f'<x:xmpmeta tiff:Orientation="{orientation}"/>'.encode()
+    for metadata in ({"exif": exif}, {"xmp": xmp}) if kind in ("JPEG", "WEBP") else ({"exif": exif},):
+        save_picture(tmp_path / "0", noise(4, 6, 3), format=kind, **metadata)
+        with Image.open(tmp_path / "0") as picture:
+            expected = np.asarray(ImageOps.exif_transpose(picture))
+        assert np.array_equal(read_image(tmp_path / "0"), expected.transpose(2, 0, 1))
 
 
 def test_several_threads_decode_at_once(folder, load, monkeypatch):

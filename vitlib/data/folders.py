@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import struct
 import unicodedata
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,7 +45,11 @@ SYSTEM_NAME = re.compile(  # of hidden files, and of what systems and network di
     re.IGNORECASE | re.DOTALL,
 )
 SPLIT_NAMES = {"train": ("train", "training"), "test": ("test", "testing", "val", "valid", "validation")}
-TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
+TURNS = dict(  # what turns a picture with this EXIF orientation upright
+    enumerate(
+        ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"), 2
+    )
+)
 
 # ---------- One file ----------
 
@@ -105,9 +110,8 @@ def _formats() -> list[str]:
 
 def _pixels(picture: Image.Image, image_size: int | None, num_channels: int) -> tuple[np.ndarray, int]:
     picture.load()
-    with suppress(Exception):  # not ImageOps.exif_transpose, which stops at a malformed tag, whatever it is about
-        orientation = picture.getexif().get(ExifTags.Base.Orientation)
-        picture = picture.transpose(Image.Transpose[dict(enumerate(TURNS, 2))[orientation]])
+    with suppress(KeyError):  # upright as it is
+        picture = picture.transpose(Image.Transpose[TURNS[_orientation(picture)]])
     largest = 0
     if picture.mode.startswith("I"):  # 16 bits of grey: convert() would cut everything above 255 off to white
         values = np.asarray(picture)
@@ -119,6 +123,21 @@ def _pixels(picture: Image.Image, image_size: int | None, num_channels: int) -> 
     if image_size is not None:
         picture = ImageOps.fit(picture, (image_size, image_size), Image.Resampling.BICUBIC)
     return np.asarray(picture).reshape(picture.height, picture.width, num_channels).transpose(2, 0, 1), largest
+
+
+def _orientation(picture: Image.Image) -> int | None:
+    """Return the EXIF orientation, whatever is wrong with other tags: Pillow reads none behind one that is cut off."""
+    with suppress(KeyError, TypeError, IndexError, struct.error):
+        block = re.split(rb"(?=II\*\0|MM\0\*)", picture.info["exif"], maxsplit=1)[1]
+        order = "<" if block.startswith(b"II") else ">"
+        (start,) = struct.unpack_from(order + "I", block, 4)
+        (count,) = struct.unpack_from(order + "H", block, start)
+        for entry in range(start + 2, start + 2 + 12 * count, 12):
+            tag, kind = struct.unpack_from(order + "HH", block, entry)
+            if tag == ExifTags.Base.Orientation:
+                return struct.unpack_from(order + ("I" if kind == 4 else "H"), block, entry + 8)[0]
+    with suppress(Exception):  # from XMP and in TIFF
+        return picture.getexif().get(ExifTags.Base.Orientation)
 
 
 def refit(images: Tensor, image_size: int | None, num_channels: int) -> Tensor:
