@@ -45,7 +45,11 @@ def test_imports_run_one_way():
     assert [edge for edge in edges() if ORDER.index(edge[1]) >= ORDER.index(edge[0])] == []
 
 
-def test_importing_the_library_loads_no_optional_package():
-    code = "import sys, vitlib.export, vitlib.predict, vitlib.weights; print(*sys.modules)"
+def test_the_names_that_everyone_types_load_lazily():
+    code = """import sys, vitlib
+assert "torch" not in sys.modules
+assert all(getattr(vitlib, name).__name__ == name for name in vitlib.__all__)
+import vitlib.export, vitlib.predict
+print(*sys.modules)"""
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torchvision", "timm", "transformers", "onnx", "onnxruntime", "matplotlib", "vitlib.course"} & {*loaded}

@@ -253,7 +253,7 @@ def _to_flax(theirs: str, tensor: Tensor, num_heads: int) -> Tensor:
 
 
 def _from_flax(theirs: str, tensor: Tensor) -> Tensor:
-    """The inverse of :func:`_to_flax`."""
+    """Invert :func:`_to_flax`."""
     if tensor.ndim == 4:
         return tensor.permute(3, 2, 0, 1)
     if re.search("/(query|key|value)/", theirs):
