@@ -64,16 +64,6 @@ def _styled(draw):
     return drawn
 
 
-def _picture(image: Tensor) -> Tensor:
-    """``[C, H, W]`` as imshow wants it: ``[H, W, 3]``, or ``[H, W]`` for grey."""
-    return image.permute(1, 2, 0).squeeze(2).cpu().numpy()
-
-
-def _without_ticks(ax) -> None:
-    ax.set(xticks=[], yticks=[])
-    ax.spines[:].set_visible(False)
-
-
 def show(figure: Figure, alt: str) -> None:
     """Display a figure in a notebook, with the text that says what is seen in it, for readers who cannot see it."""
     from IPython.display import display  # only notebooks have it loaded
@@ -145,11 +135,34 @@ def image_grid(
     return figure
 
 
-def _frame(top: float, left: float, side: float) -> Rectangle:
-    """Return an outline that is visible on any colour, by its white border."""
-    border = [withStroke(linewidth=5, foreground="white")]
-    corner = (left - 0.5, top - 0.5)
-    return Rectangle(corner, side, side, fill=False, edgecolor=COLOURS[1], linewidth=3, path_effects=border)
+@_styled
+def patch_grid(image: Tensor, patch_size: int, title: str | None = None, ax: Axes | None = None) -> Figure:
+    """Draw one image uint8 ``[C, H, W]`` with its patches outlined and, up to 12 columns, numbered row by row. The
+    title says what the cut costs: N patches of so many numbers, and N^2 weights in each head."""
+    channels, height, width = image.shape
+    rows, columns = height // patch_size, width // patch_size
+    patches = rows * columns
+    ax = _axes(ax, 5.2, 5.2 * height / width + 0.6)
+    ax.imshow(_picture(image), cmap="gray", vmin=0, vmax=255)
+    for row in range(rows + 1):
+        ax.axhline(row * patch_size - 0.5, color="white", linewidth=0.8)
+    for column in range(columns + 1):
+        ax.axvline(column * patch_size - 0.5, color="white", linewidth=0.8)
+    if columns <= 12:
+        for number in range(patches):
+            row, column = divmod(number, columns)
+            ax.text(
+                (column + 0.5) * patch_size - 0.5, (row + 0.5) * patch_size - 0.5, number,
+                ha="center", va="center", color="white", fontsize=10,
+                bbox={"boxstyle": "round,pad=0.15", "facecolor": "black", "alpha": 0.55, "linewidth": 0},
+            )  # fmt: skip
+    _without_ticks(ax)
+    cost = (
+        f"patch size {patch_size}: N = {rows} x {columns} = {patches:,} patches\n"
+        f"{channels * patch_size**2:,} numbers per patch, N² = {patches**2:,} attention weights"
+    )
+    ax.set_title(cost if title is None else title)
+    return ax.figure
 
 
 @_styled
@@ -222,6 +235,194 @@ def heatmap(
 
 
 @_styled
+def lines(
+    x: Sequence | Mapping[str, Sequence],
+    series: Mapping[str, Sequence],
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    *,
+    bands: Mapping[str, tuple[Sequence, Sequence]] | None = None,
+    reference: Mapping[str, float] | None = None,
+    read_at: float | None = None,
+    percent: bool = False,
+    ax: Axes | None = None,
+    **axis,
+) -> Figure:
+    """Draw curves by name.
+
+    Args:
+        x: the places of the points, for all curves or by name for each. A shorter curve takes the first of them.
+        series: by name a number for each point; or several numbers for each, one of every run: then the curve goes
+            through their means, and every run is a dot.
+        bands: by name the lower and the upper edge of a band around the curve.
+        reference: numbers to draw dotted lines at, by name, such as ``{"chance": 0.1}``.
+        read_at: a place to mark. The legend says where each curve is there; one that ends earlier is read at its end.
+        percent: whether the numbers are shares, to be written in percent.
+        axis: given to ``Axes.set``, as ``xscale="log"`` or ``ylim=(0, None)``.
+    """
+    ax = _axes(ax, 7, 3.8)
+    for number, (name, values) in enumerate(series.items()):
+        values = np.asarray(values, dtype=float)
+        places = list(x[name] if isinstance(x, Mapping) else x)[: len(values)]
+        means = values if values.ndim == 1 else values.mean(axis=1)
+        colour, marker = COLOURS[number % len(COLOURS)], "os^Dv"[number % 5]
+        style = {"color": colour, "linestyle": ("-", "--", "-.", (0, (1, 1)))[number % 4]}
+        if read_at is not None:
+            known = [place for place in range(len(places)) if places[place] <= read_at] or [0]
+            read = means[known[-1]]
+            ended = "" if places[-1] >= read_at else f" (at {places[-1]:,})"
+            name_shown = f"{name}: {_number(read, percent)}{ended}"
+            ax.plot(places[known[-1]], read, marker, color=colour, markersize=9, zorder=3)
+        else:
+            name_shown = name
+        few = len(places) <= 20
+        ax.plot(places, means, marker=marker if few and values.ndim == 1 else "", label=name_shown, **style)
+        if values.ndim == 2:
+            ax.plot(places, values, marker, color=colour, alpha=0.6, markersize=6)
+        if name in (bands or {}):
+            ax.fill_between(places, *bands[name], color=colour, alpha=0.2, linewidth=0)
+    for name, value in (reference or {}).items():
+        ax.axhline(value, color="black", linestyle=":")
+        place = {"xy": (1, value), "xycoords": ax.get_yaxis_transform(), "xytext": (0, 3), "ha": "right"}
+        ax.annotate(name, textcoords="offset points", fontsize=10, path_effects=[HALO], **place)
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title, **axis)
+    if percent:
+        ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    if axis.get("xscale") == "log" and not isinstance(x, Mapping) and len(x) <= 12 and "xticks" not in axis:
+        ax.set_xticks(list(x), [f"{place:,}" for place in x])
+        ax.set_xticks([], minor=True)
+    if read_at is not None:
+        ax.axvline(read_at, color="black", linewidth=1, linestyle="--", zorder=0)
+    if len(series) > 1 or read_at is not None:
+        ax.legend(fontsize=10, title=None if read_at is None else f"{xlabel} {read_at:,}")
+    return ax.figure
+
+
+@_styled
+def dots(
+    groups: Mapping[str, Sequence[float]],
+    xlabel: str,
+    title: str = "",
+    *,
+    reference: Mapping[str, float] | None = None,
+    kinds: Sequence[str] = (),
+    percent: bool = False,
+    ax: Axes | None = None,
+    **axis,
+) -> Figure:
+    """Draw a row for each group: a dot for each run, a bar at the mean, and beside it the mean (lowest to highest).
+
+    Args:
+        groups: by name the numbers of its runs, such as accuracies over seeds.
+        reference: numbers to draw dotted lines at, by name, such as ``{"chance": 0.1}``.
+        kinds: one for each group; groups of one kind share a colour.
+        percent: whether the numbers are shares, to be written in percent.
+        axis: given to ``Axes.set``, as ``xlim=(0, None)``.
+    """
+    ax = _axes(ax, 7.5, 1.1 + 0.5 * len(groups))
+    kinds = list(kinds) or list(groups)
+    colours = dict(zip(dict.fromkeys(kinds), COLOURS * len(kinds), strict=False))
+    for row, (values, kind) in enumerate(zip(groups.values(), kinds, strict=True)):
+        values = np.asarray(values, dtype=float)
+        heights = np.full(len(values), float(row))
+        if len(values) > 20:  # dots would hide dots
+            heights += np.random.default_rng(0).uniform(-0.3, 0.3, len(values))
+        ax.plot(values, heights, "o", color=colours[kind], markersize=8 if len(values) <= 20 else 3, alpha=0.6)
+        mean, *ends = (_number(value, percent) for value in (values.mean(), values.min(), values.max()))
+        ax.plot([values.mean()] * 2, [row - 0.32, row + 0.32], color=colours[kind], linewidth=4, solid_capstyle="butt")
+        written = mean if len(values) == 1 else f"{mean} ({ends[0]} to {ends[1]})"
+        place = {"xy": (1, row), "xycoords": ax.get_yaxis_transform(), "xytext": (8, 0), "va": "center"}
+        ax.annotate(written, textcoords="offset points", fontsize=10, **place)
+    for name, value in (reference or {}).items():
+        ax.axvline(value, color="black", linestyle=":")
+        place = {"xy": (value, 0), "xycoords": ax.get_xaxis_transform(), "xytext": (4, 3)}
+        ax.annotate(name, textcoords="offset points", fontsize=10, path_effects=[HALO], **place)
+    ax.set_yticks(range(len(groups)), groups)
+    ax.set(xlabel=xlabel, title=title, ylim=(len(groups) - 0.4, -0.6), **axis)
+    if percent:
+        ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    return ax.figure
+
+
+COST_PARTS = {  # as they are drawn, from the image to the classifier: sums of fields of vitlib.costs.Parts
+    "embedding": ("patch_embedding", "positions"),
+    "attention: projections": ("projections",),
+    "attention: products": ("products",),
+    "MLP": ("mlp",),
+    "norms": ("norms",),
+    "classifier": ("classifier",),
+}
+
+
+@_styled
+def cost_bars(models: Mapping[str, Costs], title: str = "") -> Figure:
+    """Draw the costs of models for one image, each a bar that is divided among the parts: parameters, FLOPs of the
+    forward pass, and the bytes of activations that a training step keeps.
+
+    Args:
+        models: by name, from :func:`vitlib.costs.costs`.
+    """
+    scaled = EngFormatter(places=1)
+    quantities = {
+        "parameters": "parameters", "forward_flops": "FLOPs, forward", "activation_bytes": "bytes of activations",
+    }  # fmt: skip
+    figure, axes = plt.subplots(len(quantities), figsize=(7.5, len(quantities) * (0.5 + 0.4 * len(models)) + 0.9))
+    for ax, (quantity, name) in zip(axes, quantities.items(), strict=True):
+        starts = np.zeros(len(models))
+        for (part, fields), colour in zip(COST_PARTS.items(), COLOURS, strict=False):
+            counts = [sum(getattr(getattr(cost, quantity), field) for field in fields) for cost in models.values()]
+            ax.barh(range(len(models)), counts, 0.7, starts, color=colour, label=part)
+            starts += counts
+        for row, total in enumerate(starts):
+            ax.annotate(scaled(total).strip(), (total, row), (5, 0), textcoords="offset points", va="center")
+        _rows(ax, models)
+        ax.margins(x=0.12)
+        ax.set(title=name)
+        ax.xaxis.set_major_formatter(EngFormatter())
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=10)
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+def _axes(ax: Axes | None, width: float, height: float) -> Axes:
+    """Return ``ax``, or the axes of a new figure of this size in inches."""
+    return ax if ax is not None else plt.subplots(figsize=(width, height))[1]
+
+
+def _picture(image: Tensor) -> Tensor:
+    """``[C, H, W]`` as imshow wants it: ``[H, W, 3]``, or ``[H, W]`` for grey."""
+    return image.permute(1, 2, 0).squeeze(2).cpu().numpy()
+
+
+def _without_ticks(ax) -> None:
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+
+
+def _frame(top: float, left: float, side: float) -> Rectangle:
+    """Return an outline that is visible on any colour, by its white border."""
+    border = [withStroke(linewidth=5, foreground="white")]
+    corner = (left - 0.5, top - 0.5)
+    return Rectangle(corner, side, side, fill=False, edgecolor=COLOURS[1], linewidth=3, path_effects=border)
+
+
+def _number(value: float, percent: bool) -> str:
+    return f"{value:.1%}" if percent else f"{value:.3g}"
+
+
+def _rows(ax, names) -> None:
+    """Names of horizontal bars, the first on top."""
+    ax.set_yticks(range(len(names)), names)
+    ax.tick_params(axis="y", length=0)
+    ax.invert_yaxis()
+
+
+# The figures of before, until no notebook uses them.
+
+
+@_styled
 def top_classes(
     image: Tensor, probabilities: Tensor, classes: Sequence[str], count: int = 5, title: str = ""
 ) -> Figure:
@@ -241,36 +442,6 @@ def top_classes(
     right.set(xlabel="probability (%)", xlim=(0, 112), title=title)
     right.set_xticks(range(0, 101, 20))
     return figure
-
-
-@_styled
-def patch_grid(image: Tensor, patch_size: int, title: str | None = None, ax: Axes | None = None) -> Figure:
-    """Draw one image uint8 ``[C, H, W]`` with its patches outlined and, up to 12 columns, numbered row by row. The
-    title says what the cut costs: N patches of so many numbers, and N^2 weights in each head."""
-    channels, height, width = image.shape
-    rows, columns = height // patch_size, width // patch_size
-    patches = rows * columns
-    ax = _axes(ax, 5.2, 5.2 * height / width + 0.6)
-    ax.imshow(_picture(image), cmap="gray", vmin=0, vmax=255)
-    for row in range(rows + 1):
-        ax.axhline(row * patch_size - 0.5, color="white", linewidth=0.8)
-    for column in range(columns + 1):
-        ax.axvline(column * patch_size - 0.5, color="white", linewidth=0.8)
-    if columns <= 12:
-        for number in range(patches):
-            row, column = divmod(number, columns)
-            ax.text(
-                (column + 0.5) * patch_size - 0.5, (row + 0.5) * patch_size - 0.5, number,
-                ha="center", va="center", color="white", fontsize=10,
-                bbox={"boxstyle": "round,pad=0.15", "facecolor": "black", "alpha": 0.55, "linewidth": 0},
-            )  # fmt: skip
-    _without_ticks(ax)
-    cost = (
-        f"patch size {patch_size}: N = {rows} x {columns} = {patches:,} patches\n"
-        f"{channels * patch_size**2:,} numbers per patch, N² = {patches**2:,} attention weights"
-    )
-    ax.set_title(cost if title is None else title)
-    return ax.figure
 
 
 @_styled
@@ -473,157 +644,6 @@ def spreads(
     ax.set(xlabel=label, xlim=(0, 100))
     ax.invert_yaxis()
     ax.set_title(title, pad=22)
-    return figure
-
-
-@_styled
-def lines(
-    x: Sequence | Mapping[str, Sequence],
-    series: Mapping[str, Sequence],
-    xlabel: str,
-    ylabel: str,
-    title: str = "",
-    *,
-    bands: Mapping[str, tuple[Sequence, Sequence]] | None = None,
-    reference: Mapping[str, float] | None = None,
-    read_at: float | None = None,
-    percent: bool = False,
-    ax: Axes | None = None,
-    **axis,
-) -> Figure:
-    """Draw curves by name.
-
-    Args:
-        x: the places of the points, for all curves or by name for each. A shorter curve takes the first of them.
-        series: by name a number for each point; or several numbers for each, one of every run: then the curve goes
-            through their means, and every run is a dot.
-        bands: by name the lower and the upper edge of a band around the curve.
-        reference: numbers to draw dotted lines at, by name, such as ``{"chance": 0.1}``.
-        read_at: a place to mark. The legend says where each curve is there; one that ends earlier is read at its end.
-        percent: whether the numbers are shares, to be written in percent.
-        axis: given to ``Axes.set``, as ``xscale="log"`` or ``ylim=(0, None)``.
-    """
-    ax = _axes(ax, 7, 3.8)
-    for number, (name, values) in enumerate(series.items()):
-        values = np.asarray(values, dtype=float)
-        places = list(x[name] if isinstance(x, Mapping) else x)[: len(values)]
-        means = values if values.ndim == 1 else values.mean(axis=1)
-        colour, marker = COLOURS[number % len(COLOURS)], "os^Dv"[number % 5]
-        style = {"color": colour, "linestyle": ("-", "--", "-.", (0, (1, 1)))[number % 4]}
-        if read_at is not None:
-            known = [place for place in range(len(places)) if places[place] <= read_at] or [0]
-            read = means[known[-1]]
-            ended = "" if places[-1] >= read_at else f" (at {places[-1]:,})"
-            name_shown = f"{name}: {_number(read, percent)}{ended}"
-            ax.plot(places[known[-1]], read, marker, color=colour, markersize=9, zorder=3)
-        else:
-            name_shown = name
-        few = len(places) <= 20
-        ax.plot(places, means, marker=marker if few and values.ndim == 1 else "", label=name_shown, **style)
-        if values.ndim == 2:
-            ax.plot(places, values, marker, color=colour, alpha=0.6, markersize=6)
-        if name in (bands or {}):
-            ax.fill_between(places, *bands[name], color=colour, alpha=0.2, linewidth=0)
-    for name, value in (reference or {}).items():
-        ax.axhline(value, color="black", linestyle=":")
-        place = {"xy": (1, value), "xycoords": ax.get_yaxis_transform(), "xytext": (0, 3), "ha": "right"}
-        ax.annotate(name, textcoords="offset points", fontsize=10, path_effects=[HALO], **place)
-    ax.set(xlabel=xlabel, ylabel=ylabel, title=title, **axis)
-    if percent:
-        ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-    if axis.get("xscale") == "log" and not isinstance(x, Mapping) and len(x) <= 12 and "xticks" not in axis:
-        ax.set_xticks(list(x), [f"{place:,}" for place in x])
-        ax.set_xticks([], minor=True)
-    if read_at is not None:
-        ax.axvline(read_at, color="black", linewidth=1, linestyle="--", zorder=0)
-    if len(series) > 1 or read_at is not None:
-        ax.legend(fontsize=10, title=None if read_at is None else f"{xlabel} {read_at:,}")
-    return ax.figure
-
-
-@_styled
-def dots(
-    groups: Mapping[str, Sequence[float]],
-    xlabel: str,
-    title: str = "",
-    *,
-    reference: Mapping[str, float] | None = None,
-    kinds: Sequence[str] = (),
-    percent: bool = False,
-    ax: Axes | None = None,
-    **axis,
-) -> Figure:
-    """Draw a row for each group: a dot for each run, a bar at the mean, and beside it the mean (lowest to highest).
-
-    Args:
-        groups: by name the numbers of its runs, such as accuracies over seeds.
-        reference: numbers to draw dotted lines at, by name, such as ``{"chance": 0.1}``.
-        kinds: one for each group; groups of one kind share a colour.
-        percent: whether the numbers are shares, to be written in percent.
-        axis: given to ``Axes.set``, as ``xlim=(0, None)``.
-    """
-    ax = _axes(ax, 7.5, 1.1 + 0.5 * len(groups))
-    kinds = list(kinds) or list(groups)
-    colours = dict(zip(dict.fromkeys(kinds), COLOURS * len(kinds), strict=False))
-    for row, (values, kind) in enumerate(zip(groups.values(), kinds, strict=True)):
-        values = np.asarray(values, dtype=float)
-        heights = np.full(len(values), float(row))
-        if len(values) > 20:  # dots would hide dots
-            heights += np.random.default_rng(0).uniform(-0.3, 0.3, len(values))
-        ax.plot(values, heights, "o", color=colours[kind], markersize=8 if len(values) <= 20 else 3, alpha=0.6)
-        mean, *ends = (_number(value, percent) for value in (values.mean(), values.min(), values.max()))
-        ax.plot([values.mean()] * 2, [row - 0.32, row + 0.32], color=colours[kind], linewidth=4, solid_capstyle="butt")
-        written = mean if len(values) == 1 else f"{mean} ({ends[0]} to {ends[1]})"
-        place = {"xy": (1, row), "xycoords": ax.get_yaxis_transform(), "xytext": (8, 0), "va": "center"}
-        ax.annotate(written, textcoords="offset points", fontsize=10, **place)
-    for name, value in (reference or {}).items():
-        ax.axvline(value, color="black", linestyle=":")
-        place = {"xy": (value, 0), "xycoords": ax.get_xaxis_transform(), "xytext": (4, 3)}
-        ax.annotate(name, textcoords="offset points", fontsize=10, path_effects=[HALO], **place)
-    ax.set_yticks(range(len(groups)), groups)
-    ax.set(xlabel=xlabel, title=title, ylim=(len(groups) - 0.4, -0.6), **axis)
-    if percent:
-        ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-    return ax.figure
-
-
-def _number(value: float, percent: bool) -> str:
-    return f"{value:.1%}" if percent else f"{value:.3g}"
-
-
-def _axes(ax: Axes | None, width: float, height: float) -> Axes:
-    """Return ``ax``, or the axes of a new figure of this size in inches."""
-    return ax if ax is not None else plt.subplots(figsize=(width, height))[1]
-
-
-@_styled
-def cost_bars(models: Mapping[str, Costs], title: str = "") -> Figure:
-    """Draw the costs of models for one image, each a bar that is divided among the parts: parameters, FLOPs of the
-    forward pass, and the bytes of activations that a training step keeps.
-
-    Args:
-        models: by name, from :func:`vitlib.costs.costs`.
-    """
-    scaled = EngFormatter(places=1)
-    quantities = {
-        "parameters": "parameters", "forward_flops": "FLOPs, forward", "activation_bytes": "bytes of activations",
-    }  # fmt: skip
-    figure, axes = plt.subplots(len(quantities), figsize=(7.5, len(quantities) * (0.5 + 0.4 * len(models)) + 0.9))
-    for ax, (quantity, name) in zip(axes, quantities.items(), strict=True):
-        starts = np.zeros(len(models))
-        for (part, fields), colour in zip(COST_PARTS.items(), COLOURS, strict=False):
-            counts = [sum(getattr(getattr(cost, quantity), field) for field in fields) for cost in models.values()]
-            ax.barh(range(len(models)), counts, 0.7, starts, color=colour, label=part)
-            starts += counts
-        for row, total in enumerate(starts):
-            ax.annotate(scaled(total).strip(), (total, row), (5, 0), textcoords="offset points", va="center")
-        _rows(ax, models)
-        ax.margins(x=0.12)
-        ax.set(title=name)
-        ax.xaxis.set_major_formatter(EngFormatter())
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=10)
-    if title:
-        figure.suptitle(title)
     return figure
 
 
@@ -854,6 +874,8 @@ def label_budget(record: Mapping, budget: int) -> Figure:
 
 
 MOST_LINES = 8  # of a figure that a reader can still tell apart
+
+
 SHARES = re.compile(r"top\d|accuracy|chance|probe|scratch")  # names of recorded figures that are shares of images
 
 
@@ -956,16 +978,6 @@ def _on_one_line(text: str) -> str:
     return " ".join(text.split()).encode(errors="replace").decode()
 
 
-COST_PARTS = {  # as they are drawn, from the image to the classifier: sums of fields of vitlib.costs.Parts
-    "embedding": ("patch_embedding", "positions"),
-    "attention: projections": ("projections",),
-    "attention: products": ("products",),
-    "MLP": ("mlp",),
-    "norms": ("norms",),
-    "classifier": ("classifier",),
-}
-
-
 @_styled
 def cost_breakdown(image: Tensor, costs: Costs, reference: Costs, name: str, title: str = "") -> Figure:
     """What a ViT costs for one image: the image cut into its patches, the shares of the parts, and below, the totals as
@@ -1040,10 +1052,3 @@ def _cost_totals(ax, costs: Costs, reference: Costs) -> None:
     ax.set_xticks([], minor=True)
     _rows(ax, multiples)
     ax.set(xlim=(0.0006, 1800), title="in all, for one image")
-
-
-def _rows(ax, names) -> None:
-    """Names of horizontal bars, the first on top."""
-    ax.set_yticks(range(len(names)), names)
-    ax.tick_params(axis="y", length=0)
-    ax.invert_yaxis()
