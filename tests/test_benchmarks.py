@@ -1,6 +1,7 @@
 """Benchmarks: their arithmetic on made-up measurements, and every script with tiny settings."""
 
 import json
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -22,6 +23,7 @@ from vitlib.training.trainer import Trainer
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # scripts find each other in their own folder
 
+import busy_machine  # noqa: E402
 import common  # noqa: E402
 import input_pipeline  # noqa: E402
 import peers  # noqa: E402
@@ -466,3 +468,19 @@ def test_the_sweep_s_benchmark_prints_both_ratios(tmp_path):
     record = json.loads((tmp_path / "sweep.json").read_text())
     alone, one, two = (record["seconds"][name][0] for name in ("papermill", "one worker", "two workers"))
     assert f"2 runs take {one / alone:.3f} " in printed and f"end {one / two:.2f} " in printed
+
+
+def test_busy_machine_compares_rounds_with_and_without_the_setting(monkeypatch, tmp_path):
+    measured = {0: {"import vitlib, torch": 600.0, "import torch, vitlib": 620.0}}
+    measured |= {busy: {"import vitlib, torch": 390.0, "import torch, vitlib": 30.0} for busy in (1, 2)}
+    monkeypatch.setattr(busy_machine, "speed", lambda busy, *, imports, **settings: measured[busy][imports])
+    monkeypatch.setattr(busy_machine, "usable_cores", lambda: 2)
+    out = tmp_path / "busy.json"
+    lines = run(busy_machine, "--presets", "mini", "--precision", "bfloat16", "--rounds", 2, "--out", out).splitlines()
+    assert re.search(r"^mini, bfloat16 +2 +30 .* 390 .* 13.00 .* 0.65 ", lines[-1])
+    assert json.loads(out.read_text())["images_per_second"]["mini, bfloat16, 0, default"] == [620.0, 620.0]
+
+
+def test_a_busy_machine_is_one_with_other_processes():
+    settings = {"imports": busy_machine.IMPORTS["vitlib"], "threads": 1, "seconds": 0.01, "precision": "float32"}
+    assert busy_machine.speed(1, preset="mini", batch_size=2, **settings) > 0

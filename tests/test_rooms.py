@@ -10,7 +10,7 @@ import vitlib
 
 ROOT = Path(vitlib.__file__).parent
 # a room imports only from rooms before it
-ORDER = ["arguments", "utils", "model", "data", "costs", "explain", "weights", "records", "training"]
+ORDER = ["utils", "model", "data", "costs", "explain", "weights", "records", "training"]
 ORDER += ["predict", "export", "spread", "plots", "widgets", "course", "__main__"]
 
 
