@@ -363,6 +363,13 @@ def test_files_that_are_no_images_are_counted_and_named(folder, load, capsys):
         assert line.count(".txt") == 10 and "and 2 others" in line and "12 in all" in line
 
 
+def test_images_outside_of_class_folders_are_named(folder, load, capsys):
+    save_picture(folder / "train" / "lost.png", noise(8, 8, 3))
+    (folder / "train" / "labels.csv").write_text("0.png,cat")
+    assert len(load(folder)) == 6
+    assert capsys.readouterr().out.endswith(f"no class folder: {folder / 'train' / 'lost.png'} (1 in all).\n")
+
+
 def test_images_of_formats_not_read_count_as_unreadable(folder, load):
     (folder / "train" / "cat" / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
     message_of(refused(load, folder), "1 of 7 images cannot be read", "phone.HEIC", "convert it to JPEG or PNG")
@@ -764,7 +771,7 @@ def make_cifar10_folder(root, test_files):
     return root
 
 
-def test_folder_with_cifars_own_names_knows_what_cifair_kept(tmp_path, load):
+def test_folder_of_cifar_knows_what_cifair_kept(tmp_path, load):
     files = ["dog/pekingese_s_000608.png", "dog/pug_s_000001.png", "cat/pekingese_s_000608.png"]
     root = make_cifar10_folder(tmp_path / "part", files)
     test = load(root, "test")
@@ -773,7 +780,7 @@ def test_folder_with_cifars_own_names_knows_what_cifair_kept(tmp_path, load):
     assert load(root).kept is None
 
 
-def test_folder_with_other_names_or_classes_knows_nothing_of_cifair(tmp_path, load, folder):
+def test_other_folder_knows_nothing_of_cifair(tmp_path, load, folder):
     files = ["dog/pekingese_s_000608.png", "cat/my cat.png"]
     root = make_cifar10_folder(tmp_path / "own", files)
     assert load(root, "test").kept is None
@@ -797,7 +804,7 @@ def numbers(part):
 
 @pytest.mark.parametrize("fraction", [0.001, 0.1, 0.5, 0.9, 0.999])
 @pytest.mark.parametrize("seed", [0, 1, 7])
-def test_a_split_is_disjoint_complete_and_stratified(fraction, seed):
+def test_split_is_disjoint_complete_and_stratified(fraction, seed):
     whole = uneven()
     train, validation = train_validation_split(whole, fraction, seed)
     assert sorted(numbers(train) + numbers(validation)) == list(range(56))
@@ -812,6 +819,14 @@ def test_a_split_is_disjoint_complete_and_stratified(fraction, seed):
         assert abs(count - fraction * size) < 1
 
 
+def test_splits_and_draws_of_a_seed_never_change():
+    """Stored outputs of notebooks depend on them."""
+    assert numbers(train_validation_split(uneven(), 0.2, 3)[1]) == [8, 10, 11, 17, 27, 36, 37, 39, 40, 42, 47, 54]
+    part = uneven().subset(uneven().labels > 2)
+    drawn = draw_evenly(LabelledImages(part.images, part.labels - 3, ("d", "e")), 6, 1)
+    assert numbers(drawn) == [32, 46, 34, 21, 5, 7]
+
+
 def test_the_seed_decides_the_split():
     splits = [numbers(train_validation_split(uneven(), 0.3, seed)[1]) for seed in (0, 0, 1)]
     assert splits[0] == splits[1] != splits[2]
@@ -824,13 +839,13 @@ def test_the_default_split_holds_out_a_tenth():
 
 
 @pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, float("nan")])
-def test_a_fraction_outside_0_to_1_is_an_error(fraction):
+def test_fraction_outside_0_to_1_is_refused(fraction):
     with pytest.raises(ValueError) as error:
         train_validation_split(uneven(), fraction)
     message_of(error, repr(fraction))
 
 
-def test_a_data_set_without_a_pair_in_any_class_cannot_be_split():
+def test_data_set_without_a_pair_cannot_be_split():
     with pytest.raises(ValueError) as error:
         train_validation_split(labelled((0, 1)))
     message_of(error, "2 images")
@@ -839,7 +854,7 @@ def test_a_data_set_without_a_pair_in_any_class_cannot_be_split():
 # --- channel statistics --------------------------------------------------------------------------------------------
 
 
-def test_channel_statistics_are_mean_and_population_deviation_per_channel():
+def test_channel_statistics_are_mean_and_population_deviation():
     images = torch.from_numpy(noise(50, 3, 9, 11)) // torch.tensor([1, 2, 3], dtype=torch.uint8).view(3, 1, 1)
     mean, std = channel_statistics(images)
     scaled = images.double() / 255
@@ -852,7 +867,7 @@ def test_channel_statistics_of_a_constant_image_are_exact():
     assert channel_statistics(torch.full((2, 1, 4, 4), 255, dtype=torch.uint8)) == ((1.0,), (0.0,))
 
 
-def test_channel_statistics_never_convert_the_images_to_a_wider_type():
+def test_channel_statistics_never_widen_the_images():
     class Widest(TorchDispatchMode):
         bytes = 0
 
@@ -880,7 +895,7 @@ def test_channel_statistics_refuse_floats_and_nothing(images):
 
 @needs_real_images
 @pytest.mark.parametrize(("name", "classes"), [("cifar100", 100), ("cifar10", 10)])
-def test_real_photographs_load_with_the_classes_of_their_folders(name, classes, load):
+def test_real_photographs_load_with_their_classes(name, classes, load):
     loaded = load(REAL / name, "test")
     assert loaded.images.shape == (1000, 3, 32, 32)
     assert loaded.classes == tuple(sorted(path.name for path in (REAL / name / "train").iterdir()))
@@ -895,7 +910,7 @@ def seven_images_of_two_classes() -> LabelledImages:
     return LabelledImages(torch.arange(7, dtype=torch.uint8).view(7, 1, 1, 1), labels, ("a", "b"))
 
 
-def test_images_are_drawn_evenly_and_smaller_draws_are_part_of_larger_ones():
+def test_smaller_even_draws_are_part_of_larger_ones():
     images = seven_images_of_two_classes()
     draws = {seed: draw_evenly(images, 6, seed) for seed in range(5)}
     for seed, drawn in draws.items():
@@ -907,7 +922,7 @@ def test_images_are_drawn_evenly_and_smaller_draws_are_part_of_larger_ones():
 
 
 @pytest.mark.parametrize("count", [0, -2, 3, 8])
-def test_images_that_cannot_be_drawn_evenly_are_refused(count):
+def test_count_that_cannot_be_drawn_evenly_is_refused(count):
     with pytest.raises(ValueError) as refused:
         draw_evenly(seven_images_of_two_classes(), count)
     message_of(refused, repr(count), "a multiple of 2", "from 2 to 6", "the smallest class has 3")

@@ -45,11 +45,8 @@ SYSTEM_NAME = re.compile(  # of hidden files, and of what systems and network di
     re.IGNORECASE | re.DOTALL,
 )
 SPLIT_NAMES = {"train": ("train", "training"), "test": ("test", "testing", "val", "valid", "validation")}
-TURNS = dict(  # what turns a picture with this EXIF orientation upright
-    enumerate(
-        ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"), 2
-    )
-)
+TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
+UPRIGHT = dict(enumerate(map(Image.Transpose.__getitem__, TURNS), start=2))  # for each EXIF orientation
 
 # ---------- One file ----------
 
@@ -110,8 +107,8 @@ def _formats() -> list[str]:
 
 def _pixels(picture: Image.Image, image_size: int | None, num_channels: int) -> tuple[np.ndarray, int]:
     picture.load()
-    with suppress(KeyError):  # upright as it is
-        picture = picture.transpose(Image.Transpose[TURNS[_orientation(picture)]])
+    if (turn := UPRIGHT.get(_orientation(picture))) is not None:
+        picture = picture.transpose(turn)
     largest = 0
     if picture.mode.startswith("I"):  # 16 bits of grey: convert() would cut everything above 255 off to white
         values = np.asarray(picture)
@@ -310,6 +307,8 @@ def _report(place: Path, paths: list[Path], left_out: dict[str, str], largest: i
         print(f"{text}; the rest is used.")
     if others:
         print(f"Files passed over, since they are no images: {_named(others)} ({len(others)} in all).")
+    if loose := sorted(path for path in place.iterdir() if path.is_file() and IMAGE_NAME.fullmatch(path.name)):
+        print(f"Images passed over, since they lie in no class folder: {_named(loose)} ({len(loose)} in all).")
     if 0 < largest < 2**12:
         print(
             f"The 16-bit images in {printable(place)} have no value above {largest} of 65535 and come out nearly "
@@ -384,7 +383,7 @@ def _cache_of(place: Path, paths: list[Path], data_dir: str | os.PathLike | None
         hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
         for parts in ((ascii(place), options), (CACHE_VERSION, [state(path) for path in paths]))
     )
-    return cache_dir(data_dir) / "cache" / f"{place.parent.name}-{place.name}-{asked}.safetensors", files
+    return cache_dir(data_dir) / "cache" / f"{place.parent.name[:20]}-{place.name[:20]}-{asked}.safetensors", files
 
 
 def _read_cache(cache: Path, state: str) -> tuple[Tensor, dict[str, str], int] | None:
