@@ -52,7 +52,7 @@ HALO = withStroke(linewidth=3, foreground="white")  # keeps words legible that c
 
 
 def _styled(draw):
-    """Draws in the course's style, and takes the figure out of pyplot's list, which would keep it for ever."""
+    """Draw in the course's style, and take the figure out of pyplot's list, which would keep it for ever."""
 
     @wraps(draw)
     def drawn(*args, **kwargs) -> Figure:
@@ -125,7 +125,7 @@ def image_grid(
         else:
             ax.imshow(image.detach().cpu().numpy(), vmin=0, vmax=limit)
     for ax, text in zip(axes.flat, titles, strict=False):
-        ax.set_title(text, fontsize=10)
+        ax.set_title(text, fontsize=10, parse_math=False)  # names of folders may hold dollar signs
     for ax, text in zip(axes[:, 0], rows, strict=False):
         ax.set_ylabel(text, rotation=0, ha="right", va="center")
     for number, (top, left, length) in (frames or {}).items():
@@ -221,7 +221,7 @@ def heatmap(
         named = dict(names) if isinstance(names, Mapping) else dict(enumerate(names))
         places = [place * step + (step - 2) / 2 if tiled else place for place in named]
         if named or written:
-            axis.set_ticks(places, [str(name) for name in named.values()])
+            axis.set_ticks(places, [str(name) for name in named.values()], parse_math=False)
         if axis is ax.xaxis and sum(len(str(name)) + 2 for name in named.values()) > 9 * size[0]:
             plt.setp(ax.get_xticklabels(), rotation=45, ha="right", rotation_mode="anchor")
         axis.set_tick_params(length=0 if len(named) == length or tiled else 3)
@@ -267,28 +267,25 @@ def lines(
         places = list(x[name] if isinstance(x, Mapping) else x)[: len(values)]
         means = values if values.ndim == 1 else values.mean(axis=1)
         colour, marker = COLOURS[number % len(COLOURS)], "os^Dv"[number % 5]
-        style = {"color": colour, "linestyle": ("-", "--", "-.", (0, (1, 1)))[number % 4]}
-        if read_at is not None:
-            known = [place for place in range(len(places)) if places[place] <= read_at] or [0]
-            read = means[known[-1]]
-            ended = "" if places[-1] >= read_at else f" (at {places[-1]:,})"
-            name_shown = f"{name}: {_number(read, percent)}{ended}"
-            ax.plot(places[known[-1]], read, marker, color=colour, markersize=9, zorder=3)
-        else:
-            name_shown = name
-        few = len(places) <= 20
-        ax.plot(places, means, marker=marker if few and values.ndim == 1 else "", label=name_shown, **style)
+        dashes = ("-", "--", "-.", (0, (1, 1)))[number % 4]
+        dotted = marker if values.ndim == 1 and len(places) <= 20 else ""
+        (curve,) = ax.plot(places, means, marker=dotted, color=colour, linestyle=dashes, label=name)
         if values.ndim == 2:
             ax.plot(places, values, marker, color=colour, alpha=0.6, markersize=6)
         if name in (bands or {}):
             ax.fill_between(places, *bands[name], color=colour, alpha=0.2, linewidth=0)
+        if read_at is not None:
+            last = max((place for place in range(len(places)) if places[place] <= read_at), default=0)
+            ax.plot(places[last], means[last], marker, color=colour, markersize=9, zorder=3)
+            ended = "" if places[-1] >= read_at else f" (at {places[-1]:,})"
+            curve.set_label(f"{name}: {_number(means[last], percent)}{ended}")
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title, **axis)
     for name, value in (reference or {}).items():
         ax.axhline(value, color="black", linestyle=":")
         place = {"xy": (1, value), "xycoords": ax.get_yaxis_transform(), "xytext": (0, 3), "ha": "right"}
         ax.annotate(name, textcoords="offset points", fontsize=10, path_effects=[HALO], **place)
-    ax.set(xlabel=xlabel, ylabel=ylabel, title=title, **axis)
     if percent:
-        ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+        ax.yaxis.set_major_formatter(PercentFormatter(1))
     if axis.get("xscale") == "log" and not isinstance(x, Mapping) and len(x) <= 12 and "xticks" not in axis:
         ax.set_xticks(list(x), [f"{place:,}" for place in x])
         ax.set_xticks([], minor=True)
@@ -341,7 +338,7 @@ def dots(
     ax.set_yticks(range(len(groups)), groups)
     ax.set(xlabel=xlabel, title=title, ylim=(len(groups) - 0.4, -0.6), **axis)
     if percent:
-        ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+        ax.xaxis.set_major_formatter(PercentFormatter(1))
     return ax.figure
 
 
@@ -392,7 +389,7 @@ def _axes(ax: Axes | None, width: float, height: float) -> Axes:
 
 
 def _picture(image: Tensor) -> Tensor:
-    """``[C, H, W]`` as imshow wants it: ``[H, W, 3]``, or ``[H, W]`` for grey."""
+    """Turn ``[C, H, W]`` into ``[H, W, 3]``, or ``[H, W]`` for grey, as imshow takes it."""
     return image.permute(1, 2, 0).squeeze(2).cpu().numpy()
 
 
@@ -413,7 +410,7 @@ def _number(value: float, percent: bool) -> str:
 
 
 def _rows(ax, names) -> None:
-    """Names of horizontal bars, the first on top."""
+    """Name horizontal bars, the first on top."""
     ax.set_yticks(range(len(names)), names)
     ax.tick_params(axis="y", length=0)
     ax.invert_yaxis()
