@@ -72,26 +72,19 @@ def course(tmp_path_factory):
     return book, out, elsewhere, outcomes
 
 
-def test_the_rest_runs_on_after_a_failure_and_dependents_do_not(course):
-    assert {name: outcome.status for name, outcome in course[3].items()} == {
-        "01_good": "ok",
-        "02_bad": "failed",
-        "03_needs": "not run",
-        "04_dead": "failed",
-    }
-
-
-def test_a_failure_is_named_with_its_cell_and_error(course):
+def test_a_failure_stops_only_its_dependents(course):
     outcomes = course[3]
+    assert {name: outcome.status for name, outcome in outcomes.items()} == {
+        "01_good": "ok", "02_bad": "failed", "03_needs": "not run", "04_dead": "failed",
+    }  # fmt: skip
     # In [4]: parameters, injected parameters, "a = 1", the division; the empty cell has no number
     assert outcomes["02_bad"].error == 'In [4] "# a division": ZeroDivisionError: division by zero'
     assert outcomes["03_needs"].error == "needs 02_bad"
-
-
-def test_a_dead_kernel_ends_its_notebook_with_the_cell_that_killed_it(course):
-    error = course[3]["04_dead"].error
-    assert error.startswith('In [2] "import os": the kernel died')
-    assert course[3]["04_dead"].seconds < 30
+    assert outcomes["04_dead"].error.startswith('In [2] "import os": the kernel died')
+    assert outcomes["04_dead"].seconds < 60
+    table = runner.summary(outcomes)
+    for words in ("top1 0.5123, chance 1", "not run (needs 02_bad)", "02_bad: In [4]"):
+        assert words in table
 
 
 def test_the_kernel_is_this_interpreter_in_the_callers_folder(course):
@@ -99,48 +92,26 @@ def test_the_kernel_is_this_interpreter_in_the_callers_folder(course):
     executed = nbformat.read(out / "01_good.ipynb", as_version=4)
     printed = next(output.text for cell in executed.cells for output in cell.get("outputs", []) if "text" in output)
     executable, folder, batch_size, run_dir = printed.strip().split("|")
-    assert os.path.samefile(executable, sys.executable)
-    assert os.path.samefile(folder, elsewhere)
-    assert batch_size == "8"
-    assert run_dir == str(out.resolve())
+    assert os.path.samefile(executable, sys.executable) and os.path.samefile(folder, elsewhere)
+    assert (batch_size, run_dir) == ("8", str(out.resolve()))
 
 
-def test_only_whole_notebooks_have_a_final_name(course):
-    assert sorted(path.name for path in course[1].iterdir()) == [
-        "01_good.ipynb",
-        "02_bad.failed.ipynb",
-        "04_dead.failed.ipynb",
-        "metrics.json",
-    ]
-
-
-def test_metrics_hold_parameters_figures_memory_versions_and_seed(course):
+def test_files_and_metrics_record_the_run(course):
     _, out, _, _ = course
+    files = sorted(path.name for path in out.iterdir())
+    assert files == ["01_good.ipynb", "02_bad.failed.ipynb", "04_dead.failed.ipynb", "metrics.json"]
     good = metrics_of(out)["01_good"]
     assert good["parameters"] == {
-        "batch_size": 8,
-        "preset": "mini",
-        "train_steps_per_epoch": None,
-        "seed": 3,
-        "run_dir": str(out.resolve()),
-    }
-    assert good["figures"] == {"top1": 0.51234567, "chance": 1}
-    assert list(good["figures"]) == ["top1", "chance"]  # in the order in which they were recorded
-    assert good["seed"] == 3
-    assert good["seconds"] > 0
+        "batch_size": 8, "preset": "mini", "train_steps_per_epoch": None, "seed": 3, "run_dir": str(out.resolve()),
+    }  # fmt: skip
+    assert list(good["figures"].items()) == [("top1", 0.51234567), ("chance", 1)]  # in the order of recording
+    assert good["seed"] == 3 and good["seconds"] > 0
     assert 200 * 2**20 < good["peak_memory_bytes"] < 2000 * 2**20
     assert set(good["versions"]) == {"python", "torch", "vitlib", "papermill", "platform"}
     assert metrics_of(out)["04_dead"]["parameters"] == {"seed": 7}
 
 
-def test_the_table_names_every_notebook_with_its_figures_and_failures(course):
-    table = runner.summary(course[3])
-    assert "top1 0.5123, chance 1" in table
-    assert "not run (needs 02_bad)" in table
-    assert "02_bad: In [4]" in table
-
-
-def test_a_later_failure_leaves_the_earlier_good_notebook_and_a_success_clears_the_failed_one(tmp_path):
+def test_a_later_failure_keeps_the_good_notebook(tmp_path):
     book, out = tmp_path / "notebooks", tmp_path / "run"
     cell = "import pathlib\nif pathlib.Path(run_dir, 'stop').exists(): raise ValueError('stopped\\nhere')"
     write_notebook(book, "01_one", cell)
@@ -159,7 +130,7 @@ def test_a_later_failure_leaves_the_earlier_good_notebook_and_a_success_clears_t
     assert metrics_of(out)["09_other"] == {"status": "ok"}
 
 
-def test_a_hung_cell_ends_at_the_timeout_and_the_exit_code_says_so(tmp_path):
+def test_a_hung_cell_ends_at_the_timeout(tmp_path):
     write_notebook(tmp_path / "notebooks", "01_hung", "import time\ntime.sleep(60)")
     result = command("--notebooks", tmp_path / "notebooks", "--out", tmp_path / "run", "--timeout", 1)
     assert result.exit_code == 1
@@ -167,7 +138,7 @@ def test_a_hung_cell_ends_at_the_timeout_and_the_exit_code_says_so(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send Ctrl-C to one process")
-def test_ctrl_c_prints_the_table_ends_the_kernel_and_exits_with_130(tmp_path):
+def test_ctrl_c_ends_the_kernel_and_exits_with_130(tmp_path):
     book, out = tmp_path / "notebooks", tmp_path / "run"
     write_notebook(book, "01_long", "import os, pathlib\npathlib.Path(run_dir, 'pid').write_text(str(os.getpid()))",
                    "import time\ntime.sleep(60)")  # fmt: skip
@@ -205,43 +176,31 @@ def no_kernel(tmp_path, monkeypatch):
     [
         (["-p", "batch_sise", "8"], "did you mean 'batch_size'"),
         (["-p", "batch_sise", "8"], "train_steps_per_epoch: Optional[int]  training steps per epoch"),
-        (["-p", "batch_size", "eight"], "batch_size='eight' is not allowed"),
         (["-p", "batch_size", "0"], "at least 1"),
-        (["-p", "preset", "smal"], "did you mean 'small'"),
         (["-p", "rate", "nan"], "rate=nan is not allowed"),
         (["-p", "run_dir", "here"], "use --out"),
         (["-p", "rate", "0.1", "--only", "01"], "rate is a parameter of 02_two only"),
         (["--only", "7"], "there are 01_one, 02_two"),
+        (["--out", "notebooks"], "choose another with --out"),
+        (["--notebooks", "."], "No notebook"),
         (["--parameters", "absent.yaml"], "There is no file absent.yaml"),
-    ],
-)
-def test_a_wrong_command_is_one_error_before_any_kernel_starts(no_kernel, arguments, said):
-    result = command("--notebooks", no_kernel / "notebooks", "--out", no_kernel / "run", *arguments)
-    assert result.exit_code == 2
-    assert result.output.startswith("Error: ")
-    assert said in result.output
-    assert not (no_kernel / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("batch_size: two", "batch_size='two' is not allowed"),
         ("batch_size: true", "batch_size=True is not allowed"),
         ("batch_sizes: 2", "'batch_sizes' is not a parameter"),
         ("- batch_size", "not a mapping"),
         ("batch_size: [", "is not YAML"),
     ],
 )
-def test_a_wrong_parameters_file_is_one_error_before_any_kernel_starts(no_kernel, text, said):
-    path = no_kernel / "wrong.yaml"
-    path.write_text(text)
-    result = command("--notebooks", no_kernel / "notebooks", "--out", no_kernel / "run", "--parameters", path)
-    assert result.exit_code == 2
-    assert said in result.output
+def test_a_wrong_command_or_file_is_one_sentence(no_kernel, monkeypatch, arguments, said):
+    monkeypatch.chdir(no_kernel)
+    if isinstance(arguments, str):
+        (no_kernel / "wrong.yaml").write_text(arguments)
+        arguments = ["--parameters", "wrong.yaml"]
+    result = command("--notebooks", "notebooks", "--out", "run", *arguments)
+    assert result.exit_code == 2 and result.output.startswith("Error: ") and said in result.output
+    assert not (no_kernel / "run").exists()
 
 
-def test_a_parameter_wins_over_the_file_and_each_notebook_gets_what_it_declares(no_kernel, monkeypatch):
+def test_a_parameter_wins_over_the_file(no_kernel, monkeypatch):
     passed = {}
     monkeypatch.setattr(
         runner.papermill, "execute_notebook", lambda source, _, values, **k: passed.update({source: values})
@@ -258,35 +217,16 @@ def test_a_parameter_wins_over_the_file_and_each_notebook_gets_what_it_declares(
     }
 
 
-def test_a_value_from_a_file_may_belong_to_a_notebook_that_is_left_out(no_kernel, monkeypatch):
+def test_a_file_may_hold_values_of_other_notebooks(no_kernel, monkeypatch):
     monkeypatch.setattr(runner.papermill, "execute_notebook", lambda *a, **k: None)
     run_course(no_kernel / "run", notebooks=no_kernel / "notebooks", only=["1"], shared={"rate": 0.1})
 
 
-def test_the_run_folder_cannot_be_the_notebooks_folder(no_kernel):
-    result = command("--notebooks", no_kernel / "notebooks", "--out", no_kernel / "notebooks")
-    assert result.exit_code == 2
-    assert "choose another with --out" in result.output
-
-
-def test_a_folder_without_notebooks_is_an_error_of_one_line(tmp_path):
-    result = command("--notebooks", tmp_path)
-    assert result.exit_code == 2
-    assert result.output.startswith("Error: No notebook")
-
-
-def test_a_broken_metrics_file_is_found_before_any_kernel_starts(no_kernel):
+def test_a_broken_metrics_file_stops_the_run_first(no_kernel):
     (no_kernel / "run").mkdir()
     (no_kernel / "run" / "metrics.json").write_text("{")
     with pytest.raises(ValueError, match="not a record of runs"):
         run_course(no_kernel / "run", notebooks=no_kernel / "notebooks")
-
-
-def test_download_of_an_unknown_source_is_one_line():
-    result = CliRunner().invoke(main, ["download", "cifair"])
-    assert result.exit_code == 2
-    assert result.output.startswith("Error: ")
-    assert "cifair10" in result.output
 
 
 def test_help_is_there_without_importing_torch_or_papermill():
@@ -295,7 +235,7 @@ def test_help_is_there_without_importing_torch_or_papermill():
     assert printed.strip() == "[]"
 
 
-def test_recorded_figures_come_back_as_plain_values_in_order(monkeypatch):
+def test_recorded_figures_come_back_in_order(monkeypatch):
     shown = []
     monkeypatch.setattr("IPython.get_ipython", lambda: object())
     monkeypatch.setattr("IPython.display.display", lambda bundle, raw: shown.append(bundle))
