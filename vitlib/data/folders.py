@@ -307,7 +307,8 @@ def _report(place: Path, paths: list[Path], left_out: dict[str, str], largest: i
         print(f"{text}; the rest is used.")
     if others:
         print(f"Files passed over, since they are no images: {_named(others)} ({len(others)} in all).")
-    if loose := sorted(path for path in place.iterdir() if path.is_file() and IMAGE_NAME.fullmatch(path.name)):
+    files = (path for path in sorted(place.iterdir()) if path.is_file() and not SYSTEM_NAME.fullmatch(path.name))
+    if loose := [path for path in files if IMAGE_NAME.fullmatch(path.name)]:
         print(f"Images passed over, since they lie in no class folder: {_named(loose)} ({len(loose)} in all).")
     if 0 < largest < 2**12:
         print(
