@@ -17,7 +17,6 @@ from vitlib.course.parameters import ARMS
 from vitlib.course.sweep import make_plan
 from vitlib.data.images import LabelledImages
 from vitlib.model import create_model
-from vitlib.records import recorded_label_budgets, recorded_patches
 from vitlib.training.history import History
 from vitlib.training.recipes import FINETUNING, RECIPES
 from vitlib.weights.checkpoint import PRETRAINED, ModelCard, load_checkpoint
@@ -176,18 +175,3 @@ def test_what_is_not_to_be_kept_is_refused_in_one_sentence(tmp_path, changes, sa
         keep_sweep["keep"](results_of(tmp_path, **changes), tmp_path)
     assert str(refused.value).endswith(".") and "\n" not in str(refused.value)
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
-
-
-def test_the_label_budgets_that_ship_are_whole():
-    arms = recorded_label_budgets()["arms"]
-    assert tuple(arms) == ARMS
-    for cells in arms.values():
-        assert list(cells) == [20, 50, 100, 200, 500, 1000, 2000]
-        assert all(len(accuracies) == 3 and 0 < min(accuracies) <= max(accuracies) < 1 for accuracies in cells.values())
-
-
-def test_the_patches_that_ship_are_whole():
-    record = recorded_patches()
-    assert len(record["runs"]) == 18 and record["chance"] == 0.01
-    assert set(record["accuracy"]) == {(size, positions) for size in (4, 8, 16) for positions in (True, False)}
-    assert all(len(shares) == 3 and 0.01 < min(shares) < 1 for shares in record["accuracy"].values())
