@@ -1,6 +1,7 @@
 """Benchmarks: their arithmetic on made-up measurements, and every script with tiny settings."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -481,6 +482,7 @@ def test_busy_machine_compares_rounds_with_and_without_the_setting(monkeypatch, 
     assert json.loads(out.read_text())["images_per_second"]["mini, bfloat16, 0, default"] == [620.0, 620.0]
 
 
+@pytest.mark.skipif("VITLIB_SLOW" not in os.environ, reason="starts Python anew: set VITLIB_SLOW to run it")
 def test_a_busy_machine_is_one_with_other_processes():
     settings = {"imports": busy_machine.IMPORTS["vitlib"], "threads": 1, "seconds": 0.01, "precision": "float32"}
     assert busy_machine.speed(1, preset="mini", batch_size=2, **settings) > 0
