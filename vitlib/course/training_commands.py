@@ -123,7 +123,7 @@ def _compiling(compile: bool) -> Iterator[None]:
             raise
         reason = next(line for line in [*str(error).splitlines(), type(error).__name__] if line.strip())
         raise ValueError(
-            f"compile=True does not work here ({reason:.100}); install a C++ compiler such as g++, or leave it out."
+            f"compile=True does not work here ({reason:.80}); install a C++ compiler such as g++, or leave it out."
         ) from error
 
 
