@@ -274,7 +274,7 @@ def test_folder_of_classes_alone_is_split_by_a_seed(folder, load, capsys):
     source = folder / "train"
     check_source(source)
     train, test = load(source), load(source, "test")
-    assert "a fifth of the images" in capsys.readouterr().out
+    assert "a fifth of each class" in capsys.readouterr().out
     assert train.labels.tolist() == 8 * [0] + 8 * [1] and test.labels.tolist() == [0, 0, 1, 1]
     whole = torch.cat([train.images, test.images])
     assert sorted(whole.flatten(1).tolist()) == sorted(load(folder).images.flatten(1).tolist())
@@ -291,8 +291,11 @@ WRONG = {  # the files of a folder, and what its refusal names
     "images without classes": (["train/0.png", "test/1.png"], "train does not exist or holds no class folders"),
     "no train folder": (["test/cat/0.png", "test/dog/0.png", "cat/0.png"], "train does not exist"),
     "one class": (["train/cat/0.png", "test/cat/0.png"], "one class, cat,"),
-    "one level too deep": (["train/images/cat/0.png", "train/images/dog/0.png"], "one class, images (in it: cat, dog)"),
-    "a folder in a folder": (["pets/train/cat/0.png", "pets/test/cat/0.png"], "one class, pets (in it: test, train)"),
+    "one level too deep": (
+        ["train/images/cat/0.png", "train/images/dog/0.png"],
+        "images, with the folders cat, dog in it",
+    ),
+    "a folder in a folder": (["pets/train/cat/0.png", "pets/test/cat/0.png"], "pets, with the folders test, train in"),
     "parts of a data set": ([f"train/{a}/{b}/0.png" for a in ("1", "2") for b in ("cat", "dog")], "folders cat, dog"),
     "images and their boxes": (["train/images/0.png", "train/labels/0.txt"], "no images of labels"),
 }

@@ -188,10 +188,13 @@ def list_files(place: Path, train: Path) -> tuple[list[Path], Tensor, tuple[str,
     if unknown := [found[name] for name in folders if name not in classes]:
         raise ValueError(f"{where} holds classes that train/ lacks: {_named(unknown)}; add them there or remove them.")
     if len(classes) == 1:
-        raise ValueError(
-            f"{where} holds one class, {_named(list(found.values()))}, but there must be two to tell apart; add a "
-            "class, or name the folder that holds the class folders."
+        (name,) = folders
+        deeper = (
+            f"with the folders {_named(inside[name])} in it; name {printable(place / name)} as the data set, or move "
+            "these up by one level"
         )
+        alone = "but a model learns to tell two or more apart; add a class"
+        raise ValueError(f"{where} holds one class, {printable(name)}, {deeper if inside[name] else alone}.")
     if len(both := set.intersection(*map(set, inside.values()))) > 1:
         raise ValueError(
             f"{where} holds no images in its folders {_named(list(folders))}, but in each of them the folders "

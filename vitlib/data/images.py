@@ -139,12 +139,9 @@ def _load_from_folder(folder: Path, split: str, *options) -> LabelledImages:
     """Load a split of a folder, found or made as :func:`load_images` says; options as in ``load_folder``."""
     train, tests = find_splits(folder)
     if train == folder:
-        print(
-            f"{printable(folder)} holds classes and no train folder: a fifth of the images of each class, drawn with "
-            "seed 0, are its test images."
-        )
-        parts = train_validation_split(_with_names(*load_folder(folder, folder, *options)), 0.2)
-        return parts[split == "test"]
+        whole = _with_names(*load_folder(folder, folder, *options))
+        print(f"{printable(folder)} has no train folder: a fifth of each class, drawn with seed 0, is for testing.")
+        return train_validation_split(whole, 0.2)[split == "test"]
     if split == "train":
         return _with_names(*load_folder(train, train, *options))
     if not tests:
