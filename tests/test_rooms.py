@@ -11,7 +11,7 @@ import vitlib
 ROOT = Path(vitlib.__file__).parent
 # a room imports only from rooms before it
 ORDER = ["utils", "model", "data", "costs", "explain", "weights", "records", "training"]
-ORDER += ["predict", "export", "spread", "plots", "widgets", "course", "__main__"]
+ORDER += ["predict", "export", "plots", "widgets", "course", "__main__"]
 
 
 def imports(path: Path) -> Iterator[str]:
