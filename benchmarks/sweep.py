@@ -10,11 +10,12 @@ are those of all rounds together: each lasts minutes, in which a machine changes
 """
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import click
@@ -23,11 +24,10 @@ import nbformat
 import torch
 from nbformat.v4 import new_code_cell, new_notebook
 
-PARAMETERS = """\
-seed: int = 0  # start of every random draw
-steps: int = 10  # training steps of 32 images"""
+PARAMETERS = "seed: int = 0  # start of every random draw\nsteps: int = 10  # training steps of 32 images"
 TRAINING = """\
 import torch
+from vitlib.course.figures import record_figures
 from vitlib.model import create_model
 
 torch.manual_seed(seed)
@@ -38,17 +38,8 @@ for _ in range(steps):
     loss = torch.nn.functional.cross_entropy(model(images), labels)
     optimizer.zero_grad()
     loss.backward()
-    optimizer.step()"""
-FIGURES = "from vitlib.course.figures import record_figures\nrecord_figures(loss=loss.item())"
-
-
-def write_notebook(path: Path) -> None:
-    cells = [new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}), new_code_cell(TRAINING)]
-    notebook = new_notebook(cells=[*cells, new_code_cell(FIGURES)])
-    notebook.metadata["kernelspec"] = {"name": "python3", "language": "python", "display_name": "Python 3"}
-    nbformat.write(notebook, path)
-
-
+    optimizer.step()
+record_figures(loss=loss.item())"""
 PAPERMILL = """\
 import sys
 import papermill
@@ -60,27 +51,26 @@ for seed in range(int(runs)):
 
 
 def by_papermill(notebook: Path, runs: int, steps: int, folder: Path) -> list[str]:
-    """The command."""
     return ["-c", PAPERMILL, str(notebook), str(runs), str(steps), str(folder)]
 
 
-def by_sweep(notebook: Path, runs: int, steps: int, folder: Path, workers: int) -> list[str]:
-    """The command."""
+def by_sweep(workers: int, notebook: Path, runs: int, steps: int, folder: Path) -> list[str]:
     seeds = ",".join(map(str, range(runs)))
     options = ["--grid", f"seed={seeds}", "-p", "steps", str(steps), "--out", str(folder)]
     return ["-m", "vitlib", "sweep", str(notebook), *options, "--workers", str(workers), "--threads-per-run", "1"]
 
 
-def seconds_of(command: list[str]) -> float:
-    start = time.perf_counter()
-    process = subprocess.run([sys.executable, *command], capture_output=True, text=True)
-    if process.returncode:
-        raise click.ClickException(f"A run failed, so its time says nothing: {process.stdout}{process.stderr}")
-    return time.perf_counter() - start
+def seconds_of(command: Callable[..., list[str]], *what) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        process = subprocess.run([sys.executable, *command(*what, Path(folder))], capture_output=True, text=True)
+        if process.returncode:
+            raise click.ClickException(f"A run failed, so its time says nothing: {process.stdout}{process.stderr}")
+        return time.perf_counter() - start
 
 
 def together(numerators: list[float], denominators: list[float], spec: str) -> str:
-    """The ratio over all rounds, and the lowest and the highest of the rounds."""
+    """Return the ratio over all rounds, and the lowest and the highest of the rounds."""
     rounds = common.ratio(numerators, denominators)
     return f"{sum(numerators) / sum(denominators):{spec}} (by round {rounds.low:{spec}} to {rounds.high:{spec}})"
 
@@ -95,20 +85,11 @@ def main(runs, steps, rounds, out) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # of papermill's kernels; those of a sweep get it from the sweep
     with tempfile.TemporaryDirectory() as scratch:
         notebook = Path(scratch, "training.ipynb")
-        write_notebook(notebook)
-
-        def timed(command, *options):
-            def task() -> float:
-                folder = Path(scratch, "out")
-                folder.mkdir()
-                seconds = seconds_of(command(notebook, runs, steps, folder, *options))
-                shutil.rmtree(folder)
-                return seconds
-
-            return task
-
-        seconds_of(by_papermill(notebook, 1, 1, Path(scratch)))  # files are in memory from here on
-        tasks = {"papermill": timed(by_papermill), "one worker": timed(by_sweep, 1), "two workers": timed(by_sweep, 2)}
+        cells = [new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}), new_code_cell(TRAINING)]
+        nbformat.write(new_notebook(cells=cells), notebook)
+        ways = {"papermill": by_papermill, "one worker": partial(by_sweep, 1), "two workers": partial(by_sweep, 2)}
+        seconds_of(by_papermill, notebook, 1, 1)  # files are in memory from here on
+        tasks = {name: partial(seconds_of, way, notebook, runs, steps) for name, way in ways.items()}
         seconds = common.interleave(tasks, rounds)
     spreads = {name: common.Spread.of(values) for name, values in seconds.items()}
     click.echo(common.table(["", "seconds"], [[name, f"{spread:.1f}"] for name, spread in spreads.items()]))

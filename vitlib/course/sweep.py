@@ -22,7 +22,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import socket
 import sys
 import tempfile
@@ -71,6 +70,8 @@ EVERY = 5  # seconds between two writings of the tables while runs come in
 PATIENCE = 10  # seconds for a scheduler to answer and to have a worker
 GRID_KEYS = ("notebook", "grid", "zip", "parameters")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+# a terminal sends Ctrl-C to the workers too, but the client ends them; kernels do not inherit a function
+IGNORE_CTRL_C = "import signal; signal.signal(signal.SIGINT, lambda number, frame: None)"
 LOCAL_SETTINGS = {
     "distributed.scheduler.allowed-failures": 0,  # --retries counts, in _run_all
     "distributed.worker.profile.enabled": False,  # it takes a twentieth of a core of each worker
@@ -210,14 +211,13 @@ def _rows(lesson: Lesson, axis: Mapping[str, Sequence]) -> list[dict[str, object
     if len(set(map(len, axis.values()))) > 1:
         lengths = ", ".join(f"{name} has {len(values)}" for name, values in axis.items())
         raise ValueError(f"Values that go together must be equally many, but {lengths}.")
-    rows = [
-        checked_values([lesson], [lesson], {}, dict(zip(axis, row, strict=True)))
-        for row in zip(*axis.values(), strict=True)
-    ]
-    for row in rows:
-        if rows.count(row) > 1:
+    rows: list[dict[str, object]] = []
+    for values in zip(*axis.values(), strict=True):
+        row = checked_values([lesson], [lesson], {}, dict(zip(axis, values, strict=True)))
+        if row in rows:
             text = ", ".join(f"{name}={value}" for name, value in row.items())
             raise ValueError(f"{text} comes twice; each run takes place once.")
+        rows.append(row)
     return rows
 
 
@@ -278,7 +278,12 @@ def run_sweep(
     out.mkdir(parents=True, exist_ok=True)
     work = out / ".work"
     next_writing = 0.0
-    with _locked(out):
+    try:
+        lock = filelock.FileLock(out / ".lock").acquire(timeout=0)
+    except filelock.Timeout as error:
+        message = f"Another sweep is at work in {out}; wait for it, or choose another folder with --out."
+        raise ValueError(message) from error
+    with lock:
         shutil.rmtree(work, ignore_errors=True)  # of a sweep that was killed
         records = {run.key: record for run in plan.runs if (record := finished(out, run))}
         missing = [run for run in plan.runs if run.key not in records]
@@ -313,26 +318,11 @@ def run_sweep(
     return results
 
 
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    lock = filelock.FileLock(out / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout as error:
-        message = f"Another sweep is at work in {out}; wait for it, or choose another folder with --out."
-        raise ValueError(message) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def local_size(runs: int, workers: int | None = None, threads: int | None = None) -> tuple[int, int]:
     """Return how many runs this machine does at a time, and with how many threads each.
 
-    A small model gains little from a second thread, and threads beyond the cores wait for each other. So there is a
-    run for each core, as far as memory allows ``RUN_MEMORY`` for each, and the cores left over become threads. Cores
-    and memory are those that a container grants.
+    A small model gains little from a second thread. So there is a run for each core, as far as memory allows, and the
+    cores left over become threads. Cores and memory are those that a container grants.
     """
     if workers is None:
         cores = CPU_COUNT // threads if threads else CPU_COUNT
@@ -351,19 +341,12 @@ def _local_workers(count: int) -> Iterator[Client]:
             host="127.0.0.1",
             dashboard_address="127.0.0.1:0",  # any free port: 8787 may be that of another sweep
             memory_limit=None,  # it would count the worker, not the kernel that the worker starts
-            preload=["vitlib.course.sweep"],
+            preload=[IGNORE_CTRL_C],
             silence_logs=logging.CRITICAL,
         ) as cluster,
         Client(cluster) as client,
     ):
         yield client
-
-
-def dask_setup(worker) -> None:
-    """Let Ctrl-C pass; Dask calls this when a worker of this machine starts. A terminal sends Ctrl-C to the workers
-    too, but the client ends them. A function, since kernels would inherit that a signal is ignored.
-    """
-    signal.signal(signal.SIGINT, lambda number, frame: None)
 
 
 @contextlib.contextmanager
@@ -439,17 +422,12 @@ def _result_of(future: Future) -> Result:
 
 def _job(plan: Plan, run: Run, folder: Path | None, threads: int, timeout: float | None) -> dict[str, object]:
     """Return the arguments of :func:`_work`."""
-    lesson = plan.lesson
+    defaults = plan.lesson.defaults
+    parameters = {name: value for name, value in run.parameters.items() if value != defaults[name]}
     return {
-        "notebook": plan.source,
-        "name": lesson.name,
-        "parameters": {name: value for name, value in run.parameters.items() if value != lesson.defaults[name]},
-        "defaults": lesson.defaults,
-        "folder": folder and str(folder),
-        "home": os.getcwd(),
-        "threads": threads,
-        "timeout": timeout,
-    }
+        "notebook": plan.source, "name": plan.lesson.name, "parameters": parameters, "defaults": defaults,
+        "folder": folder and str(folder), "home": os.getcwd(), "threads": threads, "timeout": timeout,
+    }  # fmt: skip
 
 
 def _work(notebook, name, parameters, defaults, folder, home, threads, timeout) -> Result:
@@ -524,20 +502,13 @@ def _store(out: Path, plan: Plan, run: Run, result: Result, attempts: int) -> di
 
 
 def _record(plan: Plan, run: Run, result: Result, attempts: int) -> dict:
-    return {
-        "run": run.label,
-        "key": run.key,
-        "notebook": plan.lesson.name,
-        "notebook_sha256": plan.sha256,
-        "vitlib": version("vitlib"),
-        **asdict(result.outcome),
-        "parameters": run.parameters,
-        "seed": run.parameters.get("seed"),
-        "varied": run.varied,
-        "host": result.host or None,
-        "attempts": attempts,
-        "left_out": list(result.left_out),
-    }
+    given = {"parameters": run.parameters, "seed": run.parameters.get("seed"), "varied": run.varied}
+    how = {"host": result.host or None, "attempts": attempts, "left_out": list(result.left_out)}
+    return {"run": run.label, "key": run.key} | _about(plan) | asdict(result.outcome) | given | how
+
+
+def _about(plan: Plan) -> dict[str, str]:
+    return {"notebook": plan.lesson.name, "notebook_sha256": plan.sha256, "vitlib": version("vitlib")}
 
 
 def finished(out: Path, run: Run, kind: str = "runs") -> dict | None:
@@ -563,14 +534,9 @@ def _write_tables(out: Path, plan: Plan, records: Mapping[str, dict], command: s
     ]
     labels = {run.label for run in plan.runs}
     others = [_read(folder) for folder in sorted((out / "runs").glob("*/")) if folder.name not in labels]
-    about = {"notebook": plan.lesson.name, "notebook_sha256": plan.sha256, "vitlib": version("vitlib")}
-    rows += [record for record in others if about.items() <= record.items()]
-    results = {
-        "command": command,
-        **about,
-        "varied": list(dict.fromkeys([*plan.varied, *(name for record in rows for name in record["varied"])])),
-        "runs": rows,
-    }
+    rows += [record for record in others if record == record | _about(plan)]
+    varied = dict.fromkeys([*plan.varied, *(name for record in rows for name in record["varied"])])
+    results = {"command": command, **_about(plan), "varied": list(varied), "runs": rows}
     with atomic_write(out / "results.json") as temporary:
         temporary.write_text(json.dumps(results, indent=2, default=str) + "\n", encoding="utf-8")
     with atomic_write(out / "results.csv") as temporary:
