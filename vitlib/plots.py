@@ -885,7 +885,8 @@ def in_percent(figure: str, values: Sequence[float]) -> bool:
 def sweep(
     runs: Sequence[Mapping], figure: str, axis: str, title: str = "", width: float = 8, words: Mapping | None = None
 ) -> Figure:
-    """Draw a recorded figure of many runs against one of their parameters: a dot per run, a line through the means.
+    """Draw a recorded figure of many runs against one of their parameters: a dot per run, a line through the means,
+    and a band from the lowest to the highest.
 
     The other parameters that vary, except the seed, make a line for each of their combinations; more than
     ``MOST_LINES`` are averaged. Numbers are spaced as numbers, logarithmically where they differ more than eightfold;
@@ -934,6 +935,8 @@ def sweep(
         colour, places = COLOURS[row % len(COLOURS)], sorted(points)
         means = [sum(points[place]) / len(points[place]) for place in places]
         ax.plot(places, means, color=colour, marker="os^DvPX*"[row], markersize=8, label=name)
+        ends = ([end(points[place]) for place in places] for end in (min, max))
+        ax.fill_between(places, *ends, color=colour, alpha=0.15, linewidth=0)
         dots = [(place, value) for place in places for value in points[place]]
         ax.plot(*zip(*dots, strict=True), "o", color=colour, markersize=5, alpha=0.5, markeredgewidth=0)
     title = title or f"{named[figure]} against {named[axis]}"

@@ -352,6 +352,8 @@ def _local_workers(count: int) -> Iterator[Client]:
 @contextlib.contextmanager
 def _cluster_workers(address: str) -> Iterator[Client]:
     """Connect to the scheduler at ``address``, and check that its workers have this version of vitlib."""
+    for name in ("distributed", "distributed.client"):  # they would say at length what is said here in one line
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     try:  # by hand: a Client that cannot connect stays half open, and may hold up the next one
         socket.create_connection(parse_host_port(address.partition("://")[2] or address), PATIENCE).close()
         client = Client(address, timeout=PATIENCE)
