@@ -464,6 +464,7 @@ def test_vit_against_cnn_refuses_bad_arguments(arguments, code, words):
     assert refused.exit_code == code and words in " ".join(refused.output.split())
 
 
+@pytest.mark.skipif("VITLIB_SLOW" not in os.environ, reason="runs nine kernels: set VITLIB_SLOW to run it")
 def test_the_sweep_s_benchmark_prints_both_ratios(tmp_path):
     printed = run(sweep, "--runs", 2, "--steps", 1, "--rounds", 1, "--out", tmp_path / "sweep.json")
     record = json.loads((tmp_path / "sweep.json").read_text())
