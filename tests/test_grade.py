@@ -4,6 +4,7 @@
 """
 
 import csv
+import importlib
 import os
 import re
 import signal
@@ -70,6 +71,8 @@ def course(tmp_path_factory):
     write(top / "notebooks" / "02_second.ipynb", "checks.four(None)")
     write(top / "notebooks" / "solutions" / "01_first.ipynb", *RIGHT)
     with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(top / "modules")
+        importlib.import_module("own_checks")
         patch.setenv("PYTHONPATH", os.pathsep.join([str(top / "modules"), os.environ.get("PYTHONPATH", "")]))
         yield top / "notebooks"
 
@@ -102,6 +105,8 @@ def graded(course, tmp_path_factory):
     write(folder / "groupB" / "early" / "hw.ipynb", "import mathh", "checks.one(mathh.pi)", "checks.two(1 +)")
     write(folder / "01_first_forger.ipynb", f"import sys\nfrom IPython.display import display{FORGED}",
           "checks.one(0)", "checks.two(0)", "from IPython.display import display\nchecks.three(0)")  # fmt: skip
+    write(folder / "shadow" / "01_first.ipynb", "checks.one(1)", setup=f"import sys\nsys.path.insert(0, '')\n{SETUP}")
+    (folder / "shadow" / "own_checks.py").write_text(CHECKS)
     write(folder / "killed" / "01_first.ipynb", "checks.one(1)", "import os\nchecks.two(1)\nos._exit(1)", RIGHT[2])
     hog = "held = []\nwhile len(held) < 40:\n    held.append(bytearray(64 * 2**20))\nchecks.two(len(held))"
     write(folder / "hog" / "01_first.ipynb", "checks.one(1)", f"checks.one(1)\n{hog}", "checks.three(1)")
@@ -138,7 +143,7 @@ def test_an_answer_whose_check_is_gone_is_checked(graded):
 
 
 def test_the_first_error_is_the_reason(graded):
-    first, second, third = graded[1]["groupB/early/hw"]
+    first, second, third = graded[1]["groupB/early"]
     assert first["status"] == second["status"] == "not yet" and third["status"] == "missing"
     assert "NameError" in first["message"] and "No module named 'mathh'" in first["message"]
     assert "SyntaxError" in second["message"]
@@ -147,6 +152,7 @@ def test_the_first_error_is_the_reason(graded):
 
 def test_redefined_checks_and_forged_verdicts_gain_nothing(graded):
     assert marks(graded, "forger") == ["not yet"] * 3
+    assert graded[1]["shadow"][0]["message"].endswith("these are not the course's checks")
 
 
 def test_a_dead_kernel_keeps_what_was_checked(graded):
@@ -177,7 +183,7 @@ def test_the_table_names_files_missing_students_and_totals(graded):
         "ada/work.zip: an archive; unpack it first",
         "notes.ipynb: belongs to no chapter of the course",
         "linked: not a notebook: it is a link, and links are not followed",
-        "8 notebooks of 8 students; 3 could not be run to the end.",
+        "9 notebooks of 9 students; 3 could not be run to the end.",
     ):
         assert line in printed.splitlines()
     assert rows["ada"][0]["file"] == "ada/01_first.ipynb"

@@ -8,6 +8,7 @@ making, gains nothing. It still runs in the student's kernel: whoever alters tor
 import csv
 import os
 import re
+import sys
 import threading
 import time
 import unicodedata
@@ -45,8 +46,8 @@ SHOWN = 100_000  # characters of one output in an executed copy
 LISTED = 10  # files of one folder that are not graded, each on a line of its own
 # In a file's name beside chapter and student: copies by browsers and Jupyter, versions.
 NOISE = re.compile(
-    r"(?<![^\W_])(copy( of)?|copy\d+|final|fixed|new|version|v\d+|submission|homework|solutions?|notebook|untitled\d*)"
-    r"(?![^\W_])|\(\d+\)|(?<=[_ -])\d{1,2}$",
+    r"(?<![^\W_])(copy( of)?|copy\d+|final|fixed|new|version|v\d+|submission|homework|hw\d*|assignment\d*|solutions?|"
+    r"notebook|untitled\d*)(?![^\W_])|\(\d+\)|(?<=[_ -])\d{1,2}$",
     re.IGNORECASE,
 )
 CHECK_CELL = """\
@@ -54,7 +55,9 @@ CHECK_CELL = """\
 import importlib, sys
 for _name in [name for name in sys.modules if name.startswith({module!r})]:
     del sys.modules[_name]
-importlib.import_module({module!r}).{exercise}({arguments})"""
+_checks = importlib.import_module({module!r})
+assert {file!r} in (None, _checks.__file__), "these are not the course's checks"  # but a file beside the notebook
+_checks.{exercise}({arguments})"""
 
 
 @dataclass(frozen=True)
@@ -320,7 +323,8 @@ def _prepared(one: Submission, whole: bool) -> NotebookNode:
         prepared.append(cell)
         for name in (name for name in exercises if place.get(name) == index):
             arguments = calls[index].get(name) or exercises[name]
-            source = CHECK_CELL.format(module=one.chapter.module, exercise=name, arguments=arguments)
+            file = getattr(sys.modules.get(one.chapter.module), "__file__", None)
+            source = CHECK_CELL.format(module=one.chapter.module, file=file, exercise=name, arguments=arguments)
             prepared.append(new_code_cell(source, metadata={"tags": [], "vitlib": {"exercise": name}}))
     return new_notebook(cells=prepared)
 
