@@ -82,7 +82,7 @@ def confident_mistakes(logits: Tensor, labels: Tensor, count: int = 12) -> Tenso
     """Return where a model is wrong and confident: indices int64 ``[at most count]``, the most confident first.
 
     Look at these images before anything else: wrong labels, images that show two things, and backgrounds that the model
-    has learned in place of the object are found here (``plots.confident_mistakes``).
+    has learned in place of the object are found here.
 
     Args:
         logits: ``[N, num_classes]``.
