@@ -41,9 +41,12 @@ myst_enable_extensions = ["dollarmath", "html_image"]
 myst_heading_anchors = 4
 
 html_theme = "sphinx_book_theme"
+html_favicon = "icon.svg"
 html_static_path = ["site.css"]
 html_css_files = ["site.css"]
-html_theme_options = {"home_page_in_toc": True, "show_navbar_depth": 1, "use_download_button": True}
+html_context = {"default_mode": "auto"}  # light or dark, as the reader's system is
+html_sidebars = {"**": ["navbar-logo.html", "icon-links.html", "search-field.html", "sbt-sidebar-nav.html"]}
+html_theme_options = {"navbar_persistent": [], "use_download_button": True, "show_toc_level": 2}
 ADDRESS = None if repository() == PLACEHOLDER else f"https://github.com/{repository()}"
 if ADDRESS:
     html_theme_options |= {
@@ -61,11 +64,11 @@ if ADDRESS:
 ROOMS = ["model.py", "training/*.py", "data/*.py", "weights/*.py", "*.py"]
 FOUND = [path.relative_to(ROOT / "vitlib") for room in ROOMS for path in sorted((ROOT / "vitlib").glob(room))]
 MODULES = [".".join(path.with_suffix("").parts) for path in dict.fromkeys(FOUND) if "__" not in path.name]
-CHAPTERS = sorted(path.stem for path in ROOT.glob("notebooks/[0-9]*.ipynb"))
-SHORT = {name: name.replace("_", " ").capitalize() for name in CHAPTERS}  # "02 attention"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CHAPTERS = re.findall(r"^\| \[(\d\d [^\]]+)\]\(notebooks/(\w+)\.ipynb\)", README, re.MULTILINE)  # short title, file
 CONTENTS = {
-    "Chapters": [f"{SHORT[name]} </notebooks/{name}>" for name in CHAPTERS],
-    "Solutions": [f"{SHORT[name]} </notebooks/solutions/{name}>" for name in CHAPTERS],
+    "Chapters": [f"{title} </notebooks/{name}>" for title, name in CHAPTERS],
+    "Solutions": [f"{title} </notebooks/solutions/{name}>" for title, name in CHAPTERS],
     "Teaching": ["/docs/run-sheet", "/docs/teaching", "/docs/glossary"],
     "Doing more": [
         "/docs/install", "/docs/own-images", "/docs/sweeps", "/notebooks/sweeps/patches", "/notebooks/sweeps/labels",

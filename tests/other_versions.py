@@ -3,6 +3,7 @@
     python tests/other_versions.py oldest          the lowest torch, torchvision, ipywidgets that pyproject.toml allows
     python tests/other_versions.py newest          the newest of these that there are
     python tests/other_versions.py ipywidgets-7    the pinned versions, but for ipywidgets
+    python tests/other_versions.py colab           what Colab publishes of what vitlib depends on, and not our pins
 
 Installs into ``runs/versions`` what requirements.txt pins, the others on top, and runs pytest there, by default on the
 notebooks and on the tests of what depends on these packages. Needs the network for pip, and gigabytes on Linux unless
@@ -15,6 +16,8 @@ import re
 import subprocess
 import sys
 import tomllib
+import urllib.request
+from collections.abc import Iterable
 from pathlib import Path
 
 import click
@@ -24,6 +27,7 @@ OTHERS = ("torch", "torchvision", "ipywidgets")
 TESTED = ["tests/test_model.py", "tests/test_train.py", "tests/test_checkpoint.py", "tests/test_convert.py",
           "tests/test_export.py", "tests/test_distributed.py", "tests/test_explain.py", "tests/test_widgets.py",
           "tests/test_notebooks.py", "notebooks"]  # fmt: skip
+COLAB = "https://raw.githubusercontent.com/googlecolab/backend-info/main/pip-freeze.txt"
 NBVAL = ["--nbval", "--nbval-current-env", "--nbval-cell-timeout=600"]
 
 
@@ -33,11 +37,24 @@ def lower_bounds() -> dict[str, str]:
     return dict(dependency.split(">=") for dependency in dependencies)
 
 
+def published_versions(freeze: str, names: Iterable[str]) -> list[str]:
+    """Return these packages in the versions of Colab's ``pip freeze``. It has "torch @ https://.../torch-2.1.0%2Bcu118-"
+    for packages from elsewhere; their CPU builds are on PyPI."""
+    found = dict(re.findall(r"^([\w.-]+)(?:==| @ \S+/[\w.]+-)(\d[\w.]*)", freeze, re.MULTILINE))
+    versions = {name.lower().replace("_", "-"): version for name, version in found.items()}
+    return [f"{name}=={versions[name.lower()]}" for name in names if name.lower() in versions]
+
+
 def wanted(which: str) -> list[str]:
-    """What pip is to install instead of the pinned versions."""
+    """Return what pip is to install instead of the pinned versions."""
     lowest = lower_bounds()
     if which == "newest":
         return list(OTHERS)
+    if which == "colab":
+        with urllib.request.urlopen(COLAB, timeout=60) as answer:
+            return published_versions(
+                answer.read().decode(), [*lowest, "ipython", "jupyter-client", "nbclient", "nbformat"]
+            )
     chosen = OTHERS if which == "oldest" else ("ipywidgets",)
     return [f"{name}~={lowest[name]}.0" if name != "ipywidgets" else f"{name}~={lowest[name]}" for name in chosen]
 
@@ -58,7 +75,7 @@ def install(which: str) -> Path:
 
 
 @click.command()
-@click.argument("which", type=click.Choice(["oldest", "newest", "ipywidgets-7"]))
+@click.argument("which", type=click.Choice(["oldest", "newest", "ipywidgets-7", "colab"]))
 @click.argument("what", nargs=-1)
 def main(which: str, what: tuple[str, ...]) -> None:
     """Run pytest on WHAT, tests and notebooks, with other versions of torch or ipywidgets."""
