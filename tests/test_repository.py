@@ -56,7 +56,7 @@ def traces_in(data: bytes, suffix: str = "") -> list[str]:
         text += " ".join(base64.b64decode(picture.replace("\\n", "")).decode("latin-1") for picture in pictures)
     found = SECRETS.findall(text) + [path for path in MACHINE_PATH.findall(text) if not path.endswith("ada")]
     hosts = {host.replace("\\", "").strip(".") for host in URL.findall(text)}
-    return found + [host for host in hosts - HOSTS if not host.isupper()] + [
+    return found + [host for host in hosts - HOSTS - {""} if not host.isupper()] + [
         index for index in REGISTRY.findall(text) if CPU_INDEX not in index
     ]  # fmt: skip
 
