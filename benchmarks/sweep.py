@@ -86,7 +86,8 @@ def main(runs, steps, rounds, out) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         notebook = Path(scratch, "training.ipynb")
         cells = [new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}), new_code_cell(TRAINING)]
-        nbformat.write(new_notebook(cells=cells), notebook)
+        kernel = {"name": "python3", "language": "python", "display_name": "Python 3"}
+        nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}), notebook)
         ways = {"papermill": by_papermill, "one worker": partial(by_sweep, 1), "two workers": partial(by_sweep, 2)}
         seconds_of(by_papermill, notebook, 1, 1)  # files are in memory from here on
         tasks = {name: partial(seconds_of, way, notebook, runs, steps) for name, way in ways.items()}
