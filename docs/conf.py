@@ -111,6 +111,7 @@ def read_notebook(text: str):
 def complete_page(app, docname: str, source: list[str]) -> None:
     """Add the contents to README and the modules to the reference; lead links to modules there."""
     if docname == "README":
+        source[0] = re.sub(r"\[!\[Open in (\w+)\]\([^)]*\)\]", r"[\1]", source[0])  # badges are pictures from elsewhere
         for caption, pages in CONTENTS.items():
             source[0] += f"\n```{{toctree}}\n:hidden:\n:caption: {caption}\n" + "\n".join(pages) + "\n```\n"
     if docname == "docs/reference":

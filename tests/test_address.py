@@ -62,9 +62,9 @@ def test_setting_it_again_only_changes_the_name(copy):
     ],
 )
 def test_links_change_and_lookalikes_stay(text, changes, copy):
-    (copy / "docs" / "install.md").write_bytes(text.replace("{}", PLACEHOLDER).encode())
+    (copy / "docs" / "install.md").write_bytes(text.replace("{}", repository()).encode())
     set_repository("ada/course", copy)
-    expected = text.replace("{}", "ada/course" if changes else PLACEHOLDER)
+    expected = text.replace("{}", "ada/course" if changes else repository())
     assert (copy / "docs" / "install.md").read_bytes().decode() == expected
 
 

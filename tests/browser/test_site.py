@@ -28,7 +28,7 @@ WINDOWS = {"desktop": {"width": 1280, "height": 900}, "phone": {"width": 390, "h
 LOOK = """() => ({
   beyond: document.documentElement.scrollWidth - document.documentElement.clientWidth,
   unseen: [...document.querySelectorAll("article img")].filter(i => !i.complete || !i.naturalWidth).map(i => i.src),
-  unnamed: [...document.querySelectorAll("article img")].filter(i => !(i.alt || "").trim()).map(i => i.src),
+  unnamed: [...document.querySelectorAll("article img")].filter(i => !/\\s/.test(i.alt)).map(i => i.src),
   levels: [...document.querySelectorAll("article :is(h1, h2, h3, h4, h5)")].map(h => +h.tagName[1]),
 })"""
 
@@ -38,11 +38,15 @@ pytestmark = [
 ]
 
 
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *words):
+        pass
+
+
 @pytest.fixture(scope="module")
 def address():
     """The address of a server of the site's files."""
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=SITE)
-    handler.log_message = lambda *_: None
+    handler = functools.partial(Quiet, directory=SITE)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -115,5 +119,5 @@ def test_launch_buttons_lead_to_the_page(browser, address):
 def test_the_run_sheet_prints_on_one_page(browser, address):
     page = browser.new_page()
     page.goto(f"{address}/docs/run-sheet.html", wait_until="networkidle")
-    pdf = page.pdf(path=SCREENSHOTS / "run-sheet.pdf", format="A4", margin=dict.fromkeys(("top", "bottom"), "8mm"))
+    pdf = page.pdf(path=SCREENSHOTS / "run-sheet.pdf", format="A4", prefer_css_page_size=True)
     assert len(re.findall(rb"/Type\s*/Page\b", pdf)) == 1
