@@ -64,11 +64,10 @@ def badges(name: str, notebook: str) -> str:
 
 
 def _complete_readme(text: str, name: str) -> str:
+    clone = f"git clone https://github.com/{name} && cd {name.split('/')[1]}"
+    text = re.sub(r"^(?:cd vit-course .*|git clone \S+ && cd \S+)", clone, text, flags=re.M)
     if "badge_logo.svg" in text:
         return text
-    text = re.sub(
-        r"^cd vit-course .*", f"git clone https://github.com/{name} && cd {name.split('/')[1]}", text, flags=re.M
-    )
     text = re.sub(r"^\| chapter \| question .*\|\n.*", r"\g<0> --- |", text, flags=re.M)
     text = re.sub(r"^\| chapter \| question .*\|", r"\g<0> open in |", text, flags=re.M)
     row = re.compile(r"^\| \[\d\d [^\]]+\]\((notebooks/\S+\.ipynb)\) .*\|$", re.M)
