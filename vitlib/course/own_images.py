@@ -13,7 +13,7 @@ from vitlib.data import LabelledImages
 from vitlib.predict import confident_mistakes
 from vitlib.utils import atomic_write
 
-STEPS = 30  # that a new head and its encoder get at least
+STEPS = 16  # that a new head and its encoder get at least
 FONTS = (  # with letters that matplotlib's own font lacks, of Linux, macOS and Windows
     "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "Noto Sans SC", "WenQuanYi Zen Hei", "PingFang SC",
     "Hiragino Sans", "Apple SD Gothic Neo", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "Noto Sans Devanagari",
