@@ -8,12 +8,16 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 
 from vitlib.course import checks
+from vitlib.weights import load_pretrained
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 CHAPTERS = sorted(FOLDER.glob("[0-9]*.ipynb"))
 SOLUTIONS = sorted((FOLDER / "solutions").glob("*.ipynb"))
+
+MENDED = CHAPTERS[:4]  # those with alternative texts, counted minutes, folded set-up, and what has happened since 2020
 
 LONGEST_CELL = 15
 CELLS_BETWEEN_PROMPTS = 3
@@ -23,7 +27,10 @@ CHECK = re.compile(r"^checks\.(?!be_strict)(\w+)\(\w+\)$", re.MULTILINE)
 HTML_IMAGE = re.compile(r"<img\b[^>]*>")
 MARKDOWN_IMAGE = re.compile(r"!\[([^\]]*)\]\(")
 
+MORE = "## If you want more"
+
 by_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+by_mended = pytest.mark.parametrize("path", MENDED, ids=lambda path: path.stem)
 
 
 def cells_of(path):
@@ -37,6 +44,10 @@ def prose_of(cells):
 def is_setup(cell):
     """Imports and the parameters cell are as long as they are."""
     return "parameters" in cell.metadata.get("tags", ()) or "from vitlib.course.parameters import" in cell.source
+
+
+def is_folded(cell):
+    return "hide-input" in cell.metadata.get("tags", ())
 
 
 def exercise_cells(path):
@@ -63,6 +74,68 @@ def test_the_top_says_what_it_is_for_what_it_needs_and_what_to_expect(path):
         assert heading in top, heading
     minutes, seconds = re.search(r"\*\*Time\*\* (\d+) minutes for you, about (\S+ \w+) for the computer", top).groups()
     assert int(minutes) <= 60 and seconds
+
+
+def minutes_of(cells):
+    """How long these cells take: reading, code, predictions, figures, and exercises at 1.3 times their minutes."""
+    prose = prose_of(cells)
+    code = [cell.source for cell in cells if cell.cell_type == "code" and not is_setup(cell) and not is_folded(cell)]
+    lines = sum(bool(line.strip()) for source in code for line in source.splitlines())
+    figures = len(MARKDOWN_IMAGE.findall(prose)) + sum(len(re.findall(r"plots\.show\(|explorer\(", c)) for c in code)
+    exercises = sum(int(minutes) for _, _, minutes, _ in EXERCISE.findall(prose))
+    return len(prose.split()) / 180 + lines / 20 + 0.6 * prose.count("**Predict.**") + 0.3 * figures + 1.3 * exercises
+
+
+@by_mended
+def test_the_minutes_of_the_header_are_honest(path):
+    cells = cells_of(path)
+    end = next((number for number, cell in enumerate(cells) if cell.source.startswith(MORE)), len(cells))
+    (spine,) = re.findall(r"\*\*Time\*\* (\d+) minutes", cells[0].source)
+    assert abs(int(spine) - minutes_of(cells[:end])) <= 2
+    if end < len(cells):
+        (more,) = re.findall(r"Another (\d+) minutes wait behind", cells[0].source)
+        assert abs(int(more) - minutes_of(cells[end:])) <= 3
+        assert cells[end].source.startswith(f"{MORE} ({more} minutes)")
+
+
+@by_mended
+def test_the_way_to_the_lesson_is_short(path):
+    """A picture at the head, the set-up folded, and vitlib before torch."""
+    cells = cells_of(path)
+    setup = next(number for number, cell in enumerate(cells) if "check_parameters(globals())" in cell.source)
+    assert f"](figures/vit-{path.stem[:2]}.svg)" in cells[0].source
+    parameters = next(cell for cell in cells if "parameters" in cell.metadata.get("tags", ()))
+    assert all(is_folded(cell) for cell in cells[1 : setup + 1] if cell is not parameters)
+    imports = next(cell.source for cell in cells if "course.parameters import" in cell.source)
+    assert imports.index("from vitlib") < imports.index("import torch")
+
+
+@by_mended
+def test_the_end_says_what_has_happened_since_2020(path):
+    prose = prose_of(cells_of(path))
+    since = prose[prose.index("## Since 2020") : prose.index("## Exit ticket")]
+    assert since.count("](https://") >= 3 and len(since.split()) >= 60
+
+
+@by_mended
+def test_every_shown_figure_has_an_alternative_text(path):
+    for number, cell in enumerate(cells_of(path)):
+        for output in cell.get("outputs", ()):
+            if "image/png" in output.get("data", {}):
+                assert len(output.metadata["image/png"]["alt"]) > 20, f"cell {number}"
+
+
+def test_the_class_of_chapter_03_gives_the_shipped_logits():
+    cells = {cell.id: cell.source for cell in cells_of(FOLDER / "03_pretraining.ipynb")}
+    names = {}
+    exec("import math\nimport torch\nfrom torch import nn", names)
+    for name in ("own-embed", "own-attend", "own-block", "own-vit"):
+        exec(cells[name], names)
+    shipped, card = load_pretrained("shapes100-mini")
+    own = names["ViT"](len(card.classes))
+    own.load_state_dict(dict(zip(own.state_dict(), shipped.state_dict().values(), strict=True)))
+    images = torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(own(images), shipped(images), rtol=0, atol=1e-5)
 
 
 @by_chapter
