@@ -1,7 +1,9 @@
 """Right and typically wrong answers to the exercises of chapter 04."""
 
+import copy
 import statistics
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -46,6 +48,56 @@ def embedding_only(pretrained, num_classes):
 
 def always_ten(pretrained, num_classes):
     return repaired(pretrained, 10)
+
+
+def in_the_config(pretrained, num_classes):
+    pretrained.config["num_classes"] = num_classes
+    return repaired(pretrained, num_classes)
+
+
+def old_rows(pretrained, num_classes):
+    model = repaired(pretrained, num_classes)
+    rows = min(num_classes, len(pretrained.linear_classifier.weight))
+    with torch.no_grad():
+        model.linear_classifier.weight[:rows] = pretrained.linear_classifier.weight[:rows]
+    return model
+
+
+def frozen_encoder(pretrained, num_classes):
+    model = repaired(pretrained, num_classes)
+    model.vit_encoder.requires_grad_(False)
+    return model
+
+
+def rebuilt(pretrained, num_classes):
+    model = copy.deepcopy(pretrained)
+    model.linear_classifier = nn.Linear(model.config["em_dim"], num_classes)
+    return model
+
+
+def attribute_of_the_encoder(model):
+    model.vit_encoder.requires_grad = False
+
+
+def attribute_of_every_part(model):
+    for part in model.vit_encoder.modules():
+        part.requires_grad = False
+
+
+def optimiser_of_the_head(model):
+    return torch.optim.SGD(model.linear_classifier.parameters(), lr=0.1)
+
+
+def frozen_copy(model):
+    model = copy.deepcopy(model)
+    model.vit_encoder.requires_grad_(False)
+    return model
+
+
+def spoilt_and_frozen(model):
+    for parameter in model.vit_encoder.parameters():
+        nn.init.zeros_(parameter)
+    model.vit_encoder.requires_grad_(False)
 
 
 def one_by_one(model):
@@ -110,26 +162,33 @@ def image_by_image(images, card):
 
 
 RIGHT = {
-    "transfer": {"repaired": repaired, "vitlib's": transfer_encoder},
+    "transfer": {"repaired": repaired, "vitlib's": transfer_encoder, "a copy with a new head": rebuilt},
     "probe_size": {
         "weights and biases": lambda width, classes: width * classes + classes,
         "a row for each class": lambda width, classes: (width + 1) * classes,
+        "NumPy": lambda width, classes: np.int64(width * classes + classes),
+        "a tensor": lambda width, classes: torch.tensor(width * classes + classes),
         "counted": lambda width, classes: sum(p.numel() for p in nn.Linear(width, classes).parameters()),
     },
     "linear_probe": {
         "the module's method": lambda model: model.vit_encoder.requires_grad_(False),
         "one by one": one_by_one,
         "by name": all_but_the_head,
+        "all, then the head": lambda model: model.requires_grad_(False).linear_classifier.requires_grad_(True),
     },
     "fair_comparison": {
         "lowest and highest": gain(mean_gain),
         "every pair of runs": in_loops,
         "tensors": as_tensors,
+        "rounded": gain(lambda ours, control: round(mean_gain(ours, control), 3)),
+        "an array": lambda ours, control: np.array([mean_gain(ours, control), min(ours) > max(control)]),
         "a list": lambda ours, control: [mean_gain(ours, control), min(ours) > max(control)],
     },
     "normalisation": {
         "by hand": by_hand,
         "vitlib's": lambda images, card: normalise(images, card.mean, card.std),
+        "NumPy": lambda images, card: by_hand(images, card).numpy(),
+        "half precision": lambda images, card: by_hand(images, card).half(),
         "channel by channel": lambda images, card: torch.stack(
             [(images[:, c] / 255 - card.mean[c]) / card.std[c] for c in range(3)], 1
         ),
@@ -143,6 +202,9 @@ WRONG = {
         "half loaded": (embedding_only, "only some of the encoder's tensors"),
         "encoder shared": (shared_encoder, "shares tensors"),
         "in place": (new_head_in_place, "your function changes the model that it is given"),
+        "its config": (in_the_config, "your function changes `pretrained.config`"),
+        "old rows": (old_rows, "rows of the old head are in the new one"),
+        "frozen": (frozen_encoder, "some weights of the new model are frozen"),
         "fixed size": (always_ten, "must come from num_classes"),
     },
     "probe_size": {
@@ -154,7 +216,6 @@ WRONG = {
         "old head": (lambda width, classes: 100 * width + 100, "the 100 upstream classes"),
         "all tokens": (lambda width, classes: 65 * width * classes + classes, "not all 65 tokens"),
         "fixed": (lambda width, classes: 970, "count one weight for each number"),
-        "a fraction": (lambda width, classes: float(width * classes + classes), "a float came back"),
     },
     "linear_probe": {
         "all frozen": (lambda model: model.requires_grad_(False), "the head is frozen as well"),
@@ -162,6 +223,12 @@ WRONG = {
         "blocks": (blocks_only, "are still trained"),
         "wrong part": (lambda model: model.linear_classifier.requires_grad_(False), "the other way round"),
         "no bias": (weight_of_the_head, "its weight and its bias"),
+        "an attribute": (attribute_of_the_encoder, "only gives it an attribute of that name"),
+        "attributes": (attribute_of_every_part, "only gives it an attribute of that name"),
+        "an optimiser": (optimiser_of_the_head, "the model is not set up"),
+        "a copy": (frozen_copy, "the model that came back is another one"),
+        "spoilt": (spoilt_and_frozen, "your function changes the model's weights"),
+        "to inference": (lambda model: model.vit_encoder.zero_grad(), "nothing is frozen"),
         "eval": (lambda model: model.vit_encoder.eval(), "eval() switches dropout off"),
     },
     "fair_comparison": {
@@ -171,6 +238,10 @@ WRONG = {
         "means": (rule(lambda a, b: sum(a) > sum(b)), "the means are compared"),
         "any": (rule(lambda a, b: max(a) > min(b)), "one winning run is enough for you"),
         "ties": (rule(lambda a, b: min(a) >= max(b)), "use > and not >="),
+        "two deviations": (
+            rule(lambda a, b: mean_gain(a, b) > 2 * max(statistics.stdev(a), statistics.stdev(b))),
+            "whether the means differ by more than the spread",
+        ),
         "control first": (rule(lambda a, b: min(b) > max(a)), "whether the control beats ours"),
         "always": (rule(lambda a, b: True), "not whether each run of ours is higher"),
         "in words": (rule(lambda a, b: "yes"), "True or False"),
@@ -200,6 +271,12 @@ WRONG = {
         "changed places": (by_hand_of(255, lambda x, mean, std: (x - std) / mean), "changed places"),
         "wrong order": (by_hand_of(255, lambda x, mean, std: x / std - mean), "divided first"),
         "256": (by_hand_of(256), "by 255 and not by 256"),
+        "own mean": (
+            lambda x, card: normalise(x, channel_statistics(x)[0], card.std),
+            "the mean is that of these images",
+        ),
+        "own std": (lambda x, card: normalise(x, card.mean, channel_statistics(x)[1]), "the std that of these images"),
+        "variance": (by_hand_of(255, lambda x, mean, std: (x - mean) / std**2), "divided by the variance"),
         "one channel's": (lambda x, card: (x / 255 - card.mean[0]) / card.std[0], "channel by channel"),
     },
 }

@@ -47,6 +47,14 @@ def delete(images, relevance, count, patch_size, descending=True, drop_cls=True,
     return images * F.interpolate(keep, scale_factor=patch_size, mode="nearest")
 
 
+def cls_first(images, relevance, count, patch_size):
+    order = relevance.argsort(dim=1, descending=True)[:, 1 : count + 1] - 1
+    grid = images.shape[-1] // patch_size
+    kept = torch.ones(len(images), grid**2).scatter(1, order, 0)
+    mask = kept.view(-1, 1, grid, grid).repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)
+    return images * mask
+
+
 def share(relevance, mask, patch_size, normalised=True, cut=None):
     covered = patchify(mask[None, None].float(), patch_size)[0].mean(1)
     if cut is not None:
@@ -82,6 +90,18 @@ WRONG = {
         "columns": (lambda w, size: distance(w, size, dim=0), "normalise the rows, not the columns"),
         "CLS left in": (lambda w, size: distance(w, size, cls=False), "your code stopped with RuntimeError"),
         "per query": (lambda w, size: w[1:, 1:].sum(1), "one number is wanted"),
+        "sums without their axis": (
+            lambda w, size: (
+                (w[1:, 1:] / w[1:, 1:].sum(1) * explain.patch_distances(math.isqrt(len(w) - 1)) * size).sum(1).mean()
+            ),
+            "keepdim=True",
+        ),
+        "the largest": (
+            lambda w, size: (
+                explain.patch_distances(math.isqrt(len(w) - 1)).gather(1, w[1:, 1:].argmax(1, keepdim=True)) * size
+            ).mean(),
+            "largest weight alone",
+        ),
         "nothing of the kind": (lambda w, size: 7.0, "weighted by the attention"),
     },
     "rollout": {
@@ -93,10 +113,13 @@ WRONG = {
         "mean": (lambda a: halves(a).mean(0), "the mean of the layers"),
         "place by place": (lambda a: halves(a).prod(0), "place by place"),
         "one head": (lambda a: rolled(a, heads=0), "only one head"),
+        "two faults": (lambda a: rolled(a, heads=0, half=False), "two faults are left: one head alone, and nothing"),
+        "two other faults": (lambda a: rolled(a, order=0, half=False), "two faults are left: nothing is halved"),
+        "all faults": (lambda a: rolled(a, order=0, half=False, heads=0), "all three faults are left"),
         "transposed": (lambda a: rolled(a).T, "transposed"),
-        "a residual of its own size": (lambda a: rolled(a, residual=0.5, half=False) / 1.5**3, "rows sum to 1, but"),
+        "half a residual": (lambda a: rolled(a, residual=0.5, half=False) / 1.5 ** len(a), "rows sum to 1, but"),
         "noise": (lambda a: torch.rand(a.shape[-2:]), "the rows do not sum to 1"),
-        "heads kept": (lambda a: a[-1], "but should be [6, 6]"),
+        "heads kept": (lambda a: a[-1], "the shape is ["),
     },
     "deletion": {
         "least relevant": (lambda *given: delete(*given, descending=False), "sort in descending order"),
@@ -105,6 +128,8 @@ WRONG = {
         "one order for all": (lambda *given: delete(*given, one_order=True), "an order of its own"),
         "swapped": (lambda *given: delete(*given, swapped=True), "rows and columns of the grid are swapped"),
         "the others": (lambda x, *given: x - delete(x, *given), "only the patches that should go are left"),
+        "CLS as the first of the order": (cls_first, "CLS is the first token, not the first of the order"),
+        "in place": (lambda x, *given: x.copy_(delete(x, *given)), "your function changes its input number 1"),
         "nothing": (lambda x, *given: x, "nothing is deleted"),
         "everything": (lambda x, *given: 0 * x, "everything is deleted"),
         "one too many": (lambda x, r, n, p: delete(x, r, n + 1, p), "should have lost 36 pixels"),

@@ -39,6 +39,9 @@ def mistakes(logits, labels, count, only="wrong", score="probability", descendin
     sure = {
         "probability": probabilities.max(1).values,
         "logit": logits.max(1).values,
+        "margin": probabilities.topk(2).values @ torch.tensor([1.0, -1.0]),
+        "entropy": (probabilities * probabilities.log()).sum(1),
+        "gap": logits.topk(2).values @ torch.tensor([1.0, -1.0]),
         "true class": -probabilities.gather(1, labels[:, None]).squeeze(1),
         "none": -torch.arange(len(logits)).float(),
     }[score]
@@ -54,13 +57,19 @@ def always_as_many(logits, labels, count):
 
 RIGHT = {
     "parameters": {"by hand": counted, "of the library": built},
-    "attention_flops": {"by hand": lambda T, D: 2 * T * D * T + 2 * T * T * D, "a float": lambda T, D: 4.0 * T**2 * D},
+    "attention_flops": {
+        "by hand": lambda T, D: 2 * T * D * T + 2 * T * T * D,
+        "a float": lambda T, D: 4.0 * T**2 * D,
+        "head by head": lambda T, D: 12 * (2 * T * (D / 12) * T + 2 * T * T * (D / 12)),
+    },
     "google_kernel": {
         "flattened": lambda kernel: kernel.flatten(1).T,
         "einsum": lambda kernel: torch.einsum("dhk->hkd", kernel).reshape(len(kernel), -1),
     },
     "confident_mistakes": {
         "sorted": mistakes,
+        "a list": lambda *given: mistakes(*given).tolist(),
+        "an array": lambda *given: mistakes(*given).numpy(),
         "one after the other": lambda logits, labels, count: torch.tensor(
             sorted(
                 (i for i in range(len(logits)) if logits[i].argmax() != labels[i]),
@@ -77,7 +86,7 @@ WRONG = {
         "three times D": (less(cls=0, rows=0, patch_bias=0), "3 D are missing"),
         "no positions": (less(positions=0), "the positions are missing"),
         "not squared": (less(square=False), "N is the square of S / P"),
-        "no norms": (less(norms=0), "two layer norms, each with a scale and a shift: 4 D"),
+        "no norms": (less(norms=0), "4 D a block are missing: its two layer norms"),
         "one norm": (less(norms=1), "two layer norms, and each has"),
         "scale only": (less(shift=0), "two layer norms, and each has"),
         "one matrix": (lambda S, P, L, D, M, C: counted(S, P, L, D, M, C) - L * 2 * D * D, "a D x D matrix each"),
@@ -86,6 +95,14 @@ WRONG = {
         "no biases": (less(bias=0, patch_bias=0, head_bias=0), "no linear layer has its bias yet"),
         "half an MLP": (lambda S, P, L, D, M, C: counted(S, P, L, D, M, C) - L * (D * M + D), "the MLP has two layers"),
         "no bias of the classifier": (less(head_bias=0), "the classifier has a bias"),
+        "attention without biases": (
+            lambda S, P, L, D, M, C: counted(S, P, L, D, M, C) - L * 4 * D, "or the biases of the four layers"
+        ),
+        "no norms at all": (less(norms=0, final=0), "all layer norms are missing"),
+        "one layer for q, k and v": (less(qkv=1), "a D x D matrix and a bias each"),
+        "MLP without biases": (
+            lambda S, P, L, D, M, C: counted(S, P, L, D, M, C) - L * (M + D), "the biases of the MLP are missing"
+        ),
         "no classifier": (less(head=0), "the classifier is missing"),
         "grey": (less(colours=1), "a patch has three colours"),
         "one block": (lambda S, P, L, D, M, C: counted(S, P, 1, D, M, C), "that is one block"),
@@ -108,8 +125,8 @@ WRONG = {
         "both": (kernel_as(0, 2, 1, transposed=False), "transposed, and the numbers"),
         "reshaped": (kernel_as(1, 0, 2, transposed=False), "reshape keeps the order"),
         "heads reversed": (lambda kernel: kernel.flip(1).flatten(1).T, "in each other's place"),
-        "three axes": (lambda kernel: kernel, "but should be [12, 12]"),
-        "noise": (lambda kernel: torch.randn(12, 12), "is not what x and the kernel give"),
+        "three axes": (lambda kernel: kernel, "the shape is ["),
+        "noise": (lambda kernel: torch.randn(len(kernel), len(kernel)), "is not what x and the kernel give"),
     },
     "confident_mistakes": {
         "of all": (lambda *given: mistakes(*given, only="all"), "right answers are among them"),
@@ -117,6 +134,9 @@ WRONG = {
         "least sure": (lambda *given: mistakes(*given, descending=False), "the least sure come first"),
         "by logit": (lambda *given: mistakes(*given, score="logit"), "take the softmax first"),
         "by the true class": (lambda *given: mistakes(*given, score="true class"), "probability of the true class"),
+        "by margin": (lambda *given: mistakes(*given, score="margin"), "ahead of the second"),
+        "by entropy": (lambda *given: mistakes(*given, score="entropy"), "sorted by entropy"),
+        "by the logits' gap": (lambda *given: mistakes(*given, score="gap"), "gap of the logits"),
         "unsorted": (lambda *given: mistakes(*given, score="none"), "the first wrong ones"),
         "probabilities": (lambda logits, labels, count: logits.softmax(1).max(1).values[:count], "no probabilities"),
         "numbered among the wrong": (

@@ -1,47 +1,76 @@
 """Checks of chapter 04: fine-tuning."""
 
+import statistics
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+from torch import Tensor, nn
 
 from vitlib.data.augment import normalise
 from vitlib.data.images import channel_statistics
 from vitlib.model import ViTModel
 from vitlib.weights.checkpoint import ModelCard
 
-from .frame import Mistake, NotAttempted, answer, as_number, call, compare, exercise, expect, tensor_answer
+from .frame import Mistake, NotAttempted, answer, as_number, call, close, compare, exercise, expect, number_answer
 
 
 @exercise("transfer")
 def transfer(learners: Callable) -> None:
     """Of ``transfer(pretrained, num_classes)``: a new model with the pretrained encoder and a new head."""
-    pretrained = _tiny_vit(num_classes=100)
+    for upstream, classes in ((100, 10), (12, 7), (5, 20)):
+        _judge_transfer(learners, _tiny_vit(num_classes=upstream), classes)
+
+
+def _judge_transfer(learners: Callable, pretrained: ViTModel, classes: int) -> None:
+    config = dict(pretrained.config)
     before = {name: tensor.clone() for name, tensor in pretrained.state_dict().items()}
-    model = answer(learners, pretrained, 10)
+    old_head = pretrained.linear_classifier
+    model = answer(learners, pretrained, classes)
+    expect(pretrained.config == config, "your function changes `pretrained.config`; make a new dict for the new model")
     expect(isinstance(model, ViTModel), f"a ViTModel is wanted, but a {type(model).__name__} came back")
     expect(model is not pretrained, "that is the pretrained model itself; build a new one and copy the encoder into it")
-    rows = model.linear_classifier.weight.shape[0]
-    expect(rows != 100, "the head still has 100 rows for 10 classes: the first loss is near ln 100, not ln 10")
-    expect(rows == 10, f"the head has {rows} rows for 10 classes")
+    head = model.linear_classifier
+    expect(isinstance(head, nn.Linear), f"the new head should be one linear layer, but is {type(head).__name__}")
+    rows = head.out_features
+    expect(
+        rows != old_head.out_features,
+        f"the head still has {rows} rows for {classes} classes, those of the upstream task",
+    )
+    expect(rows == classes, f"the head has {rows} rows for {classes} classes: its size must come from num_classes")
+    others = {name: value for name, value in model.config.items() if name != "num_classes"}
+    expect(
+        others == {name: value for name, value in config.items() if name != "num_classes"},
+        "the new model differs from `pretrained` in more than its head; take all else from pretrained.config",
+    )
     encoder = model.vit_encoder.state_dict()
-    same = [torch.equal(tensor, before[f"vit_encoder.{name}"]) for name, tensor in encoder.items()]
+    same = [_identical(tensor, before[f"vit_encoder.{name}"]) for name, tensor in encoder.items()]
     expect(any(same), "the encoder is a fresh one; load the pretrained encoder's state_dict into it")
     expect(all(same), "only some of the encoder's tensors are those of the checkpoint")
+    old_rows = (head.weight[:, None] == before["linear_classifier.weight"]).all(dim=2).any()
+    expect(not old_rows, "rows of the old head are in the new one; they belong to upstream classes, so start afresh")
+    expect(
+        not torch.isin(head.bias, before["linear_classifier.bias"]).any(),
+        "biases of the old head are in the new one; they belong to upstream classes, so start afresh",
+    )
+    trained = all(parameter.requires_grad for parameter in model.parameters())
+    expect(trained, "some weights of the new model are frozen (requires_grad is False); fine-tuning trains all of them")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1)
-    unchanged = all(torch.equal(tensor, before[name]) for name, tensor in pretrained.state_dict().items())
-    expect(unchanged, "the new model shares tensors with the pretrained one, so training it would change both")
-    rows = answer(learners, pretrained, 7).linear_classifier.weight.shape[0]
-    expect(rows == 7, f"the head has {rows} rows for 7 classes: its size must come from num_classes")
+    kept = all(_identical(tensor, before[name]) for name, tensor in pretrained.state_dict().items())
+    expect(kept, "the new model shares tensors with the pretrained one, so training it would change both")
+
+
+def _identical(first: Tensor, second: Tensor) -> bool:
+    return first.dtype == second.dtype and torch.equal(first, second)
 
 
 @exercise("size of the probe")
 def probe_size(learners: Callable) -> None:
     """Of ``probe_size(width, classes)``: how many numbers a linear probe on the CLS token trains."""
     for width, classes in ((96, 10), (256, 3), *torch.randint(20, 900, (2, 2)).tolist()):
-        given = answer(learners, width, classes)
-        expect(isinstance(given, int), f"a whole number is wanted, but a {type(given).__name__} came back")
+        given = number_answer(learners, width, classes)
         right = width * classes + classes
         hint = {
             width * classes: "the biases are missing, one for each class",
@@ -58,28 +87,52 @@ def probe_size(learners: Callable) -> None:
 @exercise("linear probe")
 def linear_probe(learners: Callable) -> None:
     """Of ``linear_probe(model)``: set the model up so that training changes the head alone."""
-    model = _tiny_vit(num_classes=3)
-    call(learners, model)
-    encoder = {name: parameter.requires_grad for name, parameter in model.vit_encoder.named_parameters()}
-    trained = [name for name, trains in encoder.items() if trains]
-    head = [parameter.requires_grad for parameter in model.linear_classifier.parameters()]
-    if len(trained) == len(encoder) and all(head):
-        expect(model.vit_encoder.training, "eval() switches dropout off, but training still changes the encoder")
-        raise NotAttempted
-    expect(any(head) or not trained, "the head is frozen and the encoder trained; a probe does it the other way round")
-    expect(any(head), "the head is frozen as well, so nothing would be trained")
-    expect(all(head), "a part of the head is frozen; its weight and its bias are both to be trained")
-    expect(
-        not trained, f"{len(trained)} of the encoder's {len(encoder)} tensors are still trained, such as {trained[:1]}"
-    )
+    model = _tiny_vit(num_classes=3).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    torch.nn.functional.cross_entropy(model(torch.randn(6, 3, 8, 8)), torch.arange(6) % 3).backward()
-    optimizer.step()
-    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    result = call(learners, model)
     expect(
-        moved == {"linear_classifier.weight", "linear_classifier.bias"}, f"after a step {sorted(moved)} have changed"
+        all(_identical(tensor, before[name]) for name, tensor in model.state_dict().items()),
+        "your function changes the model's weights; freeze them as they are",
     )
+    encoder = list(model.vit_encoder.named_parameters())
+    moved = _moved_by_a_step(model)
+    head = {"linear_classifier.weight", "linear_classifier.bias"}
+    if moved == head:
+        return
+    if moved > head and len(moved - head) == len(encoder):  # nothing is frozen
+        expect(
+            not any("requires_grad" in vars(part) for part in model.modules()),
+            "`requires_grad = False` on a module only gives it an attribute of that name; its parameters do not see "
+            "it: call requires_grad_(False), with the underscore, or set it on each of parameters()",
+        )
+        expect(
+            not isinstance(result, torch.optim.Optimizer),
+            "an optimiser of the head alone trains a probe too, but the model is not set up: another optimiser would "
+            "train its encoder; freeze the encoder's parameters",
+        )
+        expect(
+            not isinstance(result, ViTModel) or result is model,
+            "the model that came back is another one; freeze the encoder of the one that was given",
+        )
+        expect(model.vit_encoder.training, "eval() switches dropout off, but training still changes the encoder")
+        raise Mistake("nothing is frozen: a training step still changes every weight of the encoder")
+    expect(moved & head or not moved, "the head is frozen and the encoder trained; a probe does it the other way round")
+    expect(moved, "the head is frozen as well, so nothing would be trained")
+    expect(moved >= head, "a part of the head is frozen; its weight and its bias are both to be trained")
+    still = sorted(moved - head)
+    raise Mistake(f"{len(still)} of the encoder's {len(encoder)} tensors are still trained, such as {still[0]}")
+
+
+def _moved_by_a_step(model: ViTModel) -> set[str]:
+    """The names of the tensors that a training step changes. Weight decay moves what only has a gradient of 0."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+        loss = torch.nn.functional.cross_entropy(model(torch.randn(6, 3, 8, 8)), torch.arange(6) % 3)
+        if loss.requires_grad:
+            loss.backward()
+        optimizer.step()
+    return {name for name, tensor in model.state_dict().items() if not _identical(tensor, before[name])}
 
 
 # One list of runs per arm, ours and the control's. Each pair tells apart rules that agree on the others.
@@ -91,7 +144,9 @@ _RUNS = [
     ([0.5, 0.5, 0.5], [0.6, 0.2, 0.2]),  # the best run is the control's
     ([0.1, 0.7, 0.8], [0.2, 0.3, 0.3]),  # the worst run is ours
     ([0.2, 0.1, 0.15], [0.3, 0.4, 0.35]),  # worse in every run
-    ([0.4, 0.5, 0.6], [0.3, 0.4, 0.2]),  # the closest two are level
+    ([0.4, 0.5, 0.6], [0.3, 0.4, 0.25]),  # the closest two are level
+    ([0.4, 0.8, 0.6], [0.39, 0.1, 0.2]),  # won, with a wide spread
+    ([0.60, 0.61, 0.59], [0.595, 0.40, 0.41]),  # not won, though the means are far apart
 ]
 _RULES: dict[str, Callable] = {
     "each run is compared with the control's run of the same place in the list alone; compare it with all of them": (
@@ -112,6 +167,10 @@ _RULES: dict[str, Callable] = {
     "a run that is level with the control's best does not beat it; use > and not >=": (
         lambda ours, control: min(ours) >= max(control)
     ),
+    "you ask whether the means differ by more than the spread; every single run of ours must beat every run of the "
+    "control": lambda ours, control: (
+        statistics.mean(ours) - statistics.mean(control) > 2 * max(statistics.stdev(ours), statistics.stdev(control))
+    ),
     "the order is swapped: you ask whether the control beats ours": lambda ours, control: max(ours) < min(control),
 }
 
@@ -126,6 +185,7 @@ def fair_comparison(learners: Callable) -> None:
         for ours, control in _RUNS
     ]
     results = [answer(learners, list(ours), list(control)) for ours, control in runs]
+    results = [result.tolist() if hasattr(result, "tolist") else result for result in results]
     for result in results:
         expect(isinstance(result, tuple | list) and len(result) == 2, "two values are wanted: return gain, beaten")
         if all(value is Ellipsis for value in result):
@@ -163,36 +223,74 @@ def _judge_gains(gains: Sequence[float], runs: Sequence) -> None:
         "that is the mean of ours; the control's has to be taken off": torch.stack([ours.mean() for ours, _ in pairs]),
     }
     otherwise = "the gain is the mean of ours minus the mean of the control, and that is not what came back"
-    compare(torch.tensor(gains), right, slips, otherwise)
+    if not close(torch.tensor(gains), right, tolerance=6e-4):  # rounded to three digits is right too
+        compare(torch.tensor(gains), right, slips, otherwise)
 
 
 @exercise("normalisation")
 def normalisation(learners: Callable) -> None:
     """Of ``normalisation(images, card)``: downstream images as the encoder with this card expects them."""
-    images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
-    card = ModelCard(("a", "b"), mean=(0.52, 0.4, 0.31), std=(0.2, 0.25, 0.3))
-    result = tensor_answer(learners, images, card, shape=(4, 3, 8, 8))
+    for shape in ((4, 3, 8, 8), (2, 3, 5, 5), (1, 3, 6, 6)):
+        images = torch.randint(0, 256, shape, dtype=torch.uint8)
+        numbers = (0.3 + 0.3 * torch.rand(2, 3)).tolist()  # for mean and std
+        _judge_normalisation(learners, images, ModelCard(("a", "b"), mean=tuple(numbers[0]), std=tuple(numbers[1])))
+
+
+def _judge_normalisation(learners: Callable, images: Tensor, card: ModelCard) -> None:
+    given = answer(learners, images, card)
+    given = torch.from_numpy(given) if isinstance(given, np.ndarray) else given
+    expect(isinstance(given, Tensor), f"a tensor is wanted, but a {type(given).__name__} came back")
+    expect(
+        given.shape == images.shape, f"the shape is {list(given.shape)}, but should be {list(images.shape)}, as before"
+    )
     mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (card.mean, card.std))
+    own_mean, own_std = channel_statistics(images)
     shares = images.float() / 255
     own = torch.stack([normalise(image[None], *channel_statistics(image[None]))[0] for image in images])
     slips = {
         "those are the statistics of the images themselves; the encoder has only seen images normalised with its "
-        "card's": normalise(images, *channel_statistics(images)),
+        "card's": normalise(images, own_mean, own_std),
         "each image is normalised with its own statistics, so its brightness is lost; use the card's": own,
+        "the mean is that of these images and the std that of the card; both must be the card's": (
+            normalise(images, own_mean, card.std)
+        ),
+        "the mean is that of the card and the std that of these images; both must be the card's": (
+            normalise(images, card.mean, own_std)
+        ),
         "the images are still in 0 to 255, but mean and std are in 0 to 1; divide by 255 first": (images - mean) / std,
         "that only divides by 255; subtract the mean, divide by the std": shares,
+        "the images are as they were; divide by 255, subtract the mean, divide by the std": images.float(),
         "the mean is subtracted, but nothing is divided by the std": shares - mean,
         "divided by the std, but the mean is not subtracted": shares / std,
+        "the mean is added; subtract it": (shares + mean) / std,
+        "multiplied by the std; divide by it": (shares - mean) * std,
+        "divided by the variance; the card holds the standard deviation, so do not square it": (shares - mean) / std**2,
         "mean and std have changed places": (shares - std) / mean,
         "divided first and subtracted then; it is (x / 255 - mean) / std": shares / std - mean,
         "a byte goes from 0 to 255, so divide by 255 and not by 256": (images / 256 - mean) / std,
+        "the channels are in another order; the card's numbers are for red, green and blue in turn": (
+            (shares - mean.flip(0)) / std.flip(0)
+        ),
     }
     right = (shares - mean) / std
-    compare(result, right, slips, "these are not (x / 255 - mean) / std with the card's numbers, channel by channel")
+    tolerance = {torch.float16: 5e-3, torch.bfloat16: 3e-2}.get(given.dtype, 1e-5)  # these are coarser
+    if not close(given, right, tolerance):
+        compare(given, right, slips, "these are not (x / 255 - mean) / std with the card's numbers, channel by channel")
 
 
 def _tiny_vit(num_classes: int) -> ViTModel:
-    model = ViTModel(num_classes, num_layers=1, image_size=8, patch_size=4, em_dim=16, num_heads=2, ff_dim=16, drop=0.0)
+    """A small ViT of random width and depth, for images of 8 x 8 pixels."""
+    layers, heads, factor = (torch.randint(1, 3, (3,))).tolist()
+    model = ViTModel(
+        num_classes,
+        num_layers=layers,
+        image_size=8,
+        patch_size=4,
+        em_dim=16,
+        num_heads=heads,
+        ff_dim=8 * factor,
+        drop=0.0,
+    )
     with torch.no_grad():  # no tensor keeps its usual starting value, so that a fresh one can be told apart
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from .frame import close, compare, exercise, number_answer, tensor_answer
 
@@ -10,7 +11,7 @@ from .frame import close, compare, exercise, number_answer, tensor_answer
 @exercise("attention distance")
 def distance(learners: Callable) -> None:
     """Of ``distance(weights [N + 1, N + 1], patch_size) -> float``, in pixels, CLS left out."""
-    for grid, patch_size in ((3, 4), (4, 5)):
+    for grid, patch_size in ((3, 4), (4, 5), (2, 7)):
         weights = torch.randn(grid**2 + 1, grid**2 + 1).softmax(dim=1)
         weights[:, 0] = 0.3 * torch.rand(grid**2 + 1) + 0.2  # a share for CLS that differs from row to row
         weights[:, 1:] *= ((1 - weights[:, 0]) / weights[:, 1:].sum(1))[:, None]
@@ -18,6 +19,8 @@ def distance(learners: Callable) -> None:
         right = _mean_distance(weights[1:, 1:], grid, patch_size)
         left_over = (weights[1:, 1:] * _all_distances(grid) * patch_size).sum() / grid**2  # rows sum to less than 1
         city = _mean_distance(weights[1:, 1:], grid, patch_size, power=1)
+        among, apart = weights[1:, 1:], _all_distances(grid) * patch_size
+        shares = among / among.sum(dim=1, keepdim=True)
         slips = {
             "that is in patches; a patch is patch_size pixels wide": right / patch_size,
             "without CLS each row sums to less than 1; divide it by its sum": left_over,
@@ -28,6 +31,27 @@ def distance(learners: Callable) -> None:
             ),
             "that weighs the queries by their keys: normalise the rows, not the columns": (
                 _mean_distance(weights[1:, 1:].T, grid, patch_size)
+            ),
+            "the sums have lost their axis, so each column is divided by another row's sum: keepdim=True": (
+                (among / among.sum(dim=1) * apart).sum(dim=1).mean()
+            ),
+            "the columns are divided by their sums; it is the rows that sum to 1": (
+                (among / among.sum(dim=0, keepdim=True) * apart).sum(dim=1).mean()
+            ),
+            "that is the distance to the patch with the largest weight alone; take the mean over all": (
+                apart.gather(1, among.argmax(dim=1, keepdim=True)).mean()
+            ),
+            "that is the mean over the pairs; sum over the keys, and take the mean over the queries": (
+                (shares * apart).mean()
+            ),
+            "a second softmax evens the weights out; divide each row by its sum": (
+                (among.softmax(dim=1) * apart).sum(dim=1).mean()
+            ),
+            "the distances are squared; weight the distances themselves": (
+                (shares * _all_distances(grid).square() * patch_size).sum(dim=1).mean()
+            ),
+            "that is the distance of the first patch alone; take the mean over all queries": (
+                (shares * apart).sum(dim=1)[0]
             ),
         }
         compare(given, right, slips, "that is not the mean over the "
@@ -49,7 +73,8 @@ def _mean_distance(weights: torch.Tensor, grid: int, patch_size: int, power: flo
 @exercise("rollout")
 def rollout(learners: Callable) -> None:
     """Of ``rollout(attention [L, H, T, T]) -> [T, T]``, for one image; rows sum to 1."""
-    layers, heads, tokens = 3, 2, 6
+    layers, heads, tokens = torch.randint(2, 5, (3,)).tolist()
+    tokens += 2
     attention = (2 * torch.randn(layers, heads, tokens, tokens)).softmax(dim=-1)
     given = tensor_answer(learners, attention.clone(), shape=(tokens, tokens))
     means, itself = attention.mean(dim=1), torch.eye(tokens)
@@ -71,6 +96,24 @@ def rollout(learners: Callable) -> None:
         "only one head takes part; take the mean of the heads": product(((attention[:, 0] + itself) / 2).flip(0)),
         "the result is transposed: a row should say where a token comes from": product(halves.flip(0)).T,
     }
+    firsts, both = (attention[:, 0] + itself) / 2, "two faults are left: "
+    slips |= {
+        both + "one head alone, and nothing is halved": product((2 * firsts).flip(0)),
+        both + "one head alone, and the first layer on the left": product(firsts),
+        both + "nothing is halved, and the first layer stands on the left": product(means + itself),
+        "one head alone, nothing halved, and the first layer on the left: all three faults are left": product(
+            2 * firsts
+        ),
+        "the identity is added once, at the end; each layer has a residual connection": (
+            (product(means.flip(0)) + itself) / 2
+        ),
+        "the first layer is left out": product(halves[1:].flip(0)) if layers > 2 else halves[1],
+        "the last layer is left out": product(halves[:-1].flip(0)) if layers > 2 else halves[0],
+        "the heads are added up; take their mean": product(((attention.sum(1) + itself) / 2).flip(0)),
+        "the largest head is taken at each place; take the mean of the heads": (
+            product(((attention.amax(1) + itself) / 2).flip(0))
+        ),
+    }
     right = product(halves.flip(0))
     sums = given.float().sum(dim=1)
     otherwise = (
@@ -87,44 +130,68 @@ def deletion(learners: Callable) -> None:
 
     ``relevance`` has CLS in front, as a row of the attention has it.
     """
-    batch, grid, patch_size, count = 3, 4, 3, 4
-    images = torch.randn(batch, 2, grid * patch_size, grid * patch_size) + 5  # no zero among the pixels
-    relevance = torch.rand(batch, grid**2 + 1)
-    relevance[:, 0] = 2.0  # CLS is the most relevant token, and no patch
-    given = tensor_answer(learners, images.clone(), relevance.clone(), count, patch_size, shape=tuple(images.shape))
+    for cls, grid, patch_size, count in (
+        ((1.0, 0.0, 1.0), 4, 3, 4),  # more relevant than every patch in one image, less in another
+        ((0.5, 0.0, 0.5), 3, 2, 7),
+        ((0.0, 0.5), 5, 4, 1),
+        ((0.5, 1.0), 2, 5, 4),  # all patches
+        ((0.0, 1.0), 3, 2, 0),  # none
+    ):
+        relevance = torch.rand(len(cls), grid**2 + 1) - 0.7  # from a gradient, relevance may be negative
+        order = relevance[:, 1:].sort(dim=1).values
+        ends = order[:, 0] - 0.1, order[:, -1] + 0.1
+        middle = order[:, -2:].mean(dim=1)
+        relevance[:, 0] = torch.where(torch.tensor(cls) == 0.5, middle, ends[0].lerp(ends[1], torch.tensor(cls)))
+        images = torch.randn(len(cls), 2, grid * patch_size, grid * patch_size) + 5  # no zero among the pixels
+        _judge_deletion(learners, images, relevance, count, patch_size)
 
-    def without(order: torch.Tensor) -> torch.Tensor:
-        """``order`` [B, n]: numbers of the patches that go."""
+
+def _judge_deletion(learners: Callable, images: Tensor, relevance: Tensor, count: int, patch_size: int) -> None:
+    batch, tokens = relevance.shape
+    N, grid = tokens - 1, images.shape[-1] // patch_size
+    given = tensor_answer(learners, images, relevance, count, patch_size, shape=tuple(images.shape))
+
+    def without(orders) -> Tensor:
+        """``orders``: for each image the numbers of the patches that go; others than those of patches are ignored."""
         result = images.clone()
-        for image, patches in zip(result, order.tolist(), strict=True):
+        for image, patches in zip(result, orders, strict=True):
             for patch in patches:
-                top, left = patch // grid * patch_size, patch % grid * patch_size
-                image[:, top : top + patch_size, left : left + patch_size] = 0
+                if 0 <= patch < N:
+                    top, left = patch // grid * patch_size, patch % grid * patch_size
+                    image[:, top : top + patch_size, left : left + patch_size] = 0
         return result
 
     best = relevance[:, 1:].argsort(dim=1, descending=True)
     with_cls = relevance.argsort(dim=1, descending=True)
     transposed = best % grid * grid + best // grid
+    without_first = (with_cls[:, 1 : count + 1] - 1).tolist()
     slips = {
-        "the least relevant patches are gone; sort in descending order": without(best.flip(1)[:, :count]),
+        "the least relevant patches are gone; sort in descending order": without(best.flip(1)[:, :count].tolist()),
         "the patches behind the right ones are gone: token 0 is CLS, so token i is patch i - 1": (
-            without(with_cls[:, :count].clamp(max=grid**2 - 1))
+            without(with_cls[:, :count].tolist())
         ),
-        "one patch too few is gone: CLS was counted among the deleted; leave it out before you sort": (
-            without(best[:, : count - 1])
+        "the patches behind the right ones are gone, and the last in place of none: token i is patch i - 1": (
+            without(with_cls[:, :count].clamp(max=N - 1).tolist())
         ),
+        "the patches behind the right ones are gone; token i is patch i - 1": without((best[:, :count] + 1).tolist()),
+        "one patch too few is gone where CLS is among the most relevant tokens; leave it out before you sort": (
+            without((with_cls[:, :count] - 1).tolist())
+        ),
+        "one patch too few is gone": without(best[:, : max(count - 1, 0)].tolist()),
+        "the first of the order is left out as if it were always CLS; CLS is the first token, not the first of the "
+        "order": without(without_first),
         "in every image the patches of the first one are gone; each image has an order of its own": (
-            without(best[:1, :count].expand(batch, -1))
+            without(best[:1, :count].expand(batch, -1).tolist())
         ),
-        "rows and columns of the grid are swapped": without(transposed[:, :count]),
-        "only the patches that should go are left; the others should be": images - without(best[:, :count]),
+        "rows and columns of the grid are swapped": without(transposed[:, :count].tolist()),
+        "only the patches that should go are left; the others should be": images - without(best[:, :count].tolist()),
         "nothing is deleted": images,
         "everything is deleted": torch.zeros_like(images),
     }
-    right = without(best[:, :count])
-    gone = (given == 0).all(dim=1).sum(dim=(1, 2)) if given.dtype == images.dtype else torch.zeros(batch)
+    right = without(best[:, :count].tolist())
+    gone = (given == 0).all(dim=1).sum(dim=(1, 2))
     otherwise = (
-        f"each image should have lost {count * patch_size**2} pixels, but they have lost {gone.int().tolist()}"
+        f"each image should have lost {count * patch_size**2} pixels, but they have lost {gone.tolist()}"
         if gone.tolist() != [count * patch_size**2] * batch
         else "as many pixels are 0 as should be, but not those of the most relevant patches"
     )
@@ -134,7 +201,7 @@ def deletion(learners: Callable) -> None:
 @exercise("share on the object")
 def share_on_object(learners: Callable) -> None:
     """Of ``share(relevance [N], mask bool [S, S], patch_size) -> float``: the relevance on the object, of 1."""
-    for grid, patch_size in ((4, 3), (3, 4)):
+    for grid, patch_size in ((4, 3), (3, 4), (5, 2)):
         relevance = torch.rand(grid**2) + 0.1  # does not sum to 1
         mask = _object(grid, patch_size)
         given = torch.tensor(number_answer(learners, relevance.clone(), mask.clone(), patch_size))
