@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from torch import nn
 
+from vitlib.classify import predict_files
 from vitlib.data import LabelledImages
 from vitlib.data.augment import Augmentation
 from vitlib.model import PRESETS, ViTModel
-from vitlib.predict import predict_files
 from vitlib.training import FINETUNING, RECIPES, finetune, fit, pretrain, record_test
 from vitlib.weights import ModelCard, load_weights
 

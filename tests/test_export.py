@@ -17,11 +17,11 @@ from PIL import Image
 
 from vitlib import export
 from vitlib.__main__ import main
+from vitlib.classify import predict_files
 from vitlib.data import augment
 from vitlib.data.folders import read_image
 from vitlib.export import TOLERANCE, Deployable, export_model
 from vitlib.model import ViTModel
-from vitlib.predict import predict_files
 from vitlib.training.loop import predict
 from vitlib.weights.checkpoint import ModelCard, load_checkpoint, save_checkpoint
 

@@ -11,7 +11,7 @@ import vitlib
 ROOT = Path(vitlib.__file__).parent
 # a room imports only from rooms before it
 ORDER = ["utils", "model", "data", "costs", "explain", "weights", "records", "training"]
-ORDER += ["predict", "export", "plots", "widgets", "course", "__main__"]
+ORDER += ["classify", "export", "plots", "widgets", "course", "__main__"]
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -49,7 +49,8 @@ def test_the_names_that_everyone_types_load_lazily():
     code = """import sys, vitlib
 assert "torch" not in sys.modules
 assert all(getattr(vitlib, name).__name__ == name for name in vitlib.__all__)
-import vitlib.export, vitlib.predict
+import vitlib.export, vitlib.classify
+assert all(getattr(vitlib, name).__name__ == name for name in vitlib.__all__), "no module takes the name of a function"
 print(*sys.modules)"""
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torchvision", "timm", "transformers", "onnx", "onnxruntime", "matplotlib", "vitlib.course"} & {*loaded}

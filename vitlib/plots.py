@@ -772,7 +772,7 @@ def confident_mistakes(
 ) -> Figure:
     """Images, each under its true class and under the class that a model takes it for, with the probability.
 
-    Which images these are, and in which order, says :func:`vitlib.predict.confident_mistakes`.
+    Which images these are, and in which order, says :func:`vitlib.classify.confident_mistakes`.
 
     Args:
         images: uint8 ``[N, C, H, W]``, at least one.

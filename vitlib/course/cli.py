@@ -264,8 +264,8 @@ def predict(model, images, top, batch_size, table) -> None:
     cifar100-small. An image that cannot be read gets one line on stderr, and the others are still predicted. The exit
     code is 0 when every image was predicted, 1 when one was not, 2 for a wrong command or MODEL.
     """
+    from vitlib.classify import predict_files
     from vitlib.course.own_images import write_csv
-    from vitlib.predict import predict_files
     from vitlib.training import resolve_device
     from vitlib.utils import printable
     from vitlib.weights import load_weights

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from vitlib.classify import confident_mistakes
 from vitlib.data import LabelledImages
-from vitlib.predict import confident_mistakes
 from vitlib.utils import atomic_write
 
 STEPS = 16  # that a new head and its encoder get at least

@@ -14,13 +14,13 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-import vitlib.predict as predict_module
+import vitlib.classify as classify_module
 from vitlib.__main__ import main
+from vitlib.classify import Prediction, confident_mistakes, predict_files
 from vitlib.data import folders
 from vitlib.data.folders import read_image
 from vitlib.data.images import load_images
 from vitlib.model import ViTModel
-from vitlib.predict import Prediction, confident_mistakes, predict_files
 from vitlib.training.loop import predict
 from vitlib.weights.checkpoint import ModelCard, save_checkpoint
 
@@ -209,7 +209,7 @@ def test_only_a_batch_is_read_at_a_time(images, monkeypatch):
         read.append(1)
         return read_image(*arguments)
 
-    monkeypatch.setattr(predict_module, "read_image", counted)
+    monkeypatch.setattr(classify_module, "read_image", counted)
     model = tiny_model()
     predictions = predict_files(model, card_of(model), paths(), batch_size=4)
     assert taken == []
@@ -225,7 +225,7 @@ def test_images_are_decoded_by_several_threads(images, monkeypatch):
         meeting.wait(timeout=10)
         return read_image(*arguments)
 
-    monkeypatch.setattr(predict_module, "read_image", wait_for_another)
+    monkeypatch.setattr(classify_module, "read_image", wait_for_another)
     model = tiny_model()
     assert not any(prediction.error for prediction in predict_files(model, card_of(model), images[:2]))
 
@@ -371,7 +371,7 @@ def test_results_are_printed_as_they_come(weights, images, monkeypatch):
         yield Prediction("a.jpg", (("ant", 1.0),))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(predict_module, "predict_files", one_then_ctrl_c)
+    monkeypatch.setattr(classify_module, "predict_files", one_then_ctrl_c)
     result = call(weights, images[0])
     assert result.exit_code == 130 and result.stdout == "a.jpg\n  100.0%  ant\n"
 
@@ -380,7 +380,7 @@ def test_a_closed_pipe_ends_the_command_quietly(weights, images, monkeypatch):
     def nobody_reads(*arguments, **options):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
-    monkeypatch.setattr(predict_module, "predict_files", nobody_reads)
+    monkeypatch.setattr(classify_module, "predict_files", nobody_reads)
     result = call(weights, images[0])
     assert (result.exit_code, result.output) == (1, "")
 
