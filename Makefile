@@ -70,6 +70,7 @@ $(READY_SITE): docs/requirements.txt $(READY)
 	@$(RUN) -c "import pathlib; pathlib.Path('$(READY_SITE)').touch()"
 
 site: $(READY_SITE)
+	@$(RUN) -c "import shutil; shutil.rmtree('site', ignore_errors=True)"
 	$(RUN) -m sphinx -E -W --keep-going -q -c docs -d runs/doctrees . site
 	@$(RUN) -m tools.site
 
