@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -127,6 +128,8 @@ RIGHT = {
     "patch_numbers": {
         "sides first": lambda h, w, c, p: (h // p * (w // p), c * p * p),
         "area first": lambda h, w, c, p: (h * w // p**2, c * p**2),
+        "NumPy's": lambda h, w, c, p: np.array([h // p * (w // p), c * p * p]),
+        "tensors": lambda h, w, c, p: (torch.tensor(h // p) * (w // p), torch.tensor(c * p * p)),
         "a list": lambda h, w, c, p: [len(range(0, h, p)) * len(range(0, w, p)), p * p * c],
     },
     "patchify": {
@@ -192,6 +195,8 @@ WRONG = {
         "grid left": (lambda x, p: cut(x, p).flatten(3), "merge the two grid dimensions"),
         "patches left": (lambda x, p: cut(x, p).flatten(1, 2), "flatten each patch"),
         "channels apart": (lambda x, p: cut(x, p).flatten(4).flatten(1, 3), "side by side"),
+        "detached": (lambda x, p: patchify(x, p).detach(), "no gradient comes back"),
+        "another type": (lambda x, p: patchify(x, p).double(), "the numbers that come back are float64"),
         "one size only": (lambda x, p: patchify(x, 4), "stopped with ValueError"),
         "a list": (lambda x, p: list(patchify(x, p)), "a tensor is wanted, but a list"),
     },
@@ -234,6 +239,10 @@ WRONG = {
         "patches reversed": (lambda x, cls, p: in_front(x.flip(1), cls) + p, "unchanged and in their order"),
         "multiplied": (lambda x, cls, p: in_front(x, cls) * (1 + p) + p, "only add"),
         "wrong shape": (lambda x, cls, p: in_front(x, cls).mT, "the shape is"),
+        "positions twice": (lambda x, cls, p: in_front(x, cls) + 2 * p, "the positions are added twice"),
+        "normalised": (lambda x, cls, p: F.layer_norm(in_front(x, cls) + p, x.shape[-1:]), "tokens are normalised"),
+        "CLS detached": (lambda x, cls, p: in_front(x, cls.detach()) + p, "no gradient comes back to tensor 2"),
+        "in place": (lambda x, cls, p: in_front(x.add_(p[:, 1:]), cls.add_(p[:, :1])), "changes its input number 1"),
     },
     "interpolation": {
         "broken as in the notebook": (broken_stretch, "CLS was stretched along with the patches"),

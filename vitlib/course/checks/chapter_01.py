@@ -54,7 +54,7 @@ def patch_numbers(learners: Callable) -> None:
 def patchify(learners: Callable) -> None:
     """Of ``patchify(images [B, C, H, W], patch_size) -> [B, N, C * P * P]``."""
     # batch, channels, rows and columns of patches, patch size: all different, so that no mix-up goes unseen
-    for batch, channels, rows, columns, size in ((2, 3, 5, 6, 4), (3, 1, 2, 4, 5), (1, 4, 3, 2, 3)):
+    for batch, channels, rows, columns, size in ((2, 3, 5, 6, 4), (3, 1, 2, 4, 5), (1, 4, 3, 2, 3), (1, 2, 9, 8, 2)):
         images = torch.randn(batch, channels, rows * size, columns * size)
         patches, patch_dim = rows * columns, channels * size**2
         given = tensor_answer(learners, images, size)
@@ -228,11 +228,15 @@ def _expect_each_part_in_its_place(learners: Callable, patches: Tensor, cls_toke
 @exercise("position interpolation")
 def interpolation(learners: Callable) -> None:
     """Of ``stretch_positions(positions [1, 1 + g * g, D], grid) -> [1, 1 + grid * grid, D]``, CLS first."""
-    for old, new in ((5, 8), (6, 4), (3, 7)):  # finer and coarser, by fractions without rounding in base 2
-        _stretches(learners, old, new)
+    for old, new, width in (
+        (5, 8, 7),
+        (6, 4, 5),
+        (3, 7, 12),
+    ):  # by fractions without rounding in base 2
+        _stretches(learners, old, new, width)
 
 
-def _stretches(learners: Callable, old: int, new: int, width: int = 7) -> None:
+def _stretches(learners: Callable, old: int, new: int, width: int) -> None:
     """Positions of ``old`` x ``old`` patches to ``new`` x ``new``."""
 
     def given(cls: Tensor, patches: Tensor, grid: int = new) -> Tensor:

@@ -135,7 +135,7 @@ def equivariance(learners: Callable) -> None:
     ordered = {
         "attention to earlier tokens only": lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True),
         "attention after positions were added": lambda x: attention(x + positions)[0],
-        "adding small positions to the tokens": lambda x: x + 0.02 * positions,
+        "adding small positions to the tokens": lambda x: x + 0.004 * positions,
         "the running sum over the tokens": lambda x: x.cumsum(1),
         "reversing the tokens": lambda x: x.flip(1),
         "moving every token on by one place": lambda x: x.roll(1, 1),

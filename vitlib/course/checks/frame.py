@@ -223,7 +223,11 @@ def _state(thing):
         return thing.dtype, thing.shape, thing.requires_grad, thing.detach().numpy().tobytes()
     if isinstance(thing, nn.Module):
         tensors = [*thing.named_parameters(), *thing.named_buffers()]
-        parts = [(name, part.training, sorted(vars(part))) for name, part in thing.named_modules()]
+        plain = (bool, int, float, str)  # modes, probabilities, sizes; of everything else the name
+        parts = [
+            (name, [(key, value if isinstance(value, plain) else None) for key, value in sorted(vars(part).items())])
+            for name, part in thing.named_modules()
+        ]
         return [(name, _state(tensor), _state(tensor.grad)) for name, tensor in tensors], parts
     return list(thing) if isinstance(thing, list) else None
 
