@@ -268,6 +268,7 @@ def test_pretraining_speed_arithmetic():
     assert figures["share_of_floor"] == pytest.approx(0.05)
 
 
+@pytest.mark.skipif("VITLIB_SLOW" not in os.environ, reason="takes half a minute: set VITLIB_SLOW to run it")
 def test_pretraining_speed_of_few_images_as_a_script(tmp_path):
     out = tmp_path / "out.json"
     arguments = ["--images", "20", "--epochs", "2", "--batch-size", "8", "--preset", "mini", "--device", "cpu"]

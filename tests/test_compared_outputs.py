@@ -4,7 +4,7 @@ nbval runs each notebook once, as ``make test`` does, on a copy in which the sto
 altered at once: each text by one character, and where a cell prints nothing, a text is stored. All of these cells have
 to fail, by their outputs, and no other. (``test_notebooks.py`` alters the texts one by one, without a kernel.)
 
-``VITLIB_SLOW=1 python -m pytest tests/test_compared_outputs.py`` does it for all notebooks, else for the two quickest.
+``VITLIB_SLOW=1 python -m pytest tests/test_compared_outputs.py`` does it for all notebooks, else for the quickest.
 """
 
 import copy
@@ -16,7 +16,7 @@ import pytest
 from nbformat.v4 import new_output
 from test_notebooks import FOLDER, STORED, code_cells, nbval_cells, nbval_failures, read, text_places
 
-QUICK = [FOLDER / "02_attention.ipynb", FOLDER / "solutions" / "00_orientation.ipynb"]
+QUICK = [FOLDER / "solutions" / "00_orientation.ipynb"]
 slow = pytest.mark.skipif("VITLIB_SLOW" not in os.environ, reason="takes minutes: set VITLIB_SLOW to run it")
 LONGEST = 1800  # seconds for one notebook, on a machine that does other work too
 

@@ -50,7 +50,8 @@ def test_all_that_vitlib_imports_is_a_dependency():
     provided = {Requirement(line).name.lower() for line in PROJECT["dependencies"] + optional}
     # these come with papermill and ipykernel
     provided |= {"nbformat", "nbclient", "ipython", "jupyter_client", "packaging"}
-    homes = {name: {home.lower() for home in packages_distributions().get(name, [name])} for name in imported}
+    known = packages_distributions()
+    homes = {name: {home.lower() for home in known.get(name, [name])} for name in imported}
     unknown = {name for name, home in homes.items() if not home & provided}
     assert unknown - set(sys.stdlib_module_names) - {"vitlib"} == set()
 
