@@ -73,8 +73,9 @@ class Recipe:
 
 # Each recipe says what it is for, its command, its time on two CPU cores and what it reached (RESULTS.md has more).
 
-# The published small system to the letter (FastEstimator's ViT example), but for norm_first, which is the model's.
-#   python -m vitlib pretrain --recipe published --norm-first false
+# The published small system to the letter (FastEstimator's ViT example); norm_first is the model's.
+#   python -m vitlib pretrain --recipe published --norm-first false: not yet run for 100 epochs here; its own record is
+#   51.54 % on ciFAIR-100, 2,576 s on a GTX 1080 Ti
 PUBLISHED_RECIPE = Recipe(
     optimizer="sgd",
     learning_rate=0.01,
@@ -84,7 +85,7 @@ PUBLISHED_RECIPE = Recipe(
     statistics=(CIFAR10_MEAN, CIFAR10_STD),
 )
 # The usual recipe of today: AdamW, cosine schedule with warm-up, EMA.
-#   python -m vitlib pretrain --recipe modern
+#   python -m vitlib finetune --recipe modern: 74.5 % on CIFAR-10 after one epoch from cifar100-small, 280 s
 MODERN = Recipe(
     optimizer="adamw",
     learning_rate=1e-3,
@@ -99,7 +100,8 @@ MODERN = Recipe(
 )
 # Runs of minutes, as in class: there a crop costs more than it gives, and positions have to leave their small start
 # quickly.
-#   python -m vitlib pretrain --upstream shapes100 --preset mini --recipe short --batch-size 32 --pretrain-epochs 5
+#   python -m vitlib pretrain --upstream shapes100 --preset mini --recipe short --batch-size 32 --pretrain-epochs 5:
+#   77 to 81 % on shapes100's test images, two minutes
 SHORT = replace(
     MODERN,
     label_smoothing=0.0,
@@ -109,11 +111,13 @@ SHORT = replace(
 )
 # About ten epochs on photographs. Muon (Jordan et al. 2024) makes every update of a matrix orthogonal. Per image it
 # learns much faster than AdamW; its rate is scaled so that AdamW's rates fit (Liu et al. 2025, arXiv:2502.16982).
-#   python -m vitlib pretrain --upstream cifar100 --recipe muon --pretrain-epochs 11
+#   python -m vitlib pretrain --upstream cifar100 --recipe muon --pretrain-epochs 11 --validation-fraction 0.02:
+#   58.97 % on CIFAR-100's test images, 4,725 s (the shipped cifar100-small)
 MUON = replace(MODERN, optimizer="muon", matrix_rate=3.0, ema_decay=0.995)
 # A hundred epochs on photographs. Muon needs strong augmentation there (arXiv:2605.24770); half of the patches are
 # dropped in the first 80 %, which halves the time of a step.
-#   python -m vitlib pretrain --upstream cifar100 --recipe long --batch-size 256 --validation-fraction 0.02
+#   python -m vitlib pretrain --upstream cifar100 --recipe long --batch-size 256 --validation-fraction 0.02: not yet run
+#   to its end; 357 images/s with half of the patches, 173 with all (bfloat16)
 LONG = replace(
     MUON,
     learning_rate=1.4e-3,
