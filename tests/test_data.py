@@ -297,6 +297,10 @@ WRONG = {  # the files of a folder, and what its refusal names
     ),
     "a folder in a folder": (["pets/train/cat/0.png", "pets/test/cat/0.png"], "pets, with the folders test, train in"),
     "parts of a data set": ([f"train/{a}/{b}/0.png" for a in ("1", "2") for b in ("cat", "dog")], "folders cat, dog"),
+    "splits of other names": (
+        [f"{a}_set/{b}/0.png" for a in ("train", "test") for b in ("cat", "dog")],
+        "name them train",
+    ),
     "images and their boxes": (["train/images/0.png", "train/labels/0.txt"], "no images of labels"),
 }
 
@@ -321,6 +325,7 @@ def test_folders_inside_class_folders_are_read_too(tmp_path, load):
 SYSTEM = (
     *("@eaDir/0.png/SYNOPHOTO_THUMB_M.jpg", "#recycle/0.png", "__MACOSX/._0.png", "__MACOSX/0.png", "lost+found/0.png"),
     *("$RECYCLE.BIN/0.png", "System Volume Information/0.png", ".ipynb_checkpoints/0-checkpoint.png", "@Recycle/0.png"),
+    *("@SynoEAStream/0.png", "0.png@SynoResource"),
     *("._0.png", "Thumbs.db", "desktop.ini", ".DS_Store", ".AppleDouble/0.png", "Network Trash Folder/0.png"),
 )
 

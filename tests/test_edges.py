@@ -47,7 +47,7 @@ def smaller(monkeypatch):
         ({"model": tiny(num_classes=2)}, r"gives \[1, 2\] logits .* need 3 classes; give a model"),
         ({"model": nn.Conv2d(3, 4, 3)}, r"gives \[1, 4, 6, 6\] logits .* give a model with a classifier"),
         ({"model": tiny(image_size=16)}, r"\[B, 3, 16, 16\]"),
-        ({"card": card_of(channels=1)}, r"do not go with images of 3 channels"),
+        ({"card": card_of(channels=1)}, r"do not go with images of 3 channels.* num_channels=1"),
         ({"validation": pictures(classes=5)}, r"need 5 classes; give a model with a classifier of as many"),
         ({"validation": pictures(0)}, r"12 training and 0 validation images are too few"),
         ({"recipe": replace(PLAIN, augmentation=Augmentation(cutout=9))}, r"^cutout=9 is larger"),

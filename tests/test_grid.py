@@ -48,7 +48,7 @@ def test_words_of_the_command_line_become_lists():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"grid": {"sed": [0]}}, r"'sed' is not a parameter of the course \(did you mean 'seed'\?\)"),
+        ({"grid": {"sed": [0]}}, r"'sed' is not a parameter of the notebooks \(did you mean 'seed'\?\)"),
         ({"grid": {"finetune_epochs": [1]}}, "finetune_epochs is no parameter of 01_lesson; it takes batch_size, "),
         ({"grid": {"seed": [0, -1]}}, "seed=-1 is not allowed; give a whole number of at least 0"),
         ({"grid": {"preset": ["mini", "smal"]}}, r"preset='smal' is not allowed; .* \(did you mean 'small'\?\)"),

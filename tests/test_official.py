@@ -44,6 +44,12 @@ def test_foreign_files_are_refused_with_the_line_that_converts_them(tmp_path, la
     assert same(converted.state_dict(), model.state_dict()) and converted.config == model.config
 
 
+def test_pickled_model_is_called_python_objects(tmp_path):
+    torch.save(ours(), tmp_path / "model.pt")
+    for load in (load_weights, official.from_file):
+        assert "holds Python objects, such as a whole model" in refusal(load, tmp_path / "model.pt")
+
+
 def test_files_of_other_models_are_called_that(tmp_path):
     write(tmp_path / "resnet.pth", {"conv1.weight": torch.zeros(1)})
     assert "it holds weights of another model; give those of a plain ViT." in refusal(
@@ -125,7 +131,7 @@ def test_a_headless_npz_file_is_a_model_without_classes(tmp_path):
 def test_a_file_that_is_no_npz_file_is_refused(content, tmp_path):
     path = tmp_path / "ViT.npz"
     path.write_bytes(content)
-    assert f"{path} is not a whole file of weights (" in refusal(official.from_file, path)
+    assert f"{path} is damaged, or not a file of weights (" in refusal(official.from_file, path)
 
 
 def test_pickled_objects_in_an_npz_file_are_refused(tmp_path):

@@ -188,12 +188,13 @@ def no_kernel(tmp_path, monkeypatch):
         ("batch_sizes: 2", "'batch_sizes' is not a parameter"),
         ("- batch_size", "not a mapping"),
         ("batch_size: [", "is not YAML"),
+        ("weights: M\xfcller", "is not YAML"),  # not UTF-8
     ],
 )
 def test_a_wrong_command_or_file_is_one_sentence(no_kernel, monkeypatch, arguments, said):
     monkeypatch.chdir(no_kernel)
     if isinstance(arguments, str):
-        (no_kernel / "wrong.yaml").write_text(arguments)
+        (no_kernel / "wrong.yaml").write_text(arguments, encoding="latin-1")
         arguments = ["--parameters", "wrong.yaml"]
     result = command("--notebooks", "notebooks", "--out", "run", *arguments)
     assert result.exit_code == 2 and result.output.startswith("Error: ") and said in result.output

@@ -85,9 +85,11 @@ def test_history_records_every_epoch_and_survives_a_round_trip(tmp_path):
 
 
 def test_best_and_last_weights_are_both_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path.parent))
     scores = iter([0.2, 0.9, 0.5])
     monkeypatch.setattr(loop, "evaluate", lambda *a, **options: {"loss": 1.0, "accuracy": next(scores)})
-    trained = pretrain(coloured(), **quick(pretrain_epochs=3, run_dir=tmp_path))
+    trained = pretrain(coloured(), **quick(pretrain_epochs=3, run_dir=f"~/{tmp_path.name}"))
     last, last_card = load_checkpoint(tmp_path / "pretrained.safetensors")
     best, best_card = load_checkpoint(tmp_path / "pretrained-best.safetensors")
     assert torch.equal(weights(last), weights(trained.model)) and not torch.equal(weights(best), weights(last))

@@ -39,7 +39,7 @@ WRONG = [  # command, and words of the sentence
     ("run --only 99", r"'99' is not a notebook of the course"),
     ("run --parameters absent.yaml", r"absent\.yaml"),
     ("run -p batch_size 0", r"batch_size=0 is not allowed"),
-    ("run -p batchsize 8", r"'batchsize' is not a parameter of the course \(did you mean 'batch_size'\?\)"),
+    ("run -p batchsize 8", r"'batchsize' is not a parameter of the notebooks \(did you mean 'batch_size'\?\)"),
     ("run --timeout soon", r"'--timeout'.* 'soon' is not a valid float"),
     (f"sweep {PATCHES} --grid seed=0,-1", r"seed=-1 is not allowed"),
     (f"sweep {PATCHES} --grid", r"'--grid' requires an argument"),

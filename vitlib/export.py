@@ -76,7 +76,7 @@ def export_model(model: nn.Module, card: ModelCard, path: str | Path) -> float:
             nothing is written.
         ModuleNotFoundError: for ONNX without the packages that it needs.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.suffix not in FORMATS or path.is_dir():
         raise ValueError(f"path={printable(path)} cannot be written; name a file that ends in {' or '.join(FORMATS)}.")
     write, load = FORMATS[path.suffix]

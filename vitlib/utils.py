@@ -38,7 +38,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     >>> with atomic_write("history.json") as temporary:
     ...     temporary.write_text("{}")
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     # of this process and thread, so that two which write the same file at once do not write into each other's
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")

@@ -402,7 +402,9 @@ def checked_values(
             raise ValueError("run_dir cannot be given as a parameter: it is the folder of the run; use --out.")
         if name not in known:
             hint = near_match(name, known)
-            raise ValueError(f"{name!r} is not a parameter of the course{hint}. There are:\n{_parameter_list(known)}")
+            raise ValueError(
+                f"{name!r} is not a parameter of the notebooks{hint}. There are:\n{_parameter_list(known)}"
+            )
     for name in given:
         if not any(name in lesson.parameters for lesson in selected):
             takers = ", ".join(lesson.name for lesson in lessons if name in lesson.parameters)
@@ -421,7 +423,7 @@ def _parameter_list(parameters: Mapping[str, "Parameter"]) -> str:
 def parameters_from_file(path: str | Path) -> dict[str, object]:
     """Read a YAML file of names and values; raise ValueError for other content, OSError if it cannot be read."""
     try:
-        values = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+        values = yaml.safe_load(Path(path).expanduser().read_bytes())  # UTF-8, or UTF-16 of PowerShell
     except FileNotFoundError as error:
         raise FileNotFoundError(f"There is no file {path}; the course's own are in notebooks/parameters/.") from error
     except yaml.YAMLError as error:

@@ -255,6 +255,8 @@ def run_sweep(
 ) -> dict:
     """Run the missing runs of a plan, and write results.csv, results.json and report.html into the folder ``out``.
 
+    Workers import the program that calls this, so in a script call it below ``if __name__ == "__main__":``.
+
     Args:
         plan: from :func:`make_plan`.
         out: folder of the sweep.

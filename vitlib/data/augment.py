@@ -35,7 +35,7 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     if not len(mean) == len(std) == images.shape[1]:
         raise ValueError(
             f"mean={mean} and std={std} do not go with images of {images.shape[1]} channels; give one number of each "
-            "per channel."
+            f"per channel, or load the images with num_channels={len(mean)}."
         )
     mean = _per_channel(tuple(float(m) for m in mean), images.device)
     std = _per_channel(tuple(float(s) or 1.0 for s in std), images.device)

@@ -39,7 +39,7 @@ IMAGE_NAME = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 SYSTEM_NAME = re.compile(  # of hidden files, and of what systems and network disks leave in folders
-    r"\..*|__macosx|@eadir|@recycle|@recently-snapshot|@__thumb|@tmp|#recycle|#snapshot|\$recycle\.bin|recycle[rd]|"
+    r"\..*|__macosx|@eadir|.*@syno\w+|@recycle|@recently-snapshot|@__thumb|@tmp|#recycle|#snapshot|\$recycle\.bin|recycle[rd]|"
     r"system volume information|network trash folder|temporary items|lost\+found|found\.\d{3}|icon\r|desktop\.ini|"
     r"(eh)?thumbs(_vista)?\.db|__pycache__",
     re.IGNORECASE | re.DOTALL,
@@ -67,7 +67,7 @@ def read_image(path: str | os.PathLike, image_size: int | None = None, num_chann
         ValueError: for a file that is no image, is damaged, has pixels of 32 bits, or has more than twice
             ``PIL.Image.MAX_IMAGE_PIXELS``, about 179 million, pixels.
     """
-    return _read(path, image_size, num_channels)[0]
+    return _read(os.path.expanduser(path), image_size, num_channels)[0]
 
 
 def _read(path: str | os.PathLike, image_size: int | None, num_channels: int) -> tuple[np.ndarray, int]:
@@ -198,7 +198,8 @@ def list_files(place: Path, train: Path) -> tuple[list[Path], Tensor, tuple[str,
     if len(both := set.intersection(*map(set, inside.values()))) > 1:
         raise ValueError(
             f"{where} holds no images in its folders {_named(list(folders))}, but in each of them the folders "
-            f"{_named(sorted(both))}; move the folders of the classes up by one level."
+            f"{_named(sorted(both))}; move the folders of the classes up by one level, or, if these are splits, name "
+            "them train and test."
         )
     labels = torch.tensor([classes.index(name) for name in folders for _ in files[name]], dtype=torch.int64)
     return [file for name in folders for file in files[name]], labels, classes

@@ -34,4 +34,4 @@ class History:
 
     @classmethod
     def load(cls, path: str | Path) -> "History":
-        return cls(**json.loads(Path(path).read_text()))
+        return cls(**json.loads(Path(path).expanduser().read_text()))

@@ -152,6 +152,7 @@ def train_stage(
     """
     if resume and run_dir is None:
         raise ValueError("resume=True needs a run_dir; name the folder that the training is kept in.")
+    run_dir = None if run_dir is None else Path(run_dir).expanduser()
     device = resolve_device(device)
     model = model.to(device)
     settings = asdict(TrainingOptions(**options))
@@ -167,10 +168,10 @@ def train_stage(
             "device": device.type,
             "start": fingerprint(*model.state_dict().values()),
         }
-        resume_file = ResumeFile(Path(run_dir) / f"{name}-resume.pt", settings | identity)
+        resume_file = ResumeFile(run_dir / f"{name}-resume.pt", settings | identity)
     train, validation = train_validation_split(train, validation_fraction, settings["seed"])
     if run_dir is not None and current_context().is_first:  # better refused now than after the first epoch
-        Path(run_dir).mkdir(parents=True, exist_ok=True)
+        run_dir.mkdir(parents=True, exist_ok=True)
 
     def described(history: History) -> ModelCard:
         sizes = {"train_images": len(train), "validation_images": len(validation)}
@@ -180,11 +181,11 @@ def train_stage(
     def save(model: nn.Module, history: History) -> None:
         if run_dir is None or not current_context().is_first:
             return
-        save_checkpoint(Path(run_dir) / f"{name}.safetensors", model, described(history))
-        history.save(Path(run_dir) / f"{name}-history.json")
+        save_checkpoint(run_dir / f"{name}.safetensors", model, described(history))
+        history.save(run_dir / f"{name}-history.json")
         # what Ctrl-C leaves in the middle of an epoch has not been validated
         if not history.interrupted and history.best is history.epochs[-1]:
-            save_checkpoint(Path(run_dir) / f"{name}-best.safetensors", model, described(history))
+            save_checkpoint(run_dir / f"{name}-best.safetensors", model, described(history))
 
     history = fit(model, train, validation, card, recipe, after_epoch=save, resume=resume_file, **options)
     if history.interrupted:

@@ -147,7 +147,7 @@ def load_weights(weights: str | Path, image_size: int | None = None) -> tuple[Vi
     """
     from vitlib.weights.official import OFFICIAL, official_weights
 
-    if str(weights).endswith(".safetensors") or Path(weights).expanduser().exists():
+    if Path(weights).suffix or Path(weights).expanduser().exists():  # no name has a dot
         model, card = load_checkpoint(weights)
     else:
         model, card = official_weights(weights) if weights in OFFICIAL else load_pretrained(str(weights))

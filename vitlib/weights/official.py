@@ -84,10 +84,17 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
             content = content[name] if isinstance(content.get(name), Mapping) else content
         return {name: value for name, value in content.items() if isinstance(value, Tensor)}
     except Exception as error:  # damaged files fail in many ways
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(
-            f"{printable(path)} is not a whole file of weights ({reason:.100}); download it again."
-        ) from error
+        raise ValueError(f"{printable(path)} {_why_not_read(error)}.") from error
+
+
+def _why_not_read(error: Exception) -> str:
+    if "Unsupported global" in str(error):  # such as a whole model, or options beside the tensors
+        return (
+            "holds Python objects, such as a whole model, and loading them would run code; where you trust it, write "
+            "its state_dict alone to another file with torch.save"
+        )
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    return f"is damaged, or not a file of weights ({reason:.100}); copy or download it again"
 
 
 def from_file(path: str | os.PathLike, *, num_heads: int | None = None, norm_eps: float | None = None) -> ViTModel:
@@ -125,8 +132,7 @@ def what_it_holds(path: str | os.PathLike) -> str:
     try:
         state = read_weights(path)
     except ValueError as error:
-        reason = str(error.__cause__).partition("\n")[0]
-        return f"is damaged, or not a file of weights ({reason:.100}); copy or download it again"
+        return _why_not_read(error.__cause__)
     if any(name.endswith("vit_encoder.layernorm.weight") for name in state):
         return (
             "holds the weights of a ViTModel without a card; load them with load_state_dict, and write them with "
