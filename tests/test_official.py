@@ -17,8 +17,8 @@ def write(path, state: dict) -> None:
         save_file(state, path)
     elif path.suffix == ".npz":
         np.savez(path, **{name: value.numpy() for name, value in state.items()})
-    else:
-        torch.save({"model": state, "epoch": 3}, path)
+    else:  # also under names that no list would have
+        torch.save({"params": state, "optimizer": {"state": {0: {}}}, "epoch": 3}, path)
 
 
 FILES = {

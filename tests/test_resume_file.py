@@ -64,6 +64,16 @@ def test_a_file_is_due_when_its_minutes_are_over(tmp_path, monkeypatch):
         ({"recipe": {"clip": 1}}, {"recipe": {"clip": 2}}, "with recipe.clip=1, this one has recipe.clip=2;"),
         ({}, {"new": 2}, "belongs to a training with new=None, this one has new=2;"),
         ({"batch": 8, "images": "0af"}, {"batch": 4, "images": "1be"}, "because the training images have changed"),
+        (
+            {"config": {"image_size": 8, "num_classes": 2}, "images": "0af"},
+            {"config": {"image_size": 16, "num_classes": 3}, "images": "1be"},
+            "config.image_size=8, this one has config.image_size=16",
+        ),
+        (
+            {"config": {"num_classes": 2}, "images": "0af"},
+            {"config": {"num_classes": 3}, "images": "1be"},
+            "the training images",
+        ),
         ({"start": "0af"}, {"start": "1be"}, "because it started from other weights"),
     ],
 )

@@ -47,7 +47,7 @@ class ViTEmbeddings(nn.Module):
         if image_size % patch_size:
             raise ValueError(
                 f"image_size={image_size} is not a multiple of patch_size={patch_size}; "
-                "choose a patch_size that divides it."
+                f"choose a multiple of {patch_size}, or a patch_size that divides it."
             )
         self.image_shape = (num_channels, image_size, image_size)
         num_patches = (image_size // patch_size) ** 2

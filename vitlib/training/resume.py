@@ -87,8 +87,9 @@ class ResumeFile:
 
     def _compare(self, path: Path, theirs: dict, ours: dict) -> None:
         differing = [name for name in theirs | ours if theirs.get(name) != ours.get(name)]
-        # other images can change settings, and settings the weights at the start: the cause is named first
-        for name in sorted(differing, key=lambda name: (name != "images", name == "start", name)):
+        # the cause is named first: another model takes other images, these can change settings, and these the start
+        model = {name for name in differing if name.startswith("config.")} - {"config.num_classes"}
+        for name in sorted(differing, key=lambda name: (name not in model, name != "images", name == "start", name)):
             if name in _CHANGED:
                 raise OtherTraining(
                     f"Choose another run_dir, or delete the resume files to begin again: {path} belongs to a training "

@@ -80,9 +80,12 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
             with np.load(path, allow_pickle=False) as file:
                 return {name: torch.from_numpy(file[name]) for name in file.files}
         content = torch.load(path, map_location="cpu", weights_only=True)
-        for name in ("state_dict", "model_state_dict", "model", "teacher"):  # beside an optimiser, say
-            content = content[name] if isinstance(content.get(name), Mapping) else content
-        return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+        # beside an optimiser, say; of DINO's two models the teacher
+        parts = [content.get("teacher"), content, *content.values()]
+        tensors = [
+            {k: v for k, v in part.items() if isinstance(v, Tensor)} for part in parts if isinstance(part, Mapping)
+        ]
+        return max(tensors, key=len)
     except Exception as error:  # damaged files fail in many ways
         raise ValueError(f"{printable(path)} {_why_not_read(error)}.") from error
 
