@@ -18,7 +18,7 @@ import torch
 from vitlib.course.doctor import usable_cores
 from vitlib.data import LabelledImages
 from vitlib.training import PRECISIONS, hardware, resolve_device
-from vitlib.utils import atomic_write, progress_bar
+from vitlib.utils import atomic_write, progress_bar, text_table
 from vitlib.weights import versions
 
 
@@ -103,11 +103,9 @@ def _processor() -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Plain text with aligned columns, the first to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [header, ["-" * width for width in widths], *rows]
-    aligned = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
-    return "\n".join("  ".join(cells).rstrip() for cells in aligned)
+    """Align the columns of a table below a header, the first to the left and the others to the right."""
+    rule = ["-" * max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    return "\n".join(text_table([header, rule, *rows], right=range(1, len(header))))
 
 
 def mean_and_range(shares: Sequence[float]) -> str:

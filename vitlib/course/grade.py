@@ -33,10 +33,9 @@ from vitlib.course.runner import (
     parameters_from_file,
     read_lessons,
     reason,
-    text_table,
 )
 from vitlib.course.sandbox import Limits, not_contained, run_apart
-from vitlib.utils import atomic_write
+from vitlib.utils import atomic_write, text_table
 
 WORDS = {CORRECT: "correct", NOT_YET: "not yet", NOT_ATTEMPTED: "open"}  # a verdict's status to the table's word
 MISSING, NOT_REACHED = "missing", "not reached"
@@ -201,7 +200,7 @@ def _read_chapters(notebooks: Path, parameters: str | Path | None, given: Mappin
     lessons = read_lessons(notebooks)
     smoke = notebooks / "parameters" / "smoke.yaml"
     shared = parameters_from_file(parameters or smoke) if parameters or smoke.exists() else {}
-    values = checked_values(lessons, lessons, shared, given)
+    values = checked_values(lessons, shared, given)
     return [_chapter(lesson, values) for lesson in lessons]
 
 

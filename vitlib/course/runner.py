@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -29,7 +29,7 @@ from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
 
 from vitlib.course.figures import format_figure, recorded_figures
-from vitlib.utils import atomic_write
+from vitlib.utils import atomic_write, text_table
 
 if TYPE_CHECKING:  # parameters loads torch, which a process that only starts kernels does without
     from vitlib.course.parameters import Parameter
@@ -56,10 +56,10 @@ class RunResult:
 
 
 class KernelMonitor:
-    """Watch a process and its children from a thread, and kill them on demand.
+    """Watch a process and its children from a thread: ``peak_bytes`` is the most memory they have had.
 
-    ``peak_bytes`` is the most memory they have had. A text returned by ``end`` kills them, because a cell that hangs
-    in compiled code ignores interrupts; ``ended`` then holds the text.
+    A text returned by ``end`` kills them, because a cell that hangs in compiled code ignores interrupts; ``ended`` then
+    holds the text.
     """
 
     def __init__(self, end: Callable[[], str] = lambda: "", interval: float = 0.2):
@@ -151,9 +151,11 @@ def run_notebook(
     partial, failed = out / f"{name}.partial.ipynb", out / f"{name}.failed.ipynb"
     in_full = {**defaults, **parameters}
     versions = {package: version(package) for package in ("torch", "vitlib", "papermill")}
-    versions = {"python": platform.python_version(), **versions, "platform": platform.platform()}
-    result = RunResult("ok", parameters=in_full, seed=in_full.get("seed"), versions=versions)
-    result.started = datetime.now().astimezone().isoformat(timespec="seconds")
+    result = RunResult(
+        "ok", parameters=in_full, seed=in_full.get("seed"),
+        started=datetime.now().astimezone().isoformat(timespec="seconds"),
+        versions={"python": platform.python_version(), **versions, "platform": platform.platform()},
+    )  # fmt: skip
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # the result says it in one line
     start = time.perf_counter()
     with KernelMonitor(end) as monitor:
@@ -172,7 +174,13 @@ def run_notebook(
             **options,
         )
         try:
-            _start_and_retry(execute)
+            for attempt in reversed(range(STARTS)):
+                try:
+                    execute()
+                    break
+                except RuntimeError as error:  # Jupyter picks free ports, and another kernel may bind them first
+                    if not attempt or NOT_STARTED not in str(error):
+                        raise
         except KeyboardInterrupt:
             result.status, result.error = "interrupted", "Ctrl-C"
         except Exception as error:  # one notebook's failure must not stop the others
@@ -190,17 +198,6 @@ def run_notebook(
             result.error = f"{last_cell(executed)}{result.error}"
             partial.replace(failed)
     return result
-
-
-def _start_and_retry(execute: Callable[[], object]) -> None:
-    """Retry a failed start: Jupyter picks free ports before the kernel binds them, and another kernel may be faster."""
-    for attempt in range(STARTS):
-        try:
-            execute()
-            return
-        except RuntimeError as error:
-            if attempt == STARTS - 1 or NOT_STARTED not in str(error):
-                raise
 
 
 def _kernel_manager(monitor: KernelMonitor, folder: Path | None, environment: Mapping, log: TextIO | None) -> type:
@@ -225,17 +222,14 @@ def _kernel_manager(monitor: KernelMonitor, folder: Path | None, environment: Ma
 
 
 def reason(error: Exception, timeout: float | None = None) -> str:
-    """Say in one line why a notebook stopped."""
-    if isinstance(error, papermill.PapermillExecutionError):
-        name, text = error.ename, error.evalue
-    elif isinstance(error, DeadKernelError):
+    """Return one line about why a notebook stopped."""
+    if isinstance(error, DeadKernelError):
         return "the kernel died (no memory left, or the process was ended)"
-    elif isinstance(error, CellTimeoutError):
+    if isinstance(error, CellTimeoutError):
         return f"no answer for {timeout:g} seconds; allow more with --timeout"
-    else:
-        name, text = type(error).__name__, str(error)
-    lines = text.strip().splitlines()
-    return f"{name}: {lines[0]}" if lines else name
+    is_of_cell = isinstance(error, papermill.PapermillExecutionError)
+    name, text = (error.ename, error.evalue) if is_of_cell else (type(error).__name__, str(error))
+    return ": ".join([name, *text.strip().splitlines()[:1]])
 
 
 def _verbatim(path: Path) -> str:
@@ -244,7 +238,7 @@ def _verbatim(path: Path) -> str:
 
 
 def last_cell(executed: NotebookNode) -> str:
-    """Name the cell that ran last, as ``In [3] "first line": ``, by the number that Jupyter shows."""
+    """Return the cell that ran last, as ``In [3] "first line": ``, by the number that Jupyter shows."""
     code = [cell for cell in executed.cells if cell.cell_type == "code" and cell.source.strip()]
     started = [number for number, cell in enumerate(code) if cell.metadata.papermill.start_time]
     if not started:
@@ -301,7 +295,11 @@ def run_course(
     if out == lessons[0].path.resolve().parent:
         raise ValueError(f"The run folder {out} holds the notebooks themselves; choose another with --out.")
     selected = _select(lessons, only)
-    values = checked_values(lessons, selected, shared or {}, given or {})
+    values = checked_values(lessons, shared or {}, given or {})
+    for name in given or {}:
+        if not any(name in lesson.parameters for lesson in selected):
+            takers = ", ".join(lesson.name for lesson in lessons if name in lesson.parameters)
+            raise ValueError(f"{name} is a parameter of {takers} only, which this run leaves out; drop one of the two.")
     _read_metrics(out)  # find a broken file now, not after the first notebook
     out.mkdir(parents=True, exist_ok=True)
 
@@ -358,15 +356,15 @@ def read_lesson(path: Path) -> Lesson:
 
 
 def _own_parameter(name: str, entry: Mapping[str, str], default: object) -> "Parameter":
-    """Make a parameter for a teacher's own notebook; its annotation gives the type."""
+    """Make a parameter for a teacher's own notebook; its annotation, or else its default, gives the type."""
     from vitlib.course.parameters import Parameter
 
     annotation = entry["inferred_type_name"]
-    optional = annotation.startswith("Optional[")
-    by_name = {"int": int, "float": float, "bool": bool, "str": str, "None": type(default)}
-    found = by_name.get(annotation.removeprefix("Optional[").removesuffix("]"))
-    known = found if found in (int, float, bool, str) else object
-    return Parameter(name, known, entry["help"], optional=optional)
+    types = {"int": int, "float": float, "bool": bool, "str": str}
+    found = types.get(annotation.removeprefix("Optional[").removesuffix("]"), object)
+    if annotation == "None":
+        found = types.get(type(default).__name__, object)
+    return Parameter(name, found, entry["help"], optional=annotation.startswith("Optional["))
 
 
 def _literal(source: str) -> object:
@@ -379,19 +377,18 @@ def _literal(source: str) -> object:
 def _select(lessons: list[Lesson], only: Sequence[str]) -> list[Lesson]:
     from vitlib.course.parameters import near_match
 
-    known = {lesson.name.split("_")[0]: lesson for lesson in lessons} | {lesson.name: lesson for lesson in lessons}
-    only = [word.zfill(2) for word in only]
-    for word in only:
-        if word not in known:
-            hint = near_match(word, known)
-            names = ", ".join(lesson.name for lesson in lessons)
-            raise ValueError(f"{word!r} is not a notebook of the course{hint}; there are {names}.")
-    chosen = {known[word].name for word in only}
-    return [lesson for lesson in lessons if not only or lesson.name in chosen]
+    names = [lesson.name for lesson in lessons]
+    numbers = {name.split("_")[0]: name for name in names}
+    chosen = [numbers.get(word.zfill(2), word) for word in only] or names
+    for word in chosen:
+        if word not in names:
+            hint = near_match(word, names)
+            raise ValueError(f"{word!r} is not a notebook of the course{hint}; there are {', '.join(names)}.")
+    return [lesson for lesson in lessons if lesson.name in chosen]
 
 
 def checked_values(
-    lessons: list[Lesson], selected: list[Lesson], shared: Mapping[str, object], given: Mapping[str, object]
+    lessons: list[Lesson], shared: Mapping[str, object], given: Mapping[str, object]
 ) -> dict[str, object]:
     """Parse and check values of parameters; ``given`` wins. An unknown or wrong one raises ValueError."""
     from vitlib.course.parameters import near_match
@@ -401,37 +398,25 @@ def checked_values(
         if name == "run_dir":
             raise ValueError("run_dir cannot be given as a parameter: it is the folder of the run; use --out.")
         if name not in known:
-            hint = near_match(name, known)
-            raise ValueError(
-                f"{name!r} is not a parameter of the notebooks{hint}. There are:\n{_parameter_list(known)}"
-            )
-    for name in given:
-        if not any(name in lesson.parameters for lesson in selected):
-            takers = ", ".join(lesson.name for lesson in lessons if name in lesson.parameters)
-            raise ValueError(f"{name} is a parameter of {takers} only, which this run leaves out; drop one of the two.")
+            of = lessons[0].name if len(lessons) == 1 else "the notebooks"
+            table = "\n".join(text_table([(f"  {name}: {one.annotation}", one.help) for name, one in known.items()]))
+            raise ValueError(f"{name!r} is not a parameter of {of}{near_match(name, known)}. There are:\n{table}")
     parsed = {name: known[name].parse(value) if isinstance(value, str) else value for name, value in given.items()}
-    values = {**shared, **parsed}
-    for name, value in values.items():
-        values[name] = known[name].check(value)
-    return values
-
-
-def _parameter_list(parameters: Mapping[str, "Parameter"]) -> str:
-    return "\n".join(text_table([(f"  {name}: {one.annotation}", one.help) for name, one in parameters.items()]))
+    return {name: known[name].check(value) for name, value in {**shared, **parsed}.items()}
 
 
 def parameters_from_file(path: str | Path) -> dict[str, object]:
     """Read a YAML file of names and values; raise ValueError for other content, OSError if it cannot be read."""
     try:
-        values = yaml.safe_load(Path(path).expanduser().read_bytes())  # UTF-8, or UTF-16 of PowerShell
+        values = yaml.safe_load(Path(path).expanduser().read_bytes()) or {}  # UTF-8, or UTF-16 of PowerShell
     except FileNotFoundError as error:
         raise FileNotFoundError(f"There is no file {path}; the course's own are in notebooks/parameters/.") from error
     except yaml.YAMLError as error:
         told = " ".join(str(error).split())
         raise ValueError(f"{path} is not YAML: {told}; write one 'name: value' a line.") from error
-    if not isinstance(values or {}, dict):
+    if not isinstance(values, dict):
         raise ValueError(f"{path} holds {values!r}, not a mapping; write one 'name: value' a line.")
-    return values or {}
+    return values
 
 
 def _read_metrics(out: Path) -> dict:
@@ -455,31 +440,20 @@ def _record(out: Path, name: str, result: RunResult) -> None:
 
 
 def summary(results: Mapping[str, RunResult]) -> str:
-    """Make the closing table: notebook, status, seconds, peak memory and main figures, then one line per failure."""
+    """Return the closing table: notebook, status, seconds, peak memory and main figures; then a line per failure."""
     rows = [("notebook", "status", "seconds", "peak memory", "figures")]
     for name, one in results.items():
-        figures = list(one.figures.items())[:FIGURES_IN_TABLE]
-        rows.append(
-            (
-                name,
-                f"not run ({one.error})" if one.status == "not run" else one.status,
-                "" if one.seconds is None else f"{one.seconds:.1f}",
-                "" if one.peak_memory_bytes is None else f"{one.peak_memory_bytes / 2**20:.0f} MiB",
-                ", ".join(f"{key} {format_figure(value)}" for key, value in figures),
-            )
-        )
+        status = f"not run ({one.error})" if one.status == "not run" else one.status
+        seconds = "" if one.seconds is None else f"{one.seconds:.1f}"
+        memory = "" if one.peak_memory_bytes is None else f"{one.peak_memory_bytes / 2**20:.0f} MiB"
+        rows.append((name, status, seconds, memory, ", ".join(map(" ".join, main_figures(one.figures).items()))))
     failures = [f"{name}: {one.error}" for name, one in results.items() if one.status in ("failed", "interrupted")]
     return "\n".join([*text_table(rows, right=(2, 3)), *failures])
 
 
-def text_table(rows: Iterable[tuple[str, ...]], right: Collection[int] = ()) -> list[str]:
-    """Align the columns of a table; those numbered in ``right`` to the right."""
-    rows = list(rows)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(f"{text:{'>' if n in right else '<'}{widths[n]}}" for n, text in enumerate(row)).rstrip()
-        for row in rows
-    ]
+def main_figures(figures: Mapping[str, object]) -> dict[str, str]:
+    """Return the first figures of a run, as many as fit into a table, as texts."""
+    return {name: format_figure(value) for name, value in list(figures.items())[:FIGURES_IN_TABLE]}
 
 
 def escape_formula(text: str) -> str:

@@ -1,14 +1,9 @@
 """Sweeps: run one notebook with every combination of parameters, several at a time, and tabulate the results.
 
-A grid becomes runs, each checked before the first starts (:func:`make_plan`). Dask workers execute them with papermill
-(:func:`run_sweep`), on this machine or on a cluster, and pandas writes the tables. The folder of a sweep:
-
-- ``runs/<label>/`` of each finished run: the executed notebook, its log, the files it saved, and ``run.json``
-- ``failed/<label>/`` of each that failed, the same as far as it got
-- ``results.csv``, ``results.json`` and ``report.html`` about all of them
-
-Runs work in ``.work`` and are moved when they end, so a folder under a final name is whole. That is how the same
-command knows the runs that are still missing.
+:func:`make_plan` checks all runs of a grid, and :func:`run_sweep` gives them to Dask workers. The folder of a sweep
+holds ``runs/<label>/`` and ``failed/<label>/`` (executed notebook, log, saved files, ``run.json``), and results.csv,
+results.json and report.html about all runs. Runs work in ``.work`` and are moved when they end, so a folder under a
+final name is whole, and the same command finds the runs that are still missing.
 """
 
 import contextlib
@@ -36,14 +31,13 @@ from pathlib import Path
 import filelock
 import nbformat
 
-from vitlib.course.figures import format_figure
 from vitlib.course.runner import (
-    FIGURES_IN_TABLE,
     Lesson,
     RunResult,
     checked_values,
     escape_formula,
     last_cell,
+    main_figures,
     parameters_from_file,
     read_lesson,
     run_notebook,
@@ -81,7 +75,7 @@ LOCAL_SETTINGS = {
 
 @dataclass(frozen=True)
 class Run:
-    """One combination: its ``label`` names folders, its ``key`` is a hash of all that decides the result."""
+    """One combination. ``label`` names its folders; ``key`` is a hash of all that decides the result."""
 
     key: str
     label: str
@@ -101,7 +95,7 @@ class Plan:
 
 
 def parse_axes(words: Iterable[str]) -> dict[str, list[str]]:
-    """Turn ``seed=0,1,2`` and more of the kind into a mapping. A value with a comma stands in double quotes.
+    """Return the values by name of words such as ``seed=0,1,2``; a value with a comma stands in double quotes.
 
     Raises:
         ValueError: for a word of another form, or a name that comes twice.
@@ -124,7 +118,7 @@ def make_plan(
     parameters: Mapping[str, object] | None = None,
     given: Mapping[str, object] | None = None,
 ) -> Plan:
-    """List all runs of a grid, each combination checked.
+    """Return all runs of a grid, each combination checked.
 
     Args:
         path: a notebook, or a YAML file with the keys ``notebook``, ``grid``, ``zip`` and ``parameters``. The other
@@ -148,17 +142,14 @@ def make_plan(
     lesson = read_lesson(content["notebook"])
     axes = [{name: values} for name, values in grid.items()] + zips
     names = [name for axis in axes for name in axis]
-    for name in [*names, *given]:
-        if names.count(name) + (name in given) > 1:
-            raise ValueError(f"{name} is given twice; leave it in one place of --grid, --zip and -p.")
-        if name in PARAMETERS and name not in lesson.parameters:
-            raise ValueError(f"{name} is no parameter of {lesson.name}; it takes {', '.join(lesson.parameters)}.")
+    if twice := [name for name, count in Counter([*names, *given]).items() if count > 1]:
+        raise ValueError(f"{twice[0]} is given twice; leave it in one place of --grid, --zip and -p.")
     shared = {
         name: value
         for name, value in {**content["parameters"], **(parameters or {})}.items()
         if name not in names and (name in lesson.parameters or name not in PARAMETERS)
     }
-    common = checked_values([lesson], [lesson], shared, given)
+    common = checked_values([lesson], shared, given)
     lists = [_rows(lesson, axis) for axis in axes]
     if (count := math.prod(map(len, lists))) > MOST_RUNS:
         raise ValueError(f"The grid has {count:,} runs; at most {MOST_RUNS:,} are allowed, so split it.")
@@ -170,10 +161,13 @@ def make_plan(
         values = {name: values[name] for name in lesson.parameters if name != "run_dir"}
         identity = json.dumps([lesson.name, sha256, values, version("vitlib")], sort_keys=True, default=str)
         key = hashlib.sha256(identity.encode()).hexdigest()[:16]
-        text = ",".join(f"{name}={value}" for name, value in varied.items()) or lesson.name
-        label = re.sub(r"[^\w=,.+-]+", "_", text)[:100].strip("._ ")
+        label = re.sub(r"[^\w=,.+-]+", "_", _named(varied) or lesson.name)[:100].strip("._ ")
         runs.append(Run(key, f"{label}-{key[:8]}", varied, values))
     return Plan(lesson, source, sha256, tuple(names), tuple(runs))
+
+
+def _named(values: Mapping[str, object]) -> str:
+    return ",".join(f"{name}={value}" for name, value in values.items())
 
 
 def _read_grid(path: Path) -> dict:
@@ -195,29 +189,24 @@ def _read_grid(path: Path) -> dict:
     for part in (grid, parameters, *zips):
         if not isinstance(part, dict):
             raise ValueError(f"{path} has {part!r} where names and values belong; write one 'name: value' a line.")
+    grid, *zips = (
+        {name: values if isinstance(values, list) else [values] for name, values in axis.items()}
+        for axis in (grid, *zips)
+    )
     notebook = path.parent / Path(content["notebook"]).expanduser()
-    return {"notebook": notebook, "grid": _lists(grid), "zip": [*map(_lists, zips)], "parameters": parameters}
-
-
-def _lists(axis: Mapping[str, object]) -> dict[str, list]:
-    return {str(name): values if isinstance(values, list) else [values] for name, values in axis.items()}
+    return {"notebook": notebook, "grid": grid, "zip": zips, "parameters": parameters}
 
 
 def _rows(lesson: Lesson, axis: Mapping[str, Sequence]) -> list[dict[str, object]]:
     """Return the checked values of one axis: of one parameter, or of several that go together."""
-    for name, values in axis.items():
-        if not values:
-            raise ValueError(f"{name} has no values; write for instance {name}=0,1,2.")
-    if len(set(map(len, axis.values()))) > 1:
-        lengths = ", ".join(f"{name} has {len(values)}" for name, values in axis.items())
-        raise ValueError(f"Values that go together must be equally many, but {lengths}.")
-    rows: list[dict[str, object]] = []
-    for values in zip(*axis.values(), strict=True):
-        row = checked_values([lesson], [lesson], {}, dict(zip(axis, values, strict=True)))
-        if row in rows:
-            text = ", ".join(f"{name}={value}" for name, value in row.items())
-            raise ValueError(f"{text} comes twice; each run takes place once.")
-        rows.append(row)
+    counts = {name: len(values) for name, values in axis.items()}
+    if 0 in counts.values() or len({*counts.values()}) > 1:
+        told = ", ".join(f"{name} has {count}" for name, count in counts.items())
+        raise ValueError(f"A parameter needs values, and those that go together equally many, but {told}.")
+    rows = [checked_values([lesson], {}, dict(zip(axis, row, strict=True))) for row in zip(*axis.values(), strict=True)]
+    for row in rows:
+        if rows.count(row) > 1:
+            raise ValueError(f"{_named(row)} comes twice; each run takes place once.")
     return rows
 
 
@@ -278,8 +267,7 @@ def run_sweep(
     """
     out = Path(out).expanduser().resolve()
     out.mkdir(parents=True, exist_ok=True)
-    work = out / ".work"
-    next_writing = 0.0
+    work, next_writing = out / ".work", 0.0
     try:
         lock = filelock.FileLock(out / ".lock").acquire(timeout=0)
     except filelock.Timeout as error:
@@ -287,24 +275,29 @@ def run_sweep(
         raise ValueError(message) from error
     with lock:
         shutil.rmtree(work, ignore_errors=True)  # of a sweep that was killed
-        records = {run.key: record for run in plan.runs if (record := finished(out, run))}
+        records = {run.key: record for run in plan.runs if (record := _finished(out / "runs", run))}
         missing = [run for run in plan.runs if run.key not in records]
-        if scheduler is None:
+        if scheduler:
+            client, where, threads = _cluster_workers(scheduler), f"on {scheduler}", threads or 1
+        else:
             workers, threads = local_size(max(1, len(missing)), workers, threads)
             client, where = _local_workers(workers), f"{workers} at a time on this machine"
-        else:
-            client, where, threads = _cluster_workers(scheduler), f"on {scheduler}", threads or 1
         say(
             f"Runs: {len(plan.runs)}; finished before: {len(records)}; to run: {len(missing)}, {where}, "
             f"threads for each: {threads}."
         )
-        jobs = [(run, _job(plan, run, None if scheduler else work / run.label, threads, timeout)) for run in missing]
+        jobs = [
+            (run, _job(plan, run, None if scheduler else str(work / run.label), threads, timeout)) for run in missing
+        ]
         try:
             if jobs:
                 with client as client, progress_bar(description="sweep", total=len(jobs), unit="run") as bar:
                     for run, result, attempts in _run_all(client, jobs, retries):
-                        records[run.key] = _store(out, plan, run, result, attempts)
-                        bar.write(_line(records[run.key]), file=sys.stdout)
+                        records[run.key] = record = _store(out, plan, run, result, attempts)
+                        seconds = "" if record["seconds"] is None else f"{record['seconds']:.1f} s"
+                        figures = ", ".join(map(" ".join, main_figures(record["figures"]).items()))
+                        words = (record["status"], run.label, seconds, figures, record["error"])
+                        bar.write("  ".join(filter(None, words)), file=sys.stdout)
                         bar.update()
                         if time.monotonic() > next_writing:
                             _write_tables(out, plan, records, command)
@@ -323,12 +316,11 @@ def run_sweep(
 def local_size(runs: int, workers: int | None = None, threads: int | None = None) -> tuple[int, int]:
     """Return how many runs this machine does at a time, and with how many threads each.
 
-    A small model gains little from a second thread. So there is a run for each core, as far as memory allows, and the
-    cores left over become threads. Cores and memory are those that a container grants.
+    A small model gains little from a second thread. So there is a run for each core that the machine or its container
+    grants, as far as memory allows, and the cores left over become threads.
     """
     if workers is None:
-        cores = CPU_COUNT // threads if threads else CPU_COUNT
-        workers = max(1, min(cores, int(MEMORY_LIMIT // RUN_MEMORY), runs))
+        workers = max(1, min(CPU_COUNT // (threads or 1), int(MEMORY_LIMIT // RUN_MEMORY), runs))
     return workers, threads or max(1, CPU_COUNT // workers)
 
 
@@ -386,8 +378,8 @@ def _cluster_workers(address: str) -> Iterator[Client]:
 def _run_all(client: Client, jobs: Sequence[tuple[Run, dict]], retries: int) -> Iterator[tuple[Run, Result, int]]:
     """Yield each run with its last result and the number of tries, as they end.
 
-    Only as many are sent as the workers have threads, in the order of the grid. Dask would give every worker its share
-    in advance, and when a run kills its worker it would count the others of that share as failed too.
+    Only as many are sent as the workers have threads. Dask would give each worker its share in advance, and fail all of
+    that share with the run that kills the worker.
     """
     waiting, running, tries = deque(jobs), {}, Counter()
     try:
@@ -424,21 +416,21 @@ def _result_of(future: Future) -> Result:
         return Result(RunResult("failed", f"its worker failed with {type(error).__name__}: {error}"))
 
 
-def _job(plan: Plan, run: Run, folder: Path | None, threads: int, timeout: float | None) -> dict[str, object]:
+def _job(plan: Plan, run: Run, folder: str | None, threads: int, timeout: float | None) -> dict[str, object]:
     """Return the arguments of :func:`_work`."""
     defaults = plan.lesson.defaults
     parameters = {name: value for name, value in run.parameters.items() if value != defaults[name]}
     return {
         "notebook": plan.source, "name": plan.lesson.name, "parameters": parameters, "defaults": defaults,
-        "folder": folder and str(folder), "home": os.getcwd(), "threads": threads, "timeout": timeout,
+        "folder": folder, "home": os.getcwd(), "threads": threads, "timeout": timeout,
     }  # fmt: skip
 
 
 def _work(notebook, name, parameters, defaults, folder, home, threads, timeout) -> Result:
     """Execute the notebook once, as a Dask task.
 
-    On this machine the run works in ``folder``. Elsewhere that is None: there may be no shared disk, so the run works
-    in a folder of its own and its files come back with the result.
+    On this machine the run works in ``folder``. On a cluster that is None, since there may be no shared disk: the run
+    works in a folder of its own, and its files come back with the result.
     """
     worker = get_worker()
     task, deadline = worker.get_current_task(), time.monotonic() + (timeout or math.inf)
@@ -474,7 +466,7 @@ def _files(folder: Path) -> tuple[tuple[tuple[str, bytes], ...], tuple[str, ...]
     sizes = itertools.accumulate(path.stat().st_size for path in paths)
     count = sum(size <= MOST_SENT for size in sizes)
     names = [path.relative_to(folder).as_posix() for path in paths]
-    sent = zip(names, (path.read_bytes() for path in paths[:count]), strict=False)
+    sent = [(name, path.read_bytes()) for name, path in zip(names[:count], paths, strict=False)]
     return tuple(sent), tuple(names[count:])
 
 
@@ -515,9 +507,9 @@ def _about(plan: Plan) -> dict[str, str]:
     return {"notebook": plan.lesson.name, "notebook_sha256": plan.sha256, "vitlib": version("vitlib")}
 
 
-def finished(out: Path, run: Run, kind: str = "runs") -> dict | None:
-    """Return the record of a finished run; None if there is none, or it is damaged."""
-    record = _read(out / kind / run.label)
+def _finished(folder: Path, run: Run) -> dict | None:
+    """Return the record of a run in the folder ``runs`` or ``failed``; None if there is none, or it is damaged."""
+    record = _read(folder / run.label)
     return record if record.get("key") == run.key else None
 
 
@@ -533,7 +525,7 @@ def _write_tables(out: Path, plan: Plan, records: Mapping[str, dict], command: s
     version that are finished, for instance those of a larger grid. Return the content of results.json.
     """
     rows = [
-        records.get(run.key) or finished(out, run, "failed") or _record(plan, run, Result(RunResult("not run")), 0)
+        records.get(run.key) or _finished(out / "failed", run) or _record(plan, run, Result(RunResult("not run")), 0)
         for run in plan.runs
     ]
     labels = {run.label for run in plan.runs}
@@ -578,8 +570,8 @@ def as_frame(results: Mapping) -> tuple[pd.DataFrame, dict[str, str]]:
 
 def preview(plan: Plan, out: str | Path) -> str:
     """Return the runs of a plan as a table, each with whether it is finished in ``out``."""
-    out = Path(out).expanduser()
-    states = ["finished" if finished(out, run) else "to run" for run in plan.runs]
+    folder = Path(out).expanduser() / "runs"
+    states = ["finished" if _finished(folder, run) else "to run" for run in plan.runs]
     rows = [run.varied | {"state": state} for run, state in zip(plan.runs, states, strict=True)]
     table = pd.DataFrame(rows, index=range(1, len(rows) + 1), dtype=object).to_string()
     return f"{table}\nRuns: {len(rows)}; to run: {states.count('to run')}."
@@ -588,24 +580,14 @@ def preview(plan: Plan, out: str | Path) -> str:
 def summary(results: Mapping) -> str:
     """Return the table printed at the end: all runs, or of many those that are not ok, and the count of each status."""
     runs = results["runs"]
-    statuses = Counter(run["status"] for run in runs)
     shown = runs if len(runs) <= MOST_ROWS else [run for run in runs if run["status"] != "ok"][:MOST_ROWS]
     rows = [
         {"status": run["status"]}
         | {name: run["parameters"].get(name) for name in results["varied"]}
-        | {name: format_figure(value) for name, value in [*run["figures"].items()][:FIGURES_IN_TABLE]}
+        | main_figures(run["figures"])
         | {"seconds": run["seconds"], "MiB": (run["peak_memory_bytes"] or 0) >> 20, "error": run["error"]}
         for run in shown
     ]
     table = pd.DataFrame(rows, dtype=object).fillna("").to_string(index=False) if rows else ""
-    counts = ", ".join(f"{statuses[one]} {one}" for one in ("ok", "failed", "not run") if statuses[one])
-    return f"{table}\nRuns: {counts}."
-
-
-def _line(record: Mapping) -> str:
-    """Return one run as a line, printed as it ends."""
-    figures = ", ".join(
-        f"{name} {format_figure(value)}" for name, value in [*record["figures"].items()][:FIGURES_IN_TABLE]
-    )
-    seconds = "" if record["seconds"] is None else f"{record['seconds']:.1f} s"
-    return "  ".join(filter(None, (record["status"], record["run"], seconds, figures, record["error"])))
+    statuses = Counter(run["status"] for run in runs)
+    return f"{table}\nRuns: {', '.join(f'{count} {status}' for status, count in statuses.items())}."
