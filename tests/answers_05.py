@@ -75,6 +75,13 @@ RIGHT = {
         "the library's": lambda images, relevance, count, size: explain.delete_patches(images, relevance[:, 1:], count),
         "by interpolation": delete,
     },
+    "without_a_model": {
+        "contrast": explain.contrast_relevance,
+        "the middle": explain.middle_relevance,
+        "the mean patch": lambda images, size: (
+            (patchify(images, size) - patchify(images, size).mean(1, keepdim=True)).norm(dim=2).numpy()
+        ),
+    },
     "share_on_object": {
         "the library's": lambda relevance, mask, size: explain.share_on_mask(relevance[None], mask[None])[0],
         "a number": lambda relevance, mask, size: share(relevance, mask, size).item(),
@@ -137,6 +144,15 @@ WRONG = {
             lambda x, r, n, p: delete(x, r.roll(1, 0), n, p), "not those of the most relevant patches"
         ),
         "grey level changed": (lambda *given: delete(*given) + 1, "should have lost 36 pixels"),
+    },
+    "without_a_model": {
+        "the corners": (lambda images, size: -explain.middle_relevance(images, size), "upside down"),
+        "nothing": (lambda images, size: torch.ones(len(images), (images.shape[-1] // size) ** 2), "orders nothing"),
+        "chance": (
+            lambda images, size: torch.rand(len(images), (images.shape[-1] // size) ** 2), "leaves an area of"
+        ),
+        "brightness": (lambda images, size: patchify(images, size).mean(2), "leaves an area of"),
+        "pixels": (lambda images, size: images[:, 0], "a number for each patch"),
     },
     "share_on_object": {
         "not divided": (lambda r, m, p: share(r, m, p, normalised=False), "does not sum to 1"),

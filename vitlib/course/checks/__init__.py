@@ -11,6 +11,6 @@ from .chapter_01 import interpolation, patch_embedding, patch_numbers, patchify,
 from .chapter_02 import PRE_NORM_LINES, attend, attention, block_order, equivariance, split_heads
 from .chapter_03 import evaluation, first_loss, sound_model, split, top1
 from .chapter_04 import fair_comparison, linear_probe, normalisation, probe_size, transfer
-from .chapter_05 import deletion, distance, rollout, share_on_object
+from .chapter_05 import deletion, distance, rollout, share_on_object, without_a_model
 from .chapter_06 import attention_flops, confident_mistakes, google_kernel, parameters
 from .frame import ALL, VERDICT, be_strict

@@ -1,11 +1,19 @@
 """Checks of chapter 05: looking inside."""
 
 from collections.abc import Callable
+from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .frame import close, compare, exercise, number_answer, tensor_answer
+from vitlib import explain
+from vitlib.data.augment import normalise
+from vitlib.data.shapes import draw_shapes
+from vitlib.model import ViTModel
+from vitlib.weights.checkpoint import load_pretrained
+
+from .frame import Mistake, answer, close, compare, exercise, expect, number_answer, tensor_answer
 
 
 @exercise("attention distance")
@@ -196,6 +204,43 @@ def _judge_deletion(learners: Callable, images: Tensor, relevance: Tensor, count
         else "as many pixels are 0 as should be, but not those of the most relevant patches"
     )
     compare(given, right, slips, otherwise)
+
+
+@exercise("a map without a model")
+def without_a_model(learners: Callable) -> None:
+    """Of ``without_a_model(images [B, C, S, S], patch_size) -> [B, N]``: any map that, used for deletion, destroys the
+    predictions of the shipped model faster than rollout does."""
+    model, images, goal = _rollout_on_drawn_images()
+    patches = (images.shape[-1] // 4) ** 2
+    given = answer(learners, images, 4)
+    given = torch.from_numpy(given) if isinstance(given, np.ndarray) else given
+    expect(isinstance(given, Tensor), f"a tensor is wanted, but a {type(given).__name__} came back")
+    shape = (len(images), patches)
+    expect(
+        given.shape == shape, f"the shape is {list(given.shape)}, but should be {list(shape)}: a number for each patch"
+    )
+    given = given.detach().float()
+    expect(not given.isnan().any(), "some of the numbers are nan")
+    expect((given != given[:, :1]).any(), "all patches of an image have the same number, so the map orders nothing")
+    area = _area(model, images, given)
+    if area < goal:
+        return
+    expect(_area(model, images, -given) >= goal, "the order is upside down: give the largest number to what goes first")
+    raise Mistake(f"deleting in this order leaves an area of {area:.3f}, and in the order of rollout {goal:.3f}")
+
+
+@cache
+def _rollout_on_drawn_images() -> tuple[ViTModel, Tensor, float]:
+    """The shipped model, 40 normalised test images, and rollout's area under their deletion curve."""
+    model, card = load_pretrained("shapes100-mini")
+    model.eval()
+    images = normalise(draw_shapes("shapes100", "test").images[:40], card.mean, card.std)
+    relevance = explain.patch_relevance(explain.rollout(explain.attention_of(model, images)))
+    return model, images, _area(model, images, relevance)
+
+
+def _area(model: ViTModel, images: Tensor, relevance: Tensor) -> float:
+    return explain.deletion_curve(model, images, relevance, [4, 10, 20]).mean().item()
 
 
 @exercise("share on the object")
