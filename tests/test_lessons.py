@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parents[1] / "notebooks"
 CHAPTERS = sorted(FOLDER.glob("[0-9]*.ipynb"))
 SOLUTIONS = sorted((FOLDER / "solutions").glob("*.ipynb"))
 
-MENDED = [*CHAPTERS[:4], CHAPTERS[5]]  # those with alternative texts, counted minutes, folded set-up, and what has happened since 2020
+MENDED = [*CHAPTERS[:4], CHAPTERS[5]]  # with alternative texts, counted minutes, folded set-up, what is new since 2020
 
 LONGEST_CELL = 15
 CELLS_BETWEEN_PROMPTS = 3
