@@ -17,8 +17,9 @@ import io
 import math
 import re
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
-from functools import wraps
+from functools import cache, wraps
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -26,9 +27,10 @@ import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
+from matplotlib.text import Text
 from matplotlib.textpath import text_to_path
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 from torch import Tensor
@@ -36,7 +38,14 @@ from torch import Tensor
 from vitlib.costs import Costs
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+FONTS = (  # with letters that matplotlib's own font lacks, of Linux, macOS and Windows
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "Noto Sans SC", "WenQuanYi Zen Hei", "PingFang SC",
+    "Hiragino Sans", "Apple SD Gothic Neo", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "Noto Sans Devanagari",
+    "Kohinoor Devanagari", "Nirmala UI", "Noto Sans Arabic", "Noto Sans Hebrew", "Noto Sans Thai", "Thonburi",
+    "Leelawadee UI", "Arial Unicode MS", "Segoe UI", "FreeSans",
+)  # fmt: skip
 STYLE = {
+    "font.family": ["DejaVu Sans", *(name for name in FONTS if name in {font.name for font in fontManager.ttflist})],
     "font.size": 11,
     "axes.titlesize": 12,
     "axes.spines.top": False,
@@ -51,6 +60,11 @@ WIDEST = 8.8  # inches: what a notebook's page shows without making the figure, 
 HALO = withStroke(linewidth=3, foreground="white")  # keeps words legible that cross a curve
 
 
+# Warnings for each letter of each figure, in whose place _say_what_is_missing prints a sentence.
+BOXES = r"Glyph .* missing from|Matplotlib currently does not support .* natively"
+warnings.filterwarnings("ignore", BOXES)
+
+
 def _styled(draw):
     """Draw in the course's style, and take the figure out of pyplot's list, which would keep it for ever."""
 
@@ -59,9 +73,23 @@ def _styled(draw):
         with plt.rc_context(STYLE):
             figure = draw(*args, **kwargs)
         plt.close(figure)
+        letters = {ord(letter) for text in figure.findobj(Text) for letter in text.get_text() if letter.isprintable()}
+        if not letters <= {*range(128)} and not letters <= _letters():
+            _say_what_is_missing()
         return figure
 
     return drawn
+
+
+@cache
+def _letters() -> set[int]:
+    """Return the letters that a font of the style has."""
+    return set().union(*(get_font(findfont(name)).get_charmap() for name in STYLE["font.family"]))
+
+
+@cache  # so that it is said once
+def _say_what_is_missing() -> None:
+    print("No font here has all letters of these names, so that boxes stand for some (Noto Sans has them).")
 
 
 def show(figure: Figure, alt: str) -> None:

@@ -2,9 +2,7 @@
 
 import csv
 import math
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -14,12 +12,6 @@ from vitlib.data import LabelledImages
 from vitlib.utils import atomic_write
 
 STEPS = 16  # that a new head and its encoder get at least
-FONTS = (  # with letters that matplotlib's own font lacks, of Linux, macOS and Windows
-    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "Noto Sans SC", "WenQuanYi Zen Hei", "PingFang SC",
-    "Hiragino Sans", "Apple SD Gothic Neo", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "Noto Sans Devanagari",
-    "Kohinoor Devanagari", "Nirmala UI", "Noto Sans Arabic", "Noto Sans Hebrew", "Noto Sans Thai", "Thonburi",
-    "Leelawadee UI", "Arial Unicode MS", "Segoe UI", "FreeSans",
-)  # fmt: skip
 
 
 def batch_size_for(images: int) -> int:
@@ -81,18 +73,17 @@ def draw_errors(folder: Path, test: LabelledImages, logits: Tensor) -> str:
     counts = (test.labels * classes + predicted).bincount(minlength=classes**2).view(classes, classes)
     right = (predicted == test.labels).sum().item()
     worst = confident_mistakes(logits, test.labels)
-    with _letters_of_all_scripts() as missing:
-        confusion = plots.heatmap(
-            counts, names, names, numbers="{:.0f}", xlabel="predicted class", ylabel="true class",
-            label="test images", title=f"{right} of {len(test)} test images are right",
-        )  # fmt: skip
-        _save(confusion, folder / "confusion.png")
-        (folder / "mistakes.png").unlink(missing_ok=True)  # of an earlier training
-        if len(worst):
-            _save(_most_confident(test, logits, worst, len(test) - right), folder / "mistakes.png")
+    confusion = plots.heatmap(
+        counts, names, names, numbers="{:.0f}", xlabel="predicted class", ylabel="true class",
+        label="test images", title=f"{right} of {len(test)} test images are right",
+    )  # fmt: skip
+    _save(confusion, folder / "confusion.png")
+    (folder / "mistakes.png").unlink(missing_ok=True)  # of an earlier training
+    if len(worst):
+        _save(_most_confident(test, logits, worst, len(test) - right), folder / "mistakes.png")
     said = f"Which classes it confuses: {folder / 'confusion.png'}."
     said += f" Where it is most sure and wrong: {folder / 'mistakes.png'}." if len(worst) else " It makes no mistake."
-    return said + (" No font here has all letters of the class names (Noto Sans has them)." if missing else "")
+    return said
 
 
 def _most_confident(test: LabelledImages, logits: Tensor, worst: Tensor, count: int):
@@ -113,22 +104,6 @@ def _shortened(text: str) -> str:
 
 def _ending(text: str) -> str:
     return text if len(text) <= 22 else f"…{text[-21:]}"
-
-
-@contextmanager
-def _letters_of_all_scripts() -> Iterator[list]:
-    """Draw with every font of ``FONTS`` that is installed. Yields a list of warnings of letters that none has."""
-    import matplotlib
-    from matplotlib.font_manager import fontManager
-
-    installed = {font.name for font in fontManager.ttflist}
-    fonts = ["DejaVu Sans", *(name for name in FONTS if name in installed)]
-    missing = []
-    with matplotlib.rc_context({"font.family": fonts, "text.parse_math": False}):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            yield missing
-        missing += [warning for warning in caught if "missing from font" in str(warning.message)]
 
 
 def _save(figure, path: Path) -> None:
