@@ -49,11 +49,12 @@ def smaller(monkeypatch):
         ({"model": tiny(image_size=16)}, r"\[B, 3, 16, 16\]"),
         ({"card": card_of(channels=1)}, r"do not go with images of 3 channels.* num_channels=1"),
         ({"validation": pictures(classes=5)}, r"need 5 classes; give a model with a classifier of as many"),
+        ({"train": pictures(classes=1)}, r"are of one class, so nothing can be learned"),
         ({"validation": pictures(0)}, r"12 training and 0 validation images are too few"),
         ({"recipe": replace(PLAIN, augmentation=Augmentation(cutout=9))}, r"^cutout=9 is larger"),
         ({"recipe": replace(PLAIN, augmentation=Augmentation(padding=8, cutout=0))}, r"^padding=8 "),
     ],
-    ids=range(8),
+    ids=range(9),
 )
 def test_what_does_not_go_together_is_one_sentence(changes, words):
     good = {"model": tiny(), "train": pictures(), "validation": pictures(), "card": card_of(), "recipe": PLAIN}

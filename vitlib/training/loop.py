@@ -143,6 +143,10 @@ def _check_can_learn(model: nn.Module, train: LabelledImages, validation: Labell
         raise ValueError(
             f"{len(train)} training and {len(validation)} validation images are too few; give one of each."
         )
+    if len(train.labels.unique()) == 1:
+        raise ValueError(
+            f"All images of {train} are of one class, so nothing can be learned; give two classes or more."
+        )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("No parameter of the model requires a gradient, so it cannot learn; set requires_grad_(True).")
     try:
