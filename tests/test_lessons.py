@@ -17,8 +17,6 @@ FOLDER = Path(__file__).parents[1] / "notebooks"
 CHAPTERS = sorted(FOLDER.glob("[0-9]*.ipynb"))
 SOLUTIONS = sorted((FOLDER / "solutions").glob("*.ipynb"))
 
-MENDED = [*CHAPTERS[:4], CHAPTERS[5]]  # with alternative texts, counted minutes, folded set-up, what is new since 2020
-
 LONGEST_CELL = 15
 CELLS_BETWEEN_PROMPTS = 3
 EXERCISE = re.compile(r"^### (Exercise \d: .+)\n+(★☆☆|★★☆|★★★) · (\d+) minutes · (\S.*)$", re.MULTILINE)
@@ -30,7 +28,6 @@ MARKDOWN_IMAGE = re.compile(r"!\[([^\]]*)\]\(")
 MORE = "## If you want more"
 
 by_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
-by_mended = pytest.mark.parametrize("path", MENDED, ids=lambda path: path.stem)
 
 
 def cells_of(path):
@@ -86,7 +83,7 @@ def minutes_of(cells):
     return len(prose.split()) / 180 + lines / 20 + 0.6 * prose.count("**Predict.**") + 0.3 * figures + 1.3 * exercises
 
 
-@by_mended
+@by_chapter
 def test_the_minutes_of_the_header_are_honest(path):
     cells = cells_of(path)
     end = next((number for number, cell in enumerate(cells) if cell.source.startswith(MORE)), len(cells))
@@ -98,7 +95,7 @@ def test_the_minutes_of_the_header_are_honest(path):
         assert cells[end].source.startswith(f"{MORE} ({more} minutes)")
 
 
-@by_mended
+@by_chapter
 def test_the_way_to_the_lesson_is_short(path):
     """A picture at the head, the set-up folded, and vitlib before torch."""
     cells = cells_of(path)
@@ -110,14 +107,14 @@ def test_the_way_to_the_lesson_is_short(path):
     assert imports.index("from vitlib") < imports.index("import torch")
 
 
-@by_mended
+@by_chapter
 def test_the_end_says_what_has_happened_since_2020(path):
     prose = prose_of(cells_of(path))
     since = prose[prose.index("## Since 2020") : prose.index("## Exit ticket")]
     assert since.count("](https://") >= 3 and len(since.split()) >= 60
 
 
-@by_mended
+@by_chapter
 def test_every_shown_figure_has_an_alternative_text(path):
     for number, cell in enumerate(cells_of(path)):
         for output in cell.get("outputs", ()):
