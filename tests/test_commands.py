@@ -385,6 +385,14 @@ def test_finetune_takes_a_folder_as_people_have_them(pretrained, tmp_path):
     assert card.classes == ("$dogs$", "my cats")
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_run_dir_among_the_classes_is_refused(folder, command):
+    source = {"pretrain": "upstream", "finetune": "downstream"}[command]
+    result = call(command, **{source: folder / "train", "run_dir": folder / "train" / "runs"}, **SMALL)
+    assert result.exit_code == 2 and "is among the classes in" in result.stderr
+    assert not (folder / "train" / "runs").exists()
+
+
 def test_texts_mean_what_they_mean_in_a_notebook(folder, tmp_path):
     """Words for booleans and for nothing, as papermill's command line has them."""
     values = SMALL | {"norm_first": "off", "train_steps_per_epoch": "1", "eval_steps_per_epoch": "null"}

@@ -16,6 +16,7 @@ from vitlib import training
 from vitlib.costs import costs
 from vitlib.course import own_images
 from vitlib.data import LabelledImages, channel_statistics, load_images
+from vitlib.data.folders import find_splits
 from vitlib.model import PRESETS, ViTModel, create_model
 from vitlib.training import FINETUNING, RECIPES, Trained, record_test
 from vitlib.training.distributed import current_context, end_distributed, init_distributed
@@ -25,6 +26,7 @@ from vitlib.weights import ModelCard, load_weights, with_image_size
 
 def pretrain(upstream, preset, run_dir, data_dir, image_size, device, **options) -> None:
     """Train a new model, and score it; the arguments are parameters of the course."""
+    _check_apart(upstream, run_dir)
     device = init_distributed(device)
     train, test = _load_splits(upstream, data_dir, image_size or PRESETS[preset]["image_size"])
     with _compiling(options["compile"]):
@@ -44,6 +46,7 @@ def finetune(
     """
     if weights is None:
         raise ValueError("weights=None names no encoder; give a shipped name, a checkpoint file, or random.")
+    _check_apart(downstream, run_dir)
     device = init_distributed(device)
     if weights == "random":
         train, test = _load_splits(downstream, data_dir, image_size or PRESETS["small"]["image_size"])
@@ -84,6 +87,13 @@ def _say(sentence: str) -> None:
     """Print a sentence, of several processes only in the first."""
     if current_context().is_first:
         click.echo(sentence)
+
+
+def _check_apart(source: str, run_dir: str) -> None:
+    """Refuse a run's folder in a folder of classes, where its figures would be one more class next time."""
+    folder = Path(source).resolve()
+    if folder.is_dir() and Path(run_dir).resolve().is_relative_to(folder) and find_splits(folder)[0] == folder:
+        raise ValueError(f"run_dir={run_dir} is among the classes in {folder}; choose one outside of it.")
 
 
 def _load_splits(
