@@ -1,7 +1,7 @@
 """Report what this machine can do, what is missing, and how long the chapters take: ``python -m vitlib doctor``.
 
-torch is loaded only where the installed versions will do, so that a machine without it gets a sentence, too. Nothing is
-sent or fetched.
+torch is loaded only where the installed versions will do, so a machine without it gets a sentence, too. Nothing is sent
+or fetched.
 """
 
 import math
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
-from vitlib.utils import cache_dir
+from vitlib.utils import cache_dir, text_table
 
 GIB = 2**30
 PEAK = 0.8 * GIB  # the most memory that a chapter takes (RESULTS.md)
@@ -24,12 +24,8 @@ PLACES = {  # by an environment variable that only this place sets: its name, an
     "COLAB_RELEASE_TAG": "Google Colab; save a copy in Drive to keep your work",
     "BINDER_REPO_URL": "Binder; download your notebooks before the session ends",
 }
-CLASS = {
-    "preset": "mini",
-    "recipe": "short",
-    "norm_first": True,
-    "batch_size": 32,
-}  # of notebooks/parameters/class.yaml
+# of notebooks/parameters/class.yaml
+CLASS = {"preset": "mini", "recipe": "short", "norm_first": True, "batch_size": 32}
 CHAPTERS = {  # images that each trains on; one that is only looked at counts as a third
     "00 orientation": 0, "01 patching": 0, "02 attention": 0, "03 pretraining": 48_000, "04 fine-tuning": 26_000,
     "05 looking inside": 11_000, "06 the real ViT": 2_500,
@@ -68,20 +64,19 @@ def gather() -> Facts:
         import psutil
 
         system, busy = psutil.virtual_memory(), psutil.cpu_percent(0.5) / 100
-        memory = {"memory": min(system.total, most), "free_memory": max(0, min(system.available, left)), "busy": busy}
+        memory, free = min(system.total, most), max(0, min(system.available, left))
     except ImportError:
-        memory = {"memory": None, "free_memory": None, "busy": 0.0}
+        memory, free, busy = None, None, 0.0
     facts = Facts(
         place=next((words for name, words in PLACES.items() if name in os.environ), "a machine of your own"),
         cores=granted_cores(),
         cores_in_all=os.cpu_count() or 1,
+        memory=memory,
+        free_memory=free,
         free_disk=shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free,
+        busy=busy,
         needs=needs,
-        versions={
-            "Python": platform.python_version(),
-            **{name: version(name) for name in {*SHOWN, *needs} - {"Python"}},
-        },
-        **memory,
+        versions={**{name: version(name) for name in (*SHOWN, *needs)}, "Python": platform.python_version()},
     )
     return replace(facts, **_ask_torch()) if can_run(facts) else facts
 
@@ -141,13 +136,12 @@ def _ask_torch() -> dict[str, object]:
         folders = {name: cifar_class(name).base_folder for name in ("cifair100", "cifair10", "cifar100", "cifar10")}
     except Exception as error:  # broken installations raise anything
         return {"failure": f"torch or torchvision does not load ({_reason(error)}); install both again, together."}
-    card = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    gpu = None if device.type == "cpu" else device.type.upper()
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        gpu = f"{card.name}, {gib(card.total_memory)}"
     known = {
-        "gpu": f"{card.name}, {gib(card.total_memory)}"
-        if card
-        else None
-        if device.type == "cpu"
-        else device.type.upper(),
+        "gpu": gpu,
         "threads": torch.get_num_threads(),
         "precision": resolve_precision("auto", device),
         "downloads": tuple(name for name, folder in folders.items() if (cache_dir() / folder).is_dir()),
@@ -188,7 +182,7 @@ def training_speed(
 
 
 def _reason(error: Exception) -> str:
-    first = (str(error).strip().splitlines() or [""])[0].replace(str(Path.home()), "~")
+    first = str(error).strip().partition("\n")[0].replace(str(Path.home()), "~")
     return f"{type(error).__name__}: {first[:100]}"
 
 
@@ -199,11 +193,8 @@ def problems(facts: Facts) -> list[tuple[bool, str]]:
     found = []
     if not facts.needs:
         found.append((True, "vitlib is not installed; python -m pip install -e . in the course's folder does that."))
-    poor = {
-        name: lowest
-        for name, lowest in facts.needs.items()
-        if facts.versions[name] is None or Version(facts.versions[name]) < Version(lowest)
-    }
+    found_versions = {name: Version(facts.versions[name] or "0") for name in facts.needs}
+    poor = {name: lowest for name, lowest in facts.needs.items() if found_versions[name] < Version(lowest)}
     if lowest := poor.pop("Python", None):
         python = facts.versions["Python"]
         found.append((True, f"Python {python} is too old; make an environment with {lowest} or newer."))
@@ -217,10 +208,8 @@ def problems(facts: Facts) -> list[tuple[bool, str]]:
         words = f"Only {gib(facts.free_memory)} of {gib(facts.memory)} of memory are free, chapters need up to 0.8 GiB"
         found.append((facts.memory < PEAK, f"{words}; close other programs and notebooks, or use a larger machine."))
     if facts.threads > facts.cores:
-        found.append((False, (
-            f"torch uses {facts.threads} threads on {cores(facts.cores)}, and training takes many times as long; start "
-            f"Jupyter with OMP_NUM_THREADS={facts.cores} in the environment."
-        )))  # fmt: skip
+        words = f"torch uses {facts.threads} threads on {cores(facts.cores)}, and training takes many times as long"
+        found.append((False, f"{words}; start Jupyter with OMP_NUM_THREADS={facts.cores} in the environment."))
     if facts.busy > 0.25:
         found.append((False, f"Other programs use {facts.busy:.0%} of the processor; without them training is faster."))
     return found
@@ -232,36 +221,33 @@ def can_run(facts: Facts) -> bool:
 
 def report(facts: Facts) -> str:
     """Return the facts, how long each chapter takes, and what is wrong, in at most 30 lines."""
-    of_all = f" of {facts.cores_in_all}" if facts.cores_in_all > facts.cores else ""
     memory = "unknown" if facts.memory is None else f"{gib(facts.memory)}, of which {gib(facts.free_memory)} are free"
     names = ", ".join(f"{name} {facts.versions[name] or 'missing'}" for name in SHOWN)
     compiler = shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++") or shutil.which("cl")
     machine = {
         "where": f"{facts.place} ({platform.system()} {platform.machine()})",
-        "processor": f"{cores(facts.cores)}{of_all}",
+        "processor": cores(facts.cores) + (f" of {facts.cores_in_all}" if facts.cores_in_all > facts.cores else ""),
         "memory": memory,
         "disk": f"{gib(facts.free_disk)} free where downloads are kept",
         "compiler": "there" if compiler else "none: compile=True (torch.compile) needs one, such as g++",
     }
-    sections = {"This machine": machine, "Software": {"": f"Python {facts.versions['Python']}, {names}"}}
-    if facts.speed is None:
-        sections["What that means"] = {"00 to 06": "cannot run yet, see below"}
-    else:
+    data, chapters = {}, {"00 to 06": "cannot run yet, see below"}
+    if facts.speed is not None:
         machine["processor"] += f"; GPU: {facts.gpu}" if facts.gpu else "; no GPU, and none is needed"
         machine["speed"] = f"{facts.speed:,.0f} images/s (training of `mini` in float32, measured for a second)"
         machine["precision"] = f"auto is {facts.precision} here"
-        sections["Data"] = {
-            "images": f"shapes100, shapes10; downloaded: {', '.join(facts.downloads) or 'none, and none is needed'}",
-            "weights": ", ".join(facts.weights),
-        }
-        sections["What that means"] = {
+        downloads = ", ".join(facts.downloads) or "none, and none is needed"
+        data = {"images": f"shapes100, shapes10; downloaded: {downloads}", "weights": ", ".join(facts.weights)}
+        chapters = {
             name: f"{duration(START + SUSTAINED * images / facts.speed)}{' (an estimate)' if images else ''}"
             for name, images in CHAPTERS.items()
         }
+    software = {"with": f"Python {facts.versions['Python']}, {names}"}
+    sections = {"This machine": machine, "Software": software, "Data": data, "What that means": chapters}
     lines = []
     for title, rows in sections.items():
-        width = max(map(len, rows))
-        lines += [title, *(f"  {f'{name:<{width}}  ' if name else ''}{text}" for name, text in rows.items()), ""]
+        if rows:
+            lines += [title, *(f"  {line}" for line in text_table(list(rows.items()))), ""]
     lines += [f"{'Problem' if essential else 'Note'}: {sentence}" for essential, sentence in problems(facts)]
     return "\n".join([*lines, "The course can run here."] if can_run(facts) else lines)
 
@@ -276,7 +262,7 @@ def duration(seconds: float) -> str:
         return "less than a minute"
     minutes = round(seconds / 60)
     if minutes < 90:
-        return f"about {max(1, minutes)} minute{'s' if minutes > 1 else ''}"
+        return f"about {minutes} minute{'s' if minutes > 1 else ''}"
     return f"about {round(minutes / 60):,} hours"
 
 
