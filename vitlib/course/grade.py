@@ -42,7 +42,7 @@ MISSING, NOT_REACHED = "missing", "not reached"
 COLUMNS = ("student", "file", "chapter", "exercise", "status", "message", "seconds", "note")
 LARGEST = 100 * 2**20  # bytes of a student's notebook
 SHOWN = 100_000  # characters of one output in an executed copy
-LISTED = 10  # files of one folder that are not graded, each on a line of its own
+LISTED = 50  # files that are not graded, each on a line
 # In a file's name beside chapter and student: copies by browsers and Jupyter, versions.
 NOISE = re.compile(
     r"(?<![^\W_])(copy( of)?|copy\d+|final|fixed|new|version|v\d+|submission|homework|hw\d*|assignment\d*|solutions?|"
@@ -205,7 +205,7 @@ def _read_chapters(notebooks: Path, parameters: str | Path | None, given: Mappin
 
 
 def _chapter(lesson: Lesson, values: Mapping[str, object]) -> Chapter:
-    """A chapter runs with all of its parameters, whatever a student has set or removed."""
+    """Make a chapter. It sets all of its parameters, so that those which a student has set or removed do not matter."""
     cells = nbformat.read(lesson.path, as_version=4).cells
     defaults = {name: value for name, value in lesson.defaults.items() if name in PARAMETERS}
     fixed = {"strict_checks": False, "run_dir": "../run"}  # not the student's own training, made with other parameters
@@ -218,7 +218,7 @@ def _chapter(lesson: Lesson, values: Mapping[str, object]) -> Chapter:
 
 
 def _find(folder: Path, out: Path, chapters: Sequence[Chapter]) -> list[Submission]:
-    """All files by student and chapter. What cannot be read, or belongs to no chapter, says why."""
+    """Return all files by student and chapter. One that cannot be read, or belongs to no chapter, says why."""
     found, copies = [], Counter()
     for path in sorted(_files(folder, out)):
         name = path.relative_to(folder)
@@ -242,7 +242,7 @@ def _find(folder: Path, out: Path, chapters: Sequence[Chapter]) -> list[Submissi
 
 
 def _files(folder: Path, out: Path) -> Iterator[Path]:
-    """Files, links and folders that cannot be entered. Hidden ones are leftovers of Jupyter and of unpacking."""
+    """Yield files, links and folders that cannot be entered, without hidden ones: Jupyter and archives leave those."""
     closed: list[OSError] = []
     for here, folders, files in os.walk(folder, onerror=closed.append):
         folders[:] = [n for n in folders if not n.startswith((".", "__MACOSX", "@eaDir")) and Path(here, n) != out]
@@ -275,7 +275,7 @@ def _read(path: Path) -> NotebookNode:
 
 
 def _chapter_of(path: Path, notebook: NotebookNode | None, chapters: Iterable[Chapter]) -> tuple[Chapter | None, str]:
-    """By the name of file or folder, unless only another chapter's checks are called; and a remark if they differ."""
+    """Return the chapter that the path names, unless only another's checks are called, and a remark if they differ."""
     texts = (unicodedata.normalize("NFC", text) for text in (path.name, str(path)))
     named = next((chapter for text in texts for chapter in chapters if chapter.pattern.search(text)), None)
     calls = {name for cell in (notebook.cells if notebook else ()) for name in calls_of(cell)}
@@ -286,10 +286,7 @@ def _chapter_of(path: Path, notebook: NotebookNode | None, chapters: Iterable[Ch
 
 
 def _student(path: Path, chapters: Iterable[Chapter]) -> str:
-    """All that a path says beside the chapter: ``ada`` of 01_patching_ada.ipynb, ``group1/ada`` of a folder's path.
-
-    Fit to be the name of a folder.
-    """
+    """Return what a path says beside the chapter, fit to be a folder's name: ``ada`` of 01_patching_ada.ipynb."""
     stem = re.split(r"\.ipynb", path.name, maxsplit=1, flags=re.IGNORECASE)[0]
     names = []
     for part in (*path.parts[:-1], stem):
@@ -368,43 +365,46 @@ def _judge(one: Submission, executed: NotebookNode | None) -> None:
     """Fill in status and message of each exercise, and the notebook's first error."""
     reached, student = {}, new_code_cell()
     for cell in (cell for cell in (executed.cells if executed else ()) if cell.cell_type == "code"):
-        exercise = cell.metadata.get("vitlib", {}).get("exercise")
-        if exercise:
-            reached[exercise] = _verdict(exercise, cell, student, one)
+        if exercise := cell.metadata.get("vitlib", {}).get("exercise"):
+            reached[exercise] = _verdict(exercise, cell, student, one.first_error)
             continue
         student = cell
-        errors = [output for output in cell.outputs if output.output_type == "error"]
-        if errors and not one.first_error:
-            line = (cell.source.strip().splitlines() or [""])[0]
-            one.first_error = _plain(f'In [{cell.execution_count}] "{line}": {_in_words(errors[0])}')
+        if (error := _error(cell)) and not one.first_error:
+            line = cell.source.strip().partition("\n")[0]
+            one.first_error = _plain(f'In [{cell.execution_count}] "{line}": {error}')
     nothing = (NOT_REACHED, "") if one.stopped and not executed else (MISSING, "")
     one.verdicts = {name: reached.get(name, nothing) for name in one.chapter.exercises}
 
 
-def _verdict(exercise: str, cell: NotebookNode, student: NotebookNode, one: Submission) -> tuple[str, str]:
-    """Status and message of an exercise by the grader's cell, unless the student's cell before it stopped early."""
-    given = [output.data[VERDICT] for output in student.outputs if VERDICT in output.get("data", {})]
-    errors = [output for output in student.outputs if output.output_type == "error"]
-    if errors and not any(isinstance(said, dict) and said.get("check") == exercise for said in given):
-        first = one.first_error if errors[0].ename == "NameError" else ""
-        said = f"; the first error was {first}" if first and _in_words(errors[0]) not in first else ""
-        return WORDS[NOT_YET], _plain(f"its cell stopped before the check with {_in_words(errors[0])}{said}")
-    errors = [output for output in cell.outputs if output.output_type == "error"]
-    if errors:
-        return WORDS[NOT_YET], _plain(f"the check stopped with {_in_words(errors[0])}")
-    for output in reversed(cell.outputs):
-        verdict = output.get("data", {}).get(VERDICT)
-        if isinstance(verdict, dict) and verdict.get("check") == exercise and str(verdict.get("status")) in WORDS:
+def _verdict(exercise: str, cell: NotebookNode, student: NotebookNode, first_error: str) -> tuple[str, str]:
+    """Return status and message by the grader's cell, unless the student's cell before it stopped early."""
+    error = _error(student)
+    if error and not any(said.get("check") == exercise for said in _shown(student)):
+        is_later = error.startswith("NameError") and error not in first_error
+        said = f"; the first error was {first_error}" if first_error and is_later else ""
+        return WORDS[NOT_YET], _plain(f"its cell stopped before the check with {error}{said}")
+    if error := _error(cell):
+        return WORDS[NOT_YET], _plain(f"the check stopped with {error}")
+    for verdict in reversed(_shown(cell)):
+        if verdict.get("check") == exercise and str(verdict.get("status")) in WORDS:
             return WORDS[verdict["status"]], _plain(str(verdict.get("message", "")))
     return NOT_REACHED, ""
 
 
-def _in_words(error: NotebookNode) -> str:
-    return f"{error.ename}: {error.evalue}" if error.evalue else error.ename
+def _shown(cell: NotebookNode) -> list[dict]:
+    """Return the verdicts in a cell's outputs; others than mappings are forged."""
+    found = [output.get("data", {}).get(VERDICT) for output in cell.outputs]
+    return [verdict for verdict in found if isinstance(verdict, dict)]
+
+
+def _error(cell: NotebookNode) -> str:
+    """Return the error that stopped a cell, or ""."""
+    errors = [output for output in cell.outputs if output.output_type == "error"]
+    return ": ".join(filter(None, (errors[0].ename, errors[0].evalue))) if errors else ""
 
 
 def _plain(text: str) -> str:
-    """Foreign text on one line of printable characters, and not a long one: terminals obey what is in some."""
+    """Return foreign text on one line of printable characters, and not a long one: terminals obey what is in some."""
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())[:300]
 
 
@@ -423,7 +423,7 @@ def _write_grades(out: Path, graded: Iterable[Submission]) -> None:
 
 
 def tables(found: Sequence[Submission], roster: Sequence[str] = ()) -> str:
-    """For each chapter who passed what and who of the roster is missing, then the files that were not graded."""
+    """Return who passed what and who of the roster is missing, by chapter, then the files that were not graded."""
     graded = [one for one in found if one.chapter]
     blocks = []
     for name, chapter in sorted({one.chapter.name: one.chapter for one in graded}.items()):
@@ -431,31 +431,18 @@ def tables(found: Sequence[Submission], roster: Sequence[str] = ()) -> str:
         students = Counter(one.student for one in rows)
         lines = [(name, *chapter.exercises, "passed", "")]
         for one in rows:
-            origin = f"({one.file})" if students[one.student] > 1 else ""
             statuses = (status for status, _ in one.verdicts.values())
+            origin = f"({one.file})" if students[one.student] > 1 else ""
             note = " ".join(filter(None, (one.note, origin)))
             lines.append((one.student, *statuses, f"{one.passed}/{len(chapter.exercises)}", note))
-        blocks.append(text_table(lines))
-        missing = _missing(roster, list(students))
-        blocks[-1] += [f"Missing: {', '.join(missing)}"] if missing else []
-    strange = [one for one in found if not one.chapter]
-    blocks += [["Not graded:", *_listed(strange)]] if strange else []
+        missing = ", ".join(_missing(roster, students))
+        blocks.append(text_table(lines) + [f"Missing: {missing}"] * bool(missing))
+    if strange := [f"{one.file}: {one.stopped or one.remark}" for one in found if not one.chapter]:
+        more = len(strange) - LISTED
+        blocks.append(["Not graded:", *strange[:LISTED], *([f"and {more} more files"] if more > 0 else [])])
     count, stopped = len({one.student for one in graded}), sum(bool(one.stopped) for one in graded)
     blocks.append([f"{len(graded)} notebooks of {count} students; {stopped} could not be run to the end."])
     return "\n\n".join("\n".join(lines) for lines in blocks)
-
-
-def _listed(files: Sequence[Submission]) -> Iterator[str]:
-    """Name each file with its reason; many of one folder and one reason share a line."""
-    groups: dict[tuple[str, str], list[Submission]] = {}
-    for one in files:
-        groups.setdefault((os.path.dirname(one.file), one.stopped or one.remark), []).append(one)
-    for (folder, said), group in groups.items():
-        if len(group) > LISTED:
-            endings = Counter(one.path.suffix for one in group)
-            yield f"{folder}/: {', '.join(f'{count} {ending}' for ending, count in endings.items())}: {said}"
-        else:
-            yield from (f"{one.file}: {said}" for one in group)
 
 
 def read_roster(path: Path) -> list[str]:
@@ -467,11 +454,15 @@ def read_roster(path: Path) -> list[str]:
     return [_plain(line) for line in lines if line.strip()]
 
 
-def _missing(roster: Sequence[str], students: Sequence[str]) -> list[str]:
-    """Names of which no student has all words, in whatever order; each student counts for the longest name only."""
-    words = {name: frozenset(re.findall(r"[^\W_]+", unicodedata.normalize("NFC", name).casefold())) for name in roster}
+def _missing(roster: Sequence[str], students: Iterable[str]) -> list[str]:
+    """Return names of which no student has all words, in any order; each student counts for the longest name only."""
+
+    def words(name: str) -> set[str]:
+        return set(re.findall(r"[^\W_]+", unicodedata.normalize("NFC", name).casefold()))
+
     there = set()
     for student in students:
-        said = set(re.findall(r"[^\W_]+", unicodedata.normalize("NFC", student).casefold()))
-        there |= set(sorted((name for name in roster if words[name] <= said), key=lambda name: len(words[name]))[-1:])
+        there |= set(
+            sorted((name for name in roster if words(name) <= words(student)), key=lambda n: len(words(n)))[-1:]
+        )
     return [name for name in roster if name not in there]
