@@ -459,6 +459,6 @@ def main_figures(figures: Mapping[str, object]) -> dict[str, str]:
     return {name: format_figure(value) for name, value in list(figures.items())[:FIGURES_IN_TABLE]}
 
 
-def escape_formula(text: str) -> str:
-    """Quote a text that a spreadsheet would run as a formula."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+def escape_formula(cell: object) -> object:
+    """Return the cell of a table, a text that a spreadsheet would run as a formula with a quote before it."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@")) else cell

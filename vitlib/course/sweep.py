@@ -48,7 +48,7 @@ try:
     import dask
     import pandas as pd
     from dask.system import CPU_COUNT
-    from distributed import Client, Future, KilledWorker, LocalCluster, get_worker, wait
+    from distributed import Client, KilledWorker, LocalCluster, get_worker, wait
     from distributed.comm.addressing import parse_host_port
     from distributed.system import MEMORY_LIMIT
 except ModuleNotFoundError as error:
@@ -135,18 +135,18 @@ def make_plan(
     from vitlib.course.parameters import PARAMETERS  # here, since it loads torch, which workers do without
 
     grid, zips, given = dict(grid or {}), list(zips), dict(given or {})
-    content = _read_grid(Path(path).expanduser())
+    notebook, file_grid, file_zips, file_values = _read_grid(Path(path).expanduser())
     typed = {*grid, *(name for group in zips for name in group)}
-    zips = [group for group in content["zip"] if typed.isdisjoint(group)] + zips
-    grid = {name: values for name, values in content["grid"].items() if name not in typed} | grid
-    lesson = read_lesson(content["notebook"])
+    zips = [group for group in file_zips if typed.isdisjoint(group)] + zips
+    grid = {name: values for name, values in file_grid.items() if name not in typed} | grid
+    lesson = read_lesson(notebook)
     axes = [{name: values} for name, values in grid.items()] + zips
     names = [name for axis in axes for name in axis]
     if twice := [name for name, count in Counter([*names, *given]).items() if count > 1]:
         raise ValueError(f"{twice[0]} is given twice; leave it in one place of --grid, --zip and -p.")
     shared = {
         name: value
-        for name, value in {**content["parameters"], **(parameters or {})}.items()
+        for name, value in {**file_values, **(parameters or {})}.items()
         if name not in names and (name in lesson.parameters or name not in PARAMETERS)
     }
     common = checked_values([lesson], shared, given)
@@ -170,12 +170,12 @@ def _named(values: Mapping[str, object]) -> str:
     return ",".join(f"{name}={value}" for name, value in values.items())
 
 
-def _read_grid(path: Path) -> dict:
-    """Return the content of a YAML file of a sweep; a notebook alone is a grid of one run."""
+def _read_grid(path: Path) -> tuple[Path, dict[str, list], list[dict[str, list]], dict[str, object]]:
+    """Return notebook, grid, zips and parameters of a sweep's YAML file; a notebook alone is a grid of one run."""
     from vitlib.course.parameters import near_match
 
     if path.suffix == ".ipynb":
-        return {"notebook": path, "grid": {}, "zip": [], "parameters": {}}
+        return path, {}, [], {}
     if path.suffix not in (".yaml", ".yml"):
         raise ValueError(f"{path} is neither a notebook (.ipynb) nor the file of a sweep (.yaml).")
     content = parameters_from_file(path)
@@ -193,8 +193,7 @@ def _read_grid(path: Path) -> dict:
         {name: values if isinstance(values, list) else [values] for name, values in axis.items()}
         for axis in (grid, *zips)
     )
-    notebook = path.parent / Path(content["notebook"]).expanduser()
-    return {"notebook": notebook, "grid": grid, "zip": zips, "parameters": parameters}
+    return path.parent / Path(content["notebook"]).expanduser(), grid, zips, parameters
 
 
 def _rows(lesson: Lesson, axis: Mapping[str, Sequence]) -> list[dict[str, object]]:
@@ -286,18 +285,20 @@ def run_sweep(
             f"Runs: {len(plan.runs)}; finished before: {len(records)}; to run: {len(missing)}, {where}, "
             f"threads for each: {threads}."
         )
+        common = {
+            "notebook": plan.source, "name": plan.lesson.name, "defaults": plan.lesson.defaults, "home": os.getcwd(),
+            "threads": threads, "timeout": timeout,
+        }  # fmt: skip
         jobs = [
-            (run, _job(plan, run, None if scheduler else str(work / run.label), threads, timeout)) for run in missing
+            (run, common | {"folder": None if scheduler else str(work / run.label), "parameters": run.parameters})
+            for run in missing
         ]
         try:
             if jobs:
                 with client as client, progress_bar(description="sweep", total=len(jobs), unit="run") as bar:
                     for run, result, attempts in _run_all(client, jobs, retries):
-                        records[run.key] = record = _store(out, plan, run, result, attempts)
-                        seconds = "" if record["seconds"] is None else f"{record['seconds']:.1f} s"
-                        figures = ", ".join(map(" ".join, main_figures(record["figures"]).items()))
-                        words = (record["status"], run.label, seconds, figures, record["error"])
-                        bar.write("  ".join(filter(None, words)), file=sys.stdout)
+                        records[run.key] = _store(out, plan, run, result, attempts)
+                        bar.write(_line(records[run.key]), file=sys.stdout)
                         bar.update()
                         if time.monotonic() > next_writing:
                             _write_tables(out, plan, records, command)
@@ -392,7 +393,14 @@ def _run_all(client: Client, jobs: Sequence[tuple[Run, dict]], retries: int) -> 
                 wait(list(running), timeout=1, return_when="FIRST_COMPLETED")
             for future in [future for future in running if future.status != "pending"]:
                 run, job = running.pop(future)
-                result = _result_of(future)
+                try:
+                    result = future.result()
+                except CancelledError:
+                    raise
+                except KilledWorker:
+                    result = Result(RunResult("failed", "its worker died (killed, or no memory left)"))
+                except Exception as error:  # not of the notebook: a full disk, another version of a package
+                    result = Result(RunResult("failed", f"its worker failed with {type(error).__name__}: {error}"))
                 tries[run.key] += 1
                 if result.outcome.status != "ok" and tries[run.key] <= retries:
                     waiting.appendleft((run, job))
@@ -405,28 +413,7 @@ def _run_all(client: Client, jobs: Sequence[tuple[Run, dict]], retries: int) -> 
             client.cancel(list(running), force=True)  # so that workers end what nobody waits for
 
 
-def _result_of(future: Future) -> Result:
-    try:
-        return future.result()
-    except CancelledError:
-        raise
-    except KilledWorker:
-        return Result(RunResult("failed", "its worker died (killed, or no memory left)"))
-    except Exception as error:  # of the worker, not of the notebook: a full disk, another version of a package
-        return Result(RunResult("failed", f"its worker failed with {type(error).__name__}: {error}"))
-
-
-def _job(plan: Plan, run: Run, folder: str | None, threads: int, timeout: float | None) -> dict[str, object]:
-    """Return the arguments of :func:`_work`."""
-    defaults = plan.lesson.defaults
-    parameters = {name: value for name, value in run.parameters.items() if value != defaults[name]}
-    return {
-        "notebook": plan.source, "name": plan.lesson.name, "parameters": parameters, "defaults": defaults,
-        "folder": folder, "home": os.getcwd(), "threads": threads, "timeout": timeout,
-    }  # fmt: skip
-
-
-def _work(notebook, name, parameters, defaults, folder, home, threads, timeout) -> Result:
+def _work(notebook, name, defaults, home, threads, timeout, folder, parameters) -> Result:
     """Execute the notebook once, as a Dask task.
 
     On this machine the run works in ``folder``. On a cluster that is None, since there may be no shared disk: the run
@@ -449,11 +436,12 @@ def _work(notebook, name, parameters, defaults, folder, home, threads, timeout) 
         if folder:
             shutil.rmtree(place, ignore_errors=True)  # of an earlier try
             place.mkdir(parents=True, exist_ok=True)
+        given = {name: value for name, value in parameters.items() if value != defaults[name]}
         if "run_dir" in defaults:
-            parameters = {**parameters, "run_dir": str(place)}
+            given["run_dir"] = str(place)
         with open(place / "log.txt", "w", encoding="utf-8") as log:
             outcome = run_notebook(
-                nbformat.reads(notebook, as_version=4), place, name, parameters,
+                nbformat.reads(notebook, as_version=4), place, name, given,
                 defaults=defaults, log=log, end=end, environment=environment,
                 folder=Path(home) if Path(home).is_dir() else place,
             )  # fmt: skip
@@ -536,10 +524,7 @@ def _write_tables(out: Path, plan: Plan, records: Mapping[str, dict], command: s
     with atomic_write(out / "results.json") as temporary:
         temporary.write_text(json.dumps(results, indent=2, default=str) + "\n", encoding="utf-8")
     with atomic_write(out / "results.csv") as temporary:
-        columns = {
-            name: [escape_formula(cell) if isinstance(cell, str) else cell for cell in column]
-            for name, column in as_frame(results)[0].items()
-        }
+        columns = {name: [*map(escape_formula, column)] for name, column in as_frame(results)[0].items()}
         pd.DataFrame(columns, dtype=object).to_csv(temporary, index=False)
     return results
 
@@ -591,3 +576,9 @@ def summary(results: Mapping) -> str:
     table = pd.DataFrame(rows, dtype=object).fillna("").to_string(index=False) if rows else ""
     statuses = Counter(run["status"] for run in runs)
     return f"{table}\nRuns: {', '.join(f'{count} {status}' for status, count in statuses.items())}."
+
+
+def _line(run: Mapping) -> str:
+    seconds = "" if run["seconds"] is None else f"{run['seconds']:.1f} s"
+    figures = ", ".join(map(" ".join, main_figures(run["figures"]).items()))
+    return "  ".join(filter(None, (run["status"], run["run"], seconds, figures, run["error"])))
