@@ -122,6 +122,12 @@ def test_weights_that_are_not_finite_are_refused(model, tmp_path, value):
         load_checkpoint(tmp_path / "a.safetensors")
 
 
+def test_a_source_may_be_a_path(model, tmp_path):
+    card = replace(CARD, record={"source": tmp_path / "pets"})
+    save_checkpoint(tmp_path / "a.safetensors", model, card)
+    assert load_checkpoint(tmp_path / "a.safetensors")[1].origin == card.origin == "trained on pets"
+
+
 def test_the_home_folder_can_be_written_as_tilde(model, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))

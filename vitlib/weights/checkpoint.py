@@ -65,7 +65,7 @@ def save_checkpoint(path: str | Path, model: nn.Module, card: ModelCard, dtype: 
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
     description = {"config": model.config, "card": dataclasses.asdict(card)}
     with atomic_write(path) as temporary:
-        save_file(tensors, temporary, metadata={"vitlib": json.dumps(description)})
+        save_file(tensors, temporary, metadata={"vitlib": json.dumps(description, default=str)})
 
 
 def load_checkpoint(path: str | Path) -> tuple[ViTModel, ModelCard]:
