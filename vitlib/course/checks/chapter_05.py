@@ -211,15 +211,8 @@ def without_a_model(learners: Callable) -> None:
     """Of ``without_a_model(images [B, C, S, S], patch_size) -> [B, N]``: any map that, used for deletion, destroys the
     predictions of the shipped model faster than rollout does."""
     model, images, goal = _rollout_on_drawn_images()
-    patches = (images.shape[-1] // 4) ** 2
-    given = answer(learners, images, 4)
-    given = torch.from_numpy(given) if isinstance(given, np.ndarray) else given
-    expect(isinstance(given, Tensor), f"a tensor is wanted, but a {type(given).__name__} came back")
-    shape = (len(images), patches)
-    expect(
-        given.shape == shape, f"the shape is {list(given.shape)}, but should be {list(shape)}: a number for each patch"
-    )
-    given = given.detach().float()
+    _map(learners, torch.randn(2, 3, 24, 24), patch_size=6)
+    given = _map(learners, images, patch_size=4)
     expect(not given.isnan().any(), "some of the numbers are nan")
     expect((given != given[:, :1]).any(), "all patches of an image have the same number, so the map orders nothing")
     area = _area(model, images, given)
@@ -227,6 +220,17 @@ def without_a_model(learners: Callable) -> None:
         return
     expect(_area(model, images, -given) >= goal, "the order is upside down: give the largest number to what goes first")
     raise Mistake(f"deleting in this order leaves an area of {area:.3f}, and in the order of rollout {goal:.3f}")
+
+
+def _map(learners: Callable, images: Tensor, patch_size: int) -> Tensor:
+    given = answer(learners, images, patch_size)
+    given = torch.from_numpy(given) if isinstance(given, np.ndarray) else given
+    expect(isinstance(given, Tensor), f"a tensor is wanted, but a {type(given).__name__} came back")
+    shape = (len(images), (images.shape[-1] // patch_size) ** 2)
+    expect(
+        given.shape == shape, f"the shape is {list(given.shape)}, but should be {list(shape)}: a number for each patch"
+    )
+    return given.detach().float()
 
 
 @cache
