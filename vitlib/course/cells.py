@@ -59,7 +59,7 @@ def names_of(cell: NotebookNode) -> Names:
         tree, tables = ast.parse(source), [symtable.symtable(source, "cell", "exec")]
     except (SyntaxError, ValueError, RecursionError):
         return Names()
-    found = Names(always=bool(OPAQUE.search(source)) or all(map(_is_light, tree.body)))
+    found = Names(always=bool(OPAQUE.search(source)) or all(map(_takes_no_time, tree.body)))
     defined = {symbol.get_name() for symbol in tables[0].get_symbols() if symbol.is_namespace()}
     for table in tables:  # functions inside are appended on the way
         for symbol in table.get_symbols():
@@ -85,7 +85,7 @@ def _changed(node: ast.AST) -> str | None:
     return node.id if is_stored and is_part and isinstance(node, ast.Name) else None
 
 
-def _is_light(statement: ast.stmt) -> bool:
+def _takes_no_time(statement: ast.stmt) -> bool:
     is_constant = isinstance(getattr(statement, "value", None), ast.Constant)
     return isinstance(statement, ast.Import | ast.ImportFrom) or is_constant
 

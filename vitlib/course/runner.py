@@ -174,12 +174,12 @@ def run_notebook(
             **options,
         )
         try:
-            for attempt in reversed(range(STARTS)):
+            for starts_left in reversed(range(STARTS)):
                 try:
                     execute()
                     break
                 except RuntimeError as error:  # Jupyter picks free ports, and another kernel may bind them first
-                    if not attempt or NOT_STARTED not in str(error):
+                    if not starts_left or NOT_STARTED not in str(error):
                         raise
         except KeyboardInterrupt:
             result.status, result.error = "interrupted", "Ctrl-C"

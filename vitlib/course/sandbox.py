@@ -48,8 +48,6 @@ LARGEST_FILE = 2 * 2**30  # bytes
 MOST_PROCESSES = 100
 GRACE = 30  # seconds after the time limit in which papermill can still write
 
-clock = time.monotonic
-
 
 @dataclass(frozen=True)
 class Limits:
@@ -105,10 +103,10 @@ def run_apart(
         job = {"own": str(own), "parameters": parameters, "limits": asdict(limits), "contained": contained}
         line = _bwrap(own, hidden, readable) if contained else []
         line += [sys.executable, "-P", "-m", __name__, json.dumps(job)]
-        deadline = clock() + limits.timeout + GRACE
+        deadline = time.monotonic() + limits.timeout + GRACE
 
         def end() -> str:  # the limits are kept inside; this is for a notebook that has ended or halted papermill
-            return "interrupted" if stopped.is_set() else "it did not end" if clock() > deadline else ""
+            return "interrupted" if stopped.is_set() else "it did not end" if time.monotonic() > deadline else ""
 
         with KernelMonitor(end, interval=0.1) as monitor, open(own / "errors.txt", "wb") as errors:
             process = subprocess.Popen(
@@ -127,12 +125,12 @@ def run_apart(
 
 def _result(own: Path, ended: str) -> tuple[NotebookNode | None, str]:
     found = sorted(own.glob(f"{NAME}*.ipynb"), key=os.path.getmtime)
-    error, said = (own / name for name in ("error.txt", "errors.txt"))
     if not found or found[-1].stat().st_size > 5 * LARGEST:
-        words = said.read_text(errors="replace").strip().splitlines() or ["no word from it"]
-        return None, ended or f"it did not start: {words[-1]}"
-    executed = nbformat.read(found[-1], as_version=4)
-    return executed, ended or (error.read_text() if error.exists() else "its process was ended")
+        said = (own / "errors.txt").read_text(errors="replace").strip() or "no word from it"
+        return None, ended or f"it did not start: {said.splitlines()[-1]}"
+    error = own / "error.txt"
+    why = ended or (error.read_text() if error.exists() else "its process was ended")
+    return nbformat.read(found[-1], as_version=4), why
 
 
 def _environment(own: Path, one_thread: bool) -> dict[str, str]:
@@ -166,8 +164,9 @@ def _bwrap(own: Path, hidden: Path, readable: Iterable[str]) -> list[str]:
     for path in around:
         line += ["--ro-bind-try", path, path]
     line += ["--tmpfs", str(hidden)]
-    for path in (path for path in shown if path not in around):
-        line += ["--ro-bind-try", path, path]
+    for path in shown:
+        if path not in around:
+            line += ["--ro-bind-try", path, path]
     for path in (path for pattern in DEVICES for path in glob.glob(pattern)):
         line += ["--dev-bind-try", path, path]
     return [*line, "--bind", str(own), str(own), "--remount-ro", "/", "--chdir", str(own)]
@@ -207,13 +206,13 @@ def main(job: str) -> None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))
-    deadline = clock() + limits.timeout
+    deadline = time.monotonic() + limits.timeout
 
     def end() -> str:
         # inside bwrap every process is the notebook's, even one that has cut itself loose
         processes = list(psutil.process_iter()) if given["contained"] else with_children(os.getpid())
         partial = own / f"{NAME}.partial.ipynb"
-        if clock() > deadline:
+        if time.monotonic() > deadline:
             return f"stopped after {limits.timeout:g} s"
         if len(processes) > MOST_PROCESSES:
             return f"stopped with {len(processes)} processes at once, of which it may have {MOST_PROCESSES}"
