@@ -20,7 +20,7 @@ class Recipe:
         optimizer: "sgd", "adamw", or "muon" for the matrices of the blocks and AdamW for everything else.
         learning_rate: the highest rate of the schedule.
         weight_decay: per step; with AdamW not applied to biases, norms, CLS and positions.
-        schedule: "constant", or "cosine" down to zero at the last step.
+        schedule: "constant", or "cosine", which is zero one step after the last.
         warmup: share of all steps in which the rate rises linearly from zero.
         momentum: of SGD.
         clip: largest norm of the gradient, or None.
