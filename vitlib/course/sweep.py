@@ -306,7 +306,11 @@ def run_sweep(
         except KeyboardInterrupt:
             say("Interrupted; the same command again goes on with what is missing.")
         finally:
-            shutil.rmtree(work, ignore_errors=True)
+            for _ in range(10):  # the kernel of a worker that was killed may still write, for a second
+                shutil.rmtree(work, ignore_errors=True)
+                if not work.exists():
+                    break
+                time.sleep(0.5)
             results = _write_tables(out, plan, records, command)
             from vitlib.course.report import write_report  # here, since workers do without matplotlib
 
