@@ -415,7 +415,7 @@ def test_vit_against_cnn_of_few_images_is_taken_up_where_it_was(tmp_path, monkey
     out = tmp_path / "out.json"
     arguments = [
         "--upstream", black_and_white(tmp_path), "--sizes", "4,2", "--steps", 2, "--batch-size", 2, "--rates", "1e-3",
-        "--sweep-steps", 1, "--device", "cpu", "--out", out,
+        "--sweep-steps", 2, "--device", "cpu", "--out", out,
     ]  # fmt: skip
     output = run(vit_against_cnn, *arguments, "--seeds", 1)
     assert output.count("of the validation images") == 2 and output.count("seed 0, ") == 4
@@ -441,7 +441,7 @@ def test_vit_against_cnn_of_few_images_is_taken_up_where_it_was(tmp_path, monkey
     assert [row[:4] for row in rows] == [["2", "ViT", "2", "25.0"], ["2", "CNN", "2", "25.0"]]
     assert "The CNN has 2.19 times the FLOPs of the ViT and trains 0.38 (0.25 to 0.50) times as fast." in output
 
-    refused = CliRunner().invoke(vit_against_cnn.main, [str(word) for word in [*arguments, "--sweep-steps", 2]])
+    refused = CliRunner().invoke(vit_against_cnn.main, [str(word) for word in [*arguments, "--sweep-steps", 3]])
     assert refused.exit_code == 1 and "was measured with another sweep_steps; give --out another file" in refused.output
 
 
