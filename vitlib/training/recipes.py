@@ -117,7 +117,7 @@ MUON = replace(MODERN, optimizer="muon", matrix_rate=3.0, ema_decay=0.995)
 # A hundred epochs on photographs. Muon needs strong augmentation there (arXiv:2605.24770); half of the patches are
 # dropped in the first 80 %, which halves the time of a step.
 #   python -m vitlib pretrain --upstream cifar100 --recipe long --batch-size 256 --validation-fraction 0.02: not yet run
-#   to its end; 357 images/s with half of the patches, 173 with all (bfloat16)
+#   to its end
 LONG = replace(
     MUON,
     learning_rate=1.4e-3,
