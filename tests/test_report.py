@@ -62,7 +62,7 @@ def test_a_report_compares_means_and_lists_all_runs(tmp_path):
     assert ["preset", "mini"] in same and "8 runs: 7 ok, 1 failed; together they ran for 99 seconds." in page
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error", "ignore:Glyph")
 def test_foreign_text_in_a_report_means_nothing(tmp_path):
     plain = sweep(lambda source, seed: {"top1": seed / 4}, source=["a", "b"], seed=[0, 1])
     results = sweep(
@@ -90,3 +90,43 @@ def test_reports_of_one_run_or_none_are_written(tmp_path):
     for run in failed["runs"]:
         run |= {"status": "failed", "figures": {}, "error": "the kernel died", "seconds": None}
     assert written(failed, tmp_path).count("the kernel died") >= 1
+
+
+def test_a_figure_has_lines_of_means_with_bands():
+    ax = report.draw_metric(sweep(recorded, **GRID), "top1", "patch_size").axes[0]
+    on, off, chance = ax.lines
+    for line, means in ((on, [0.61, 0.41]), (off, [0.51, 0.31])):
+        assert list(line.get_xdata()) == [4, 8] and list(line.get_ydata()) == pytest.approx(means)
+    assert [line.get_label() for line in (on, off)] == ["position=True", "position=False"]
+    assert ax.collections[0].get_datalim(ax.transData).intervaly == pytest.approx([0.4, 0.62])
+    assert set(chance.get_ydata()) == {0.01} and ax.get_ylim()[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "scale", "ticks"),
+    [
+        ([16, 2, 4], "linear", ["2", "4", "16"]),  # eightfold and no more
+        ([0, 1, 100], "linear", ["0", "1", "100"]),
+        ([20, 2000, 200], "log", ["20", "200", "2,000"]),
+        ([None, 8], "linear", ["None", "8"]),
+        ([True, False], "linear", ["True", "False"]),
+        ([[1], [0]], "linear", ["[1]", "[0]"]),
+        ([4], "linear", ["4"]),
+    ],
+)
+def test_a_figure_spaces_numbers_as_numbers(values, scale, ticks):
+    ax = report.draw_metric(sweep(lambda **_: {"loss": 1.0}, size=values), "loss", "size").axes[0]
+    assert ax.get_xscale() == scale and [tick.get_text() for tick in ax.get_xticklabels()] == ticks
+
+
+def test_a_figure_averages_more_lines_than_one_can_read():
+    results = sweep(lambda size, shift: {"top1": shift / 10}, size=[4, 8], shift=list(range(report.MOST_LINES + 1)))
+    (line,) = report.draw_metric(results, "top1", "size").axes[0].lines
+    assert list(line.get_ydata()) == pytest.approx([0.4, 0.4])
+
+
+def test_a_figure_has_one_line_for_zipped_parameters():
+    results = sweep(lambda size, **_: {"top1": 0.5 if size == 4 else None}, size=[4, 8], preset=["a", "b"])
+    results["runs"] = [results["runs"][0], results["runs"][3]]
+    (line,) = report.draw_metric(results, "top1", "size").axes[0].lines
+    assert list(line.get_xdata()) == [4], "a run without a number is left out"

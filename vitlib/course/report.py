@@ -2,20 +2,23 @@
 
 import base64
 import html
-import io
-import warnings
+import re
+import textwrap
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from vitlib import plots
 from vitlib.course.sweep import as_frame
 from vitlib.utils import atomic_write
 
 MOST_METRICS = 3  # drawn against each parameter
+MOST_LINES = 8  # of a figure that a reader can still tell apart
+SHARES = re.compile(r"top\d|accuracy|chance|probe|scratch")  # in names of recorded numbers that are shares of images
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # for the browser: fetch and run nothing
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
@@ -34,7 +37,6 @@ def write_report(results: Mapping, path: str | Path) -> None:
         path: of the HTML file; an earlier one is replaced when the new one is whole.
     """
     frame, titles = as_frame(results)
-    runs = [run for run in results["runs"] if run["status"] == "ok"]
     good = frame[frame["status"] == "ok"]
     numbers = good[[*titles.values()]].apply(pd.to_numeric, errors="coerce").dropna(axis="columns", how="all")
     metrics = [name for name, title in titles.items() if title in numbers]
@@ -47,7 +49,7 @@ def write_report(results: Mapping, path: str | Path) -> None:
         groups = numbers.groupby(rows, sort=False)
         means = pd.DataFrame({title: groups[title].agg(partial(_spread, title)) for title in numbers})
         parts.append(f"<p>{text(_conclusion(titles[metrics[0]], groups, means))}</p>")
-        parts += [_image(runs, metric, axis) for axis in names or ["seed"] for metric in metrics]
+        parts += [_image(results, metric, axis) for axis in names or ["seed"] for metric in metrics]
         parts.append("<h2>Means</h2><p>In brackets: lowest and highest of the runs that differ in the seed alone.</p>")
         parts.append(_table(means))
     else:
@@ -77,7 +79,7 @@ def _spread(name: str, values: pd.Series) -> str:
     """Return the mean and, where the values differ, the lowest and the highest: ``61.2 % (60.1 to 62.0)``."""
     if values.isna().all():
         return "–"
-    scale, form, unit = (100, ".1f", " %") if plots.in_percent(name, values.dropna()) else (1, ".4g", "")
+    scale, form, unit = (100, ".1f", " %") if in_percent(name, values.dropna()) else (1, ".4g", "")
     mean, low, high = (f"{scale * value:{form}}" for value in (values.mean(), values.min(), values.max()))
     return f"{mean}{unit} ({low} to {high})" if low != high else f"{mean}{unit}"
 
@@ -94,14 +96,68 @@ def _conclusion(metric: str, groups, means: pd.DataFrame) -> str:
     )
 
 
-def _image(runs: list[Mapping], metric: str, axis: str) -> str:
-    """Draw one metric against one parameter, as an image inside the page."""
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that the font lacks is drawn as boxes
-        plots.sweep(runs, metric, axis).savefig(buffer, format="png", dpi=150)
-    words = html.escape(f"{metric} against {axis}: a dot for each run, a line through the means")
-    return f'<img alt="{words}" width="800" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+def draw_metric(results: Mapping, metric: str, axis: str) -> Figure:
+    """Draw a recorded number against one parameter: a line through the means, a band from lowest to highest.
+
+    Each combination of the other parameters that vary, except the seed, has a line; more than ``MOST_LINES`` are
+    averaged. Numbers are spaced as numbers, logarithmically where they differ more than eightfold; other values stand
+    side by side. Shares of images are in percent, with a line at chance.
+
+    Args:
+        results: the content of the sweep's results.json.
+        metric: name of the recorded number.
+        axis: name of the parameter.
+    """
+    frame, titles = as_frame(results)
+    frame = frame[frame["status"] == "ok"]
+    values = pd.to_numeric(frame[titles[metric]], errors="coerce")
+    keys = frame.map(repr)
+    others = [name for name in results["varied"] if name not in (axis, "seed")]
+    # a parameter that goes with the axis, as in --zip, makes no lines
+    others = [name for name in others if len(keys[[axis, name]].drop_duplicates()) > keys[axis].nunique()]
+    if others and len(keys[others].drop_duplicates()) > MOST_LINES:
+        others = []
+    lines = [_word(", ".join(f"{name}={row[name]}" for name in others) or metric) for _, row in frame.iterrows()]
+    choices = dict(zip(keys[axis], frame[axis], strict=True))
+    if len(choices) > 1 and all(type(value) in (int, float) for value in choices.values()):
+        places, ticks = pd.to_numeric(frame[axis]), sorted(choices.values())
+        options = {"xticks": ticks, "xticklabels": [f"{value:,}" for value in ticks]} if len(ticks) <= 12 else {}
+        if ticks[0] > 0 and ticks[-1] > 8 * ticks[0]:
+            options = {"xscale": "log", **options}
+    else:
+        places = keys[axis].map(list(choices).index)
+        names = [textwrap.shorten(_word(str(value)), 24, placeholder="…") for value in choices.values()]
+        options = {"xticks": range(len(names)), "xticklabels": names}
+    percent, chance = in_percent(metric, values.dropna()), frame.get(titles.get("chance"), pd.Series()).unique()
+    if percent and len(chance) == 1 and chance[0] is not None:
+        options |= {"reference": {"chance": chance[0]}, "ylim": (0, None)}
+    spread = values.groupby([lines, places], sort=False).agg(["mean", "min", "max"]).dropna()
+    parts = {name: part.droplevel(0).sort_index() for name, part in spread.groupby(level=0, sort=False)}
+    figure = plots.lines(
+        {name: part.index for name, part in parts.items()},
+        {name: part["mean"] for name, part in parts.items()},
+        _word(axis), _word(metric), _word(f"{metric} against {axis}"),
+        bands={name: (part["min"], part["max"]) for name, part in parts.items()}, percent=percent, **options,
+    )  # fmt: skip
+    figure.axes[0].minorticks_off()
+    return figure
+
+
+def in_percent(metric: str, values: Iterable[float]) -> bool:
+    """Return whether a recorded number is shown in percent: by its name a share of images, and in [0, 1]."""
+    return bool(SHARES.search(metric)) and all(0 <= value <= 1 for value in values)
+
+
+def _word(text: str) -> str:
+    """Return foreign text for a figure: on one line, without formulas, and without the bytes of other encodings."""
+    return " ".join(text.split()).encode(errors="replace").decode().replace("$", r"\$")
+
+
+def _image(results: Mapping, metric: str, axis: str) -> str:
+    """Return the figure of a metric as an image inside the page."""
+    picture = base64.b64encode(plots.png(draw_metric(results, metric, axis))).decode()
+    words = html.escape(f"{metric} against {axis}: a line through the means, a band from the lowest to the highest run")
+    return f'<img alt="{words}" width="700" src="data:image/png;base64,{picture}">'
 
 
 def _table(frame: pd.DataFrame, **options) -> str:
