@@ -4,18 +4,14 @@ import errno
 import io
 import os
 import struct
-import subprocess
 import sys
 import threading
-import zlib
 from pathlib import Path
 
-import children
 import numpy as np
 import pytest
 import torch
-from PIL import EpsImagePlugin, Image, ImageOps
-from torch.utils._python_dispatch import TorchDispatchMode
+from PIL import Image, ImageOps
 
 from vitlib.data import cifar, folders
 from vitlib.data import images as data
@@ -31,16 +27,13 @@ from vitlib.data.images import (
 )
 from vitlib.data.shapes import draw_shapes
 
-REAL = Path(__file__).parents[2] / "shared" / "data"
-needs_real_images = pytest.mark.skipif(not REAL.is_dir(), reason="no real image folders in ../shared/data")
 
-
-def message_of(error, *parts):
-    """The text of a caught error, which must be one sentence and contain all `parts`."""
+def refusal(call, *arguments, **options) -> str:
+    """The one sentence that a call is refused with."""
+    with pytest.raises((ValueError, OSError)) as error:
+        call(*arguments, **options)
     text = str(error.value)
     assert "\n" not in text and text.endswith(".")
-    for part in parts:
-        assert str(part) in text, f"{part!r} is not in: {text}"
     return text
 
 
@@ -48,14 +41,14 @@ def noise(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
-def save_picture(path, pixels, **options):
+def save_picture(path, pixels=None, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path, **options)
+    Image.fromarray(noise(8, 8, 3) if pixels is None else pixels).save(path, **options)
 
 
-def content_of(picture, **options):
+def content_of(picture, kind):
     buffer = io.BytesIO()
-    picture.save(buffer, **options)
+    picture.save(buffer, format=kind)
     return buffer.getvalue()
 
 
@@ -94,37 +87,31 @@ def cache(tmp_path):
     return tmp_path / "vitlib data" / "cache"
 
 
-def refused(call, *arguments, **options):
-    with pytest.raises((ValueError, OSError)) as error:
-        call(*arguments, **options)
-    return error
-
-
 # --- LabelledImages ------------------------------------------------------------------------------------------------
 
 
-def labelled(labels=(0, 1, 1), classes=("a", "b")):
+def labelled(labels=(0, 1, 1), classes=("a", "b"), names=None):
     images = torch.arange(len(labels) * 12).to(torch.uint8).reshape(-1, 3, 2, 2)
-    return LabelledImages(images, torch.tensor(labels), classes)
+    return LabelledImages(images, torch.tensor(labels), classes, names=names)
 
 
-def test_data_set_shows_itself_in_one_line():
-    assert len(labelled()) == 3
-    assert repr(labelled()) == "LabelledImages(3 images of 3x2x2, 2 classes)"
-
-
-@pytest.mark.parametrize("indices", [[2, 0], torch.tensor([2, 0]), np.array([2, 0])])
-def test_subset_holds_images_in_the_given_order(indices):
-    whole = labelled((0, 1, 1))
+@pytest.mark.parametrize(
+    ("indices", "numbers"),
+    [
+        ([2, 0], [2, 0]),
+        (torch.tensor([2, 0]), [2, 0]),
+        (np.array([2, 0]), [2, 0]),
+        (torch.tensor([True, False, True]), [0, 2]),
+        (slice(1, None), [1, 2]),
+        ([], []),
+    ],
+)
+def test_subset_holds_images_labels_and_names(indices, numbers):
+    whole = labelled(names=("x", "y", "z"))
     part = whole.subset(indices)
-    assert torch.equal(part.images, whole.images[[2, 0]])
-    assert part.labels.tolist() == [1, 0] and part.classes == whole.classes
-
-
-def test_subset_by_mask_by_slice_and_empty():
-    assert labelled().subset(torch.tensor([True, False, True])).labels.tolist() == [0, 1]
-    assert labelled().subset(slice(1, None)).labels.tolist() == [1, 1]
-    assert len(labelled().subset([])) == 0
+    assert torch.equal(part.images, whole.images[numbers]) and torch.equal(part.labels, whole.labels[numbers])
+    assert part.classes == whole.classes and part.names == tuple("xyz"[number] for number in numbers)
+    assert repr(part) == f"LabelledImages({len(numbers)} images of 3x2x2, 2 classes)"
 
 
 def test_to_moves_images_and_labels():
@@ -142,40 +129,38 @@ def test_to_moves_images_and_labels():
         ({"labels": torch.tensor([0, 1, 2])}, "from 0 to 2"),
         ({"labels": torch.tensor([-1, 0, 0])}, "from -1 to 0"),
         ({"kept": torch.ones(3)}, "float32 [3]"),
-        ({"kept": torch.ones(2, dtype=torch.bool)}, "bool [2]"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(change, part):
     good = {"images": labelled().images, "labels": labelled().labels, "classes": ("a", "b")}
-    with pytest.raises(ValueError) as error:
-        LabelledImages(**(good | change))
-    message_of(error, part)
+    assert part in refusal(LabelledImages, **(good | change))
 
 
 # --- sources and options -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SOURCES)
-def test_named_source_is_accepted_without_loading_it(name, monkeypatch):
+def test_named_sources_are_accepted_without_loading(monkeypatch):
     monkeypatch.setattr(cifar, "import_torchvision", None)  # a call would fail
-    check_source(name)
+    for name in SOURCES:
+        check_source(name)
 
 
 @pytest.mark.parametrize(("typo", "meant"), [("cifar-100", "cifar100"), ("CIFAIR10", "cifair10")])
 def test_mistyped_source_lists_names_and_near_match(typo, meant):
-    text = message_of(refused(check_source, typo), repr(typo), *SOURCES, "train/<class>/*")
+    text = refusal(check_source, typo)
+    assert repr(typo) in text and all(name in text for name in SOURCES)
     assert meant in text.partition("did you mean ")[2].partition("?")[0]
 
 
-@pytest.mark.parametrize("source", ["no/such/folder", None, 5, "", "a\0b", "~nobody-of-this-name", 300 * "x"])
+@pytest.mark.parametrize("source", ["no/such/folder", None, "", "a\0b", "~nobody-of-this-name", 300 * "x"])
 def test_neither_name_nor_folder_is_refused(source, load):
     for call in (check_source, load):
-        message_of(refused(call, source), repr(str(source)), *SOURCES)
+        assert repr(str(source)) in refusal(call, source)
 
 
 @pytest.mark.parametrize(("name", "value"), [("split", "val"), ("num_channels", 2)])
 def test_option_without_meaning_is_refused(name, value):
-    message_of(refused(load_images, "shapes10", **{name: value}), name, repr(value))
+    assert f"{name}={value!r}" in refusal(load_images, "shapes10", **{name: value})
 
 
 def test_named_source_comes_in_size_and_channels(monkeypatch):
@@ -194,12 +179,6 @@ def test_cache_lives_where_the_environment_says(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("VITLIB_DATA", str(tmp_path / "elsewhere"))
     load_images(folder, progress=False)
     assert len(list((tmp_path / "elsewhere" / "cache").iterdir())) == 1
-
-
-def test_import_leaves_torchvision_and_matplotlib_alone():
-    program = "import sys, vitlib.data.images; print([m for m in ('torchvision', 'matplotlib') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert done.stdout.strip() == "[]", done.stderr
 
 
 # --- image folders -------------------------------------------------------------------------------------------------
@@ -224,15 +203,15 @@ def test_test_split_has_the_classes_of_train(tmp_path, load, capsys):
 
 
 def test_test_class_that_train_lacks_is_named(folder, load):
-    save_picture(folder / "test" / "images" / "emu" / "0.png", noise(8, 8, 3))
-    message_of(refused(load, folder, "test"), folder / "test", "images (in it: emu)")
+    save_picture(folder / "test" / "images" / "emu" / "0.png")
+    assert "images (in it: emu)" in refusal(load, folder, "test")
     assert len(load(folder)) == 6
 
 
 def test_class_names_are_compared_in_unicode_nfc(tmp_path, load):
     root = tmp_path / "menu"
     for split, name in [("train", "caf\u00e9"), ("train", "cafe\u0301"), ("train", "the"), ("test", "cafe\u0301")]:
-        save_picture(root / split / name / f"{len(name)}.png", noise(8, 8, 3))
+        save_picture(root / split / name / f"{len(name)}.png")
     if len(os.listdir(root / "train")) < 3:
         pytest.skip("this file system has one form for names")
     assert load(root).classes == ("caf\u00e9", "the") and load(root).labels.tolist() == [0, 0, 1]
@@ -241,16 +220,15 @@ def test_class_names_are_compared_in_unicode_nfc(tmp_path, load):
 
 def test_class_without_images_is_named(folder, load):
     (folder / "train" / "emu").mkdir()
-    text = message_of(refused(load, folder), folder / "train", "emu")
-    assert "cat" not in text.replace(str(folder), "")
-    (folder / "train" / "emu" / "notes.txt").write_text("no image")
-    message_of(refused(load, folder), folder / "train", "no images of emu")
+    for _ in ("empty", "without an image"):
+        assert f"{folder / 'train'} holds no images of emu;" in refusal(load, folder)
+        (folder / "train" / "emu" / "notes.txt").write_text("no image")
 
 
 # --- how people lay out their folders ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["val", "valid", "Validation", "Test", "TESTING"])
+@pytest.mark.parametrize("name", ["val", "Validation", "TESTING"])
 def test_other_names_of_splits_are_found(folder, load, capsys, name):
     (folder / "train").rename(folder / "Training")
     (folder / "test").rename(folder / name)
@@ -283,7 +261,8 @@ def test_folder_of_classes_alone_is_split_by_a_seed(folder, load, capsys):
 def test_missing_test_folder_matters_only_when_asked_for(folder, load):
     (folder / "test").rename(folder / "held back")
     assert len(load(folder)) == 6
-    message_of(refused(load, folder, "test"), folder / "test", "does not exist", folder / "train")
+    text = refusal(load, folder, "test")
+    assert f"{folder / 'test'} does not exist" in text and f"give {folder / 'train'}" in text
 
 
 WRONG = {  # the files of a folder, and what its refusal names
@@ -293,32 +272,30 @@ WRONG = {  # the files of a folder, and what its refusal names
     "one class": (["train/cat/0.png", "test/cat/0.png"], "one class, cat,"),
     "one level too deep": (
         ["train/images/cat/0.png", "train/images/dog/0.png"],
-        "images, with the folders cat, dog in it",
+        "images, with the folders cat, dog in",
     ),
     "a folder in a folder": (["pets/train/cat/0.png", "pets/test/cat/0.png"], "pets, with the folders test, train in"),
-    "parts of a data set": ([f"train/{a}/{b}/0.png" for a in ("1", "2") for b in ("cat", "dog")], "folders cat, dog"),
-    "splits of other names": (
-        [f"{a}_set/{b}/0.png" for a in ("train", "test") for b in ("cat", "dog")],
-        "name them train",
-    ),
+    "parts of a data set": ([f"train/{a}/{b}/0.png" for a in "12" for b in ("cat", "dog")], "folders cat, dog"),
+    "splits of other names": ([f"{a}_set/{b}/0.png" for a in "xy" for b in ("cat", "dog")], "name the splits train"),
     "images and their boxes": (["train/images/0.png", "train/labels/0.txt"], "no images of labels"),
 }
 
 
 @pytest.mark.parametrize(("files", "said"), WRONG.values(), ids=WRONG)
 def test_folder_that_holds_no_data_set_is_refused(tmp_path, load, files, said):
+    root = tmp_path / "pets"
+    root.mkdir()
     for file in files:
-        save_picture(tmp_path / "pets" / file, noise(8, 8, 3), format="PNG") if file.endswith("g") else (
-            (tmp_path / "pets" / file).parent.mkdir(parents=True),
-            (tmp_path / "pets" / file).write_text("1 0 0 8 8"),
-        )
-    (tmp_path / "pets").mkdir(exist_ok=True)
-    message_of(refused(load, tmp_path / "pets"), tmp_path / "pets", said)
+        save_picture(root / file, format="PNG")
+    for text in root.rglob("*.txt"):
+        text.write_text("1 0 0 8 8")
+    message = refusal(load, root)
+    assert str(root) in message and said in message
 
 
 def test_folders_inside_class_folders_are_read_too(tmp_path, load):
     for file in ("cat/day 1/0.png", "cat/day 2/0.png", "dog/0.png", "dog/day 1/0.png"):
-        save_picture(tmp_path / "pets" / "train" / file, noise(8, 8, 3))
+        save_picture(tmp_path / "pets" / "train" / file)
     assert load(tmp_path / "pets").labels.tolist() == [0, 0, 1, 1]
 
 
@@ -333,7 +310,7 @@ SYSTEM = (
 def test_what_systems_leave_in_folders_is_passed_over(folder, load, capsys):
     for file in SYSTEM:
         for place in (folder, folder / "train", folder / "test", folder / "train" / "cat"):
-            save_picture(place / file, noise(8, 8, 3), format="PNG")
+            save_picture(place / file, format="PNG")
     for split in ("train", "test"):
         assert load(folder, split).classes == ("cat", "dog") and len(load(folder, split)) == 6
     assert len(load(folder / "train")) + len(load(folder / "train", "test")) == 6
@@ -344,19 +321,10 @@ def test_what_systems_leave_in_folders_is_passed_over(folder, load, capsys):
 
 
 def test_every_readable_file_is_read_whatever_its_name(folder, load, capsys):
-    picture = Image.fromarray(noise(8, 8, 3))
-    kinds = {
-        "a.jfif": "JPEG",
-        "b.gif": "GIF",
-        "c.JPE": "JPEG",
-        "d": "PNG",
-        "e.txt": "WEBP",
-        "f.dib": "BMP",
-        "g.pnm": "PPM",
-    }
-    kinds |= {"h.avif": "AVIF"} if "AVIF" in folders._formats() else {}
+    kinds = {"a.jfif": "JPEG", "b.gif": "GIF", "c.JPE": "JPEG", "d": "PNG", "e.txt": "WEBP", "f.dib": "BMP"}
+    kinds |= {"g.pnm": "PPM"} | ({"h.avif": "AVIF"} if "AVIF" in folders._formats() else {})
     for name, kind in kinds.items():
-        picture.save(folder / "train" / "cat" / name, format=kind)
+        save_picture(folder / "train" / "cat" / name, format=kind)
     assert len(load(folder)) == 6 + len(kinds)
     assert capsys.readouterr().out == ""
 
@@ -372,7 +340,7 @@ def test_files_that_are_no_images_are_counted_and_named(folder, load, capsys):
 
 
 def test_images_outside_of_class_folders_are_named(folder, load, capsys):
-    save_picture(folder / "train" / "lost.png", noise(8, 8, 3))
+    save_picture(folder / "train" / "lost.png")
     (folder / "train" / "labels.csv").write_text("0.png,cat")
     assert len(load(folder)) == 6
     assert capsys.readouterr().out.endswith(f"no class folder: {folder / 'train' / 'lost.png'} (1 in all).\n")
@@ -380,10 +348,11 @@ def test_images_outside_of_class_folders_are_named(folder, load, capsys):
 
 def test_images_of_formats_not_read_count_as_unreadable(folder, load):
     (folder / "train" / "cat" / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
-    message_of(refused(load, folder), "1 of 7 images cannot be read", "phone.HEIC", "convert it to JPEG or PNG")
+    text = refusal(load, folder)
+    assert "1 of 7 images cannot be read" in text and "phone.HEIC" in text and "convert it to JPEG or PNG" in text
 
 
-PNG, JPEG = (content_of(Image.fromarray(noise(8, 8, 3)), format=name) for name in ("PNG", "JPEG"))
+PNG, JPEG, EPS = (content_of(Image.fromarray(noise(8, 8, 3)), kind) for kind in ("PNG", "JPEG", "EPS"))
 MIDDLE = len(PNG) // 2
 UNREADABLE = {
     "a PNG cut short": (PNG[:MIDDLE], "is damaged"),
@@ -391,10 +360,10 @@ UNREADABLE = {
     "a PNG with a flipped bit": (PNG[:MIDDLE] + bytes([PNG[MIDDLE] ^ 1]) + PNG[MIDDLE + 1 :], "is damaged"),
     "a page": (b"<html>404 not found</html>", "is not an image"),
     "nothing": (b"", "is empty"),
-    "too many pixels": (content_of(Image.new("1", (20_000, 10_000)), format="PNG"), "too many pixels"),
-    "fractions": (content_of(Image.fromarray(np.ones((8, 8), np.float32)), format="TIFF"), "32 bits"),
-    "numbers of 32 bits": (content_of(Image.fromarray(np.ones((8, 8), np.int32)), format="TIFF"), "32 bits"),
-    "EPS": (content_of(Image.fromarray(noise(8, 8, 3)), format="EPS"), "is not an image"),
+    "too many pixels": (content_of(Image.new("1", (20_000, 10_000)), "PNG"), "too many pixels"),
+    "fractions": (content_of(Image.fromarray(np.ones((8, 8), np.float32)), "TIFF"), "32 bits"),
+    "numbers of 32 bits": (content_of(Image.fromarray(np.ones((8, 8), np.int32)), "TIFF"), "32 bits"),
+    "a program, which Pillow hands to Ghostscript": (EPS, "is not an image"),
 }
 
 
@@ -410,7 +379,7 @@ def test_unreadable_image_is_left_out_and_named_each_time(herd, load, capsys, co
         (line,) = capsys.readouterr().out.splitlines()
         assert line.startswith(f"1 of 40 images cannot be read: {bad} (the first ") and reason in line
         assert torch.equal(rest.images, torch.cat([whole.images[:number], whole.images[number + 1 :]]))
-        assert rest.labels.tolist() == 19 * [0] + 20 * [1] and rest.classes == whole.classes
+        assert rest.labels.tolist() == 19 * [0] + 20 * [1] and str(bad) not in rest.names
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no named pipes among its files")
@@ -423,15 +392,15 @@ def test_pipes_and_links_to_nothing_are_left_out(herd, load, capsys):
     assert said.startswith("3 of 43 images cannot be read") and "no.png" in said and "pipe.png" in said
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_more_than_one_in_ten_unreadable_is_refused(herd, load, cache, split):
+def test_more_than_one_in_ten_unreadable_is_refused(herd, load, cache):
     for number in range(4):
-        (herd / split / "cat" / f"{number}.png").write_bytes(b"damaged")
-    assert len(load(herd, split)) == 36
-    (herd / split / "dog" / "7.png").write_bytes(b"damaged")
-    named = [herd / split / "cat" / f"{number}.png" for number in range(4)] + [herd / split / "dog" / "7.png"]
+        (herd / "train" / "cat" / f"{number}.png").write_bytes(b"damaged")
+    assert len(load(herd)) == 36
     before = [file.stat().st_mtime_ns for file in cache.iterdir()]
-    message_of(refused(load, herd, split), "5 of 40 images", *named, "convert it to JPEG or PNG", "at most 10%")
+    (herd / "train" / "dog" / "7.png").write_bytes(b"damaged")
+    text = refusal(load, herd)
+    assert text.startswith(f"5 of 40 images cannot be read: {herd / 'train' / 'cat' / '0.png'}, ")
+    assert str(herd / "train" / "dog" / "7.png") in text and "at most 10%" in text
     assert [file.stat().st_mtime_ns for file in cache.iterdir()] == before, "what is refused is not cached"
 
 
@@ -439,7 +408,7 @@ def test_training_class_of_unreadable_images_is_refused(herd, load):
     for split in ("train", "test"):
         (herd / split / "emu").mkdir()
         (herd / split / "emu" / "0.png").write_bytes(b"damaged")
-    message_of(refused(load, herd), herd / "train", "no images of emu")
+    assert f"{herd / 'train'} holds no images of emu" in refusal(load, herd)
     loaded = load(herd, "test")
     assert len(loaded) == 40 and loaded.classes == ("cat", "dog", "emu")
 
@@ -454,26 +423,9 @@ def test_names_cannot_break_the_line_or_command_the_terminal(herd, load, capsys)
     assert line[:-1].isprintable()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="the trap is a shell script")
-def test_no_picture_is_handed_to_another_program(herd, load, tmp_path, monkeypatch):
-    trap = tmp_path / "bin" / "gs"
-    trap.parent.mkdir()
-    trap.write_text(f"#!/bin/sh\ntouch '{tmp_path / 'sprung'}'\n")
-    trap.chmod(0o755)
-    monkeypatch.setenv("PATH", str(trap.parent), prepend=os.pathsep)
-    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
-    bad = herd / "train" / "cat" / "3.png"
-    bad.write_bytes(UNREADABLE["EPS"][0])
-    assert len(load(herd)) == 39
-    assert not (tmp_path / "sprung").exists()
-    with pytest.raises(Exception), Image.open(bad) as picture:  # noqa: B017 (whatever comes of an empty answer)
-        picture.load()
-    assert (tmp_path / "sprung").exists(), "the trap of this test must work"
-
-
 def test_folder_larger_than_memory_is_refused(folder, load, monkeypatch):
     monkeypatch.setattr(os, "sysconf", lambda name: 20, raising=False)  # 20 pages of 20 bytes
-    message_of(refused(load, folder), "6 decoded images of 8x8 pixels", "GB", "image_size=224")
+    assert "6 decoded images of 8x8 pixels take 0.0 GB" in refusal(load, folder)
     assert len(load(folder, image_size=4)) == 6
 
 
@@ -482,7 +434,8 @@ def test_folder_larger_than_memory_is_refused(folder, load, monkeypatch):
 
 def test_images_of_different_sizes_need_image_size(folder, load):
     save_picture(folder / "train" / "dog" / "9.png", noise(10, 20, 3))
-    message_of(refused(load, folder), "8x8", "20x10", folder / "train" / "dog" / "9.png", "image_size=")
+    text = refusal(load, folder)
+    assert "8x8" in text and f"{folder / 'train' / 'dog' / '9.png'} 20x10" in text and "give image_size" in text
     assert load(folder, image_size=12).images.shape == (7, 3, 12, 12)
 
 
@@ -505,52 +458,35 @@ def test_shrinking_is_antialiased(tmp_path):
 
 
 def test_grey_and_rgb_come_as_asked(tmp_path):
-    grey, colour = noise(8, 8), noise(8, 8, 3)
-    pictures = [
-        Image.fromarray(pixels) for pixels in (grey, colour, np.dstack([colour, np.full((8, 8), 255, np.uint8)]))
-    ]
-    for number, picture in enumerate([*pictures, pictures[1].quantize(16)]):
+    grey, colour = Image.fromarray(noise(8, 8)), Image.fromarray(noise(8, 8, 3))
+    for number, picture in enumerate([grey, colour, colour.convert("RGBA"), colour.quantize(16)]):
         picture.save(tmp_path / f"{number}.png")
     rgb = [read_image(file) for file in sorted(tmp_path.iterdir())]
     assert all(np.array_equal(channel, grey) for channel in rgb[0])
     assert np.array_equal(rgb[1], rgb[2]) and rgb[3].shape == (3, 8, 8)
     one = [read_image(file, num_channels=1) for file in sorted(tmp_path.iterdir())]
-    assert np.array_equal(one[0][0], grey) and np.array_equal(one[1][0], pictures[1].convert("L"))
+    assert np.array_equal(one[0][0], grey) and np.array_equal(one[1][0], colour.convert("L"))
     for kind in ("JPEG", "TIFF"):
         Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "red", format=kind)  # magenta and yellow on paper
         red = read_image(tmp_path / "red")
         assert red[0].min() > 250 and red[1:].max() < 5
 
 
-def png_of_16_bits(pixels):
-    """uint16 [H, W, 3] as a PNG file, which Pillow reads but does not write."""
-
-    def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    height, width, _ = pixels.shape
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-
-
 def test_16_bits_give_their_upper_8_in_every_format(tmp_path):
     grey = np.random.default_rng(0).integers(2**16, size=(8, 8), dtype=np.uint16)
+    high_byte_first = grey.astype(">u2").tobytes()
     contents = {
-        "PNG": content_of(Image.fromarray(grey), format="PNG"),
-        "TIFF": content_of(Image.fromarray(grey), format="TIFF"),
-        "TIFF, high byte first": content_of(
-            Image.frombytes("I;16B", (8, 8), grey.astype(">u2").tobytes()), format="TIFF"
-        ),
-        "PGM": b"P5 8 8 65535\n" + grey.astype(">u2").tobytes(),
-        "PNG, RGB": png_of_16_bits(np.repeat(grey[:, :, None], 3, axis=2)),
+        "PNG": content_of(Image.fromarray(grey), "PNG"),
+        "TIFF": content_of(Image.fromarray(grey), "TIFF"),
+        "TIFF, high byte first": content_of(Image.frombytes("I;16B", (8, 8), high_byte_first), "TIFF"),
+        "PGM": b"P5 8 8 65535\n" + high_byte_first,
     }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
         np.testing.assert_array_equal(read_image(tmp_path / name, num_channels=1)[0], grey >> 8, err_msg=name)
 
 
-@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("bits", [8, 12, 14])
 def test_12_bits_in_16_bit_files_are_named(tmp_path, load, capsys, bits):
     values = np.arange(64, dtype=np.uint16).reshape(8, 8) * ((2**bits - 1) // 63)
     for name in ("cat", "dog"):
@@ -567,8 +503,6 @@ def test_first_picture_of_animations_and_pages_is_taken(tmp_path):
     for kind in ("GIF", "PNG", "TIFF", "WEBP", "MPO"):
         lossless = {"lossless": True} if kind == "WEBP" else {}
         first.save(tmp_path / kind, format=kind, save_all=True, append_images=[second], **lossless)
-        with Image.open(tmp_path / kind) as picture:
-            assert picture.n_frames == 2
         image = read_image(tmp_path / kind)
         assert image[0].min() > 250 and image[1:].max() < 5
 
@@ -589,30 +523,30 @@ BROKEN_TAGS = {  # beside the orientation: (entries, data after them); offsets c
 }
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize(("entry", "rest"), BROKEN_TAGS.values(), ids=BROKEN_TAGS)
-def test_photograph_with_broken_tags_is_turned_upright(tmp_path, entry, rest, kind):
+def test_photograph_with_broken_tags_is_turned_upright(tmp_path, entry, rest):
     pixels = np.zeros((16, 24, 3), np.uint8)
     pixels[:, :12] = 255  # bright on the left
     turned = exif_entry(0x112, 3, 1, 6)
     for entries in (turned + entry, entry + turned):
         block = b"II*\0\x08\0\0\0" + struct.pack("<H", 2) + entries + bytes(4) + rest
-        save_picture(tmp_path / "photo", pixels, format=kind, exif=b"Exif\0\0" + block)
-        image = read_image(tmp_path / "photo")
-        assert image.shape == (3, 24, 16) and image[:, :10].min() > 240 and image[:, 14:].max() < 15
+        for kind in ("JPEG", "PNG", "WEBP"):
+            save_picture(tmp_path / "photo", pixels, format=kind, exif=b"Exif\0\0" + block)
+            image = read_image(tmp_path / "photo")
+            assert image.shape == (3, 24, 16) and image[:, :10].min() > 240 and image[:, 14:].max() < 15
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_orientation_is_that_of_pillow(tmp_path, orientation, kind):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    xmp = f'<x:xmpmeta tiff:Orientation="{orientation}"/>'.encode()
-    for metadata in ({"exif": exif}, {"xmp": xmp}) if kind in ("JPEG", "WEBP") else ({"exif": exif},):
-        save_picture(tmp_path / "0", noise(4, 6, 3), format=kind, **metadata)
-        with Image.open(tmp_path / "0") as picture:
-            expected = np.asarray(ImageOps.exif_transpose(picture))
-        assert np.array_equal(read_image(tmp_path / "0"), expected.transpose(2, 0, 1))
+def test_orientation_is_that_of_pillow(tmp_path, kind):
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        xmp = f'<x:xmpmeta tiff:Orientation="{orientation}"/>'.encode()
+        for metadata in ({"exif": exif}, {"xmp": xmp}) if kind in ("JPEG", "WEBP") else ({"exif": exif},):
+            save_picture(tmp_path / "0", noise(4, 6, 3), format=kind, **metadata)
+            with Image.open(tmp_path / "0") as picture:
+                expected = np.asarray(ImageOps.exif_transpose(picture))
+            assert np.array_equal(read_image(tmp_path / "0"), expected.transpose(2, 0, 1))
 
 
 def test_several_threads_decode_at_once(folder, load, monkeypatch):
@@ -645,17 +579,17 @@ def test_links_are_followed_to_files_and_classes_only(tmp_path, folder, load):
     inside.mkdir()
     for number, place in enumerate((folder, folder / "test", folder / "train" / "dog", inside, Path("/"))):
         (inside / f"link {number}").symlink_to(place, target_is_directory=True)
-    save_picture(inside / "0.png", noise(8, 8, 3))
+    save_picture(inside / "0.png")
     loaded = load(folder)
     assert loaded.labels.tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2] and loaded.classes == ("cat", "dog", "emu")
     assert torch.equal(loaded.images[[0, 1, 2, 4, 5, 6]], whole.images)
     assert torch.equal(loaded.images[3], loaded.images[8])
 
 
-@pytest.mark.parametrize("place", [".", "..", "../.."])
+@pytest.mark.parametrize("place", [".", "../.."])
 def test_class_that_links_back_up_is_refused(folder, load, place):
     (folder / "train" / "loop").symlink_to(folder / "train" / place, target_is_directory=True)
-    message_of(refused(load, folder), folder / "train" / "loop", "leads back up", "remove it")
+    assert f"{folder / 'train' / 'loop'} is a link that leads back up" in refusal(load, folder)
 
 
 @pytest.mark.parametrize("shut", ["train", "train/cat", "train/cat/inside"])
@@ -670,7 +604,8 @@ def test_folder_that_may_not_be_read_is_named(folder, load, monkeypatch, shut):
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    message_of(refused(load, folder), folder / shut, "change its permissions")
+    text = refusal(load, folder)
+    assert str(folder / shut) in text and "change its permissions" in text
 
 
 # --- cache ---------------------------------------------------------------------------------------------------------
@@ -711,7 +646,7 @@ def test_changed_added_renamed_or_removed_file_is_noticed(folder, load, decoded,
     load(folder)
     picture.chmod(0o600)
     load(folder)
-    save_picture(folder / "train" / "cat" / "7.png", noise(8, 8, 3))
+    save_picture(folder / "train" / "cat" / "7.png")
     assert len(load(folder)) == 7
     (folder / "train" / "cat" / "7.png").rename(folder / "train" / "dog" / "7.png")
     assert load(folder).labels.tolist() == [0, 0, 0, 1, 1, 1, 1]
@@ -729,7 +664,7 @@ def test_folders_of_one_name_have_their_own_caches(tmp_path, load, cache):
     assert len(list(cache.iterdir())) == 2
 
 
-@pytest.mark.parametrize("damage", [lambda content: content[:-7], lambda content: b"", lambda content: b"no such file"])
+@pytest.mark.parametrize("damage", [lambda content: content[:-7], lambda content: b"no such file"])
 def test_damaged_cache_file_is_rebuilt(folder, load, decoded, cache, damage):
     first = load(folder)
     (file,) = cache.iterdir()
@@ -745,57 +680,35 @@ def test_cache_that_cannot_be_written_stops_nothing(folder, load, tmp_path, caps
     assert "not cached" in capsys.readouterr().out
 
 
-def load_apart(folder, data_dir):
-    load_images(folder, data_dir=data_dir, progress=False)
-
-
-def test_processes_that_decode_at_once_do_not_spoil_the_cache(herd, load, cache, tmp_path):
-    logs = [tmp_path / f"{number}.log" for number in range(2)]
-    processes = [children.start(load_apart, herd, cache.parent, log=log) for log in logs]
-    first = load(herd)
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0, 0], [log.read_text() for log in logs]
-    assert [log.read_text() for log in logs] == ["", ""], "each has been able to cache what it decoded"
-    assert len(list(cache.iterdir())) == 1 and torch.equal(load(herd).images, first.images)
-
-
 # --- what ciFAIR kept ----------------------------------------------------------------------------------------------
 
 
-def test_lists_of_flagged_images_have_the_published_counts():
-    for name, count, classes in (("cifar100", 959, 100), ("cifar10", 329, 10)):
-        flagged = cifar.flagged_by_cifair()[name]
-        indices = [index for stems in flagged.values() for index in stems.values()]
-        assert len(flagged) == classes and len(set(indices)) == len(indices) == count and max(indices) < 10_000
-        assert cifar.kept_by_index(name, 10_000).sum() == 10_000 - count
+@pytest.mark.parametrize(("name", "count", "classes"), [("cifar100", 959, 100), ("cifar10", 329, 10)])
+def test_lists_of_flagged_images_have_the_published_counts(name, count, classes):
+    flagged = cifar.flagged_by_cifair()[name]
+    indices = [index for stems in flagged.values() for index in stems.values()]
+    assert len(flagged) == classes and len(set(indices)) == len(indices) == count
+    assert cifar.kept_by_index(name, 10_000).sum() == 10_000 - count
 
 
-def make_cifar10_folder(root, test_files):
+@pytest.mark.parametrize(
+    ("other", "kept"), [("cat/pekingese_s_000608.png", [True, False, True]), ("cat/my cat.png", None)]
+)
+def test_folder_of_cifar_knows_what_cifair_kept(tmp_path, load, other, kept):
     for name in cifar.flagged_by_cifair()["cifar10"]:
-        save_picture(root / "train" / name / "one_s_000001.png", noise(4, 4, 3))
-    for file in test_files:
-        save_picture(root / "test" / file, noise(4, 4, 3))
-    return root
+        save_picture(tmp_path / "part" / "train" / name / "one_s_000001.png")
+    for file in ("dog/pekingese_s_000608.png", "dog/pug_s_000001.png", other):
+        save_picture(tmp_path / "part" / "test" / file)
+    test = load(tmp_path / "part", "test")
+    assert load(tmp_path / "part").kept is None
+    if kept is None:
+        assert test.kept is None
+    else:  # cat, dog, dog: flagged is a file of its class
+        assert test.kept.tolist() == test.to("cpu").kept.tolist() == kept
+        assert test.subset([1, 0]).kept.tolist() == [False, True]
 
 
-def test_folder_of_cifar_knows_what_cifair_kept(tmp_path, load):
-    files = ["dog/pekingese_s_000608.png", "dog/pug_s_000001.png", "cat/pekingese_s_000608.png"]
-    root = make_cifar10_folder(tmp_path / "part", files)
-    test = load(root, "test")
-    assert test.kept.tolist() == [True, False, True]  # cat, dog, dog: flagged is a file of its class
-    assert test.subset([1, 0]).kept.tolist() == [False, True] and test.to("cpu").kept is not None
-    assert load(root).kept is None
-
-
-def test_other_folder_knows_nothing_of_cifair(tmp_path, load, folder):
-    files = ["dog/pekingese_s_000608.png", "cat/my cat.png"]
-    root = make_cifar10_folder(tmp_path / "own", files)
-    assert load(root, "test").kept is None
-    assert load(folder, "test").kept is None
-
-
-# --- validation split ----------------------------------------------------------------------------------------------
+# --- splits and draws ----------------------------------------------------------------------------------------------
 
 
 def uneven():
@@ -810,11 +723,10 @@ def numbers(part):
     return part.images[:, 0, 0, 0].tolist()
 
 
-@pytest.mark.parametrize("fraction", [0.001, 0.1, 0.5, 0.9, 0.999])
-@pytest.mark.parametrize("seed", [0, 1, 7])
-def test_split_is_disjoint_complete_and_stratified(fraction, seed):
+@pytest.mark.parametrize("fraction", [0.001, 0.1, 0.5, 0.999])
+def test_split_is_disjoint_complete_and_stratified(fraction):
     whole = uneven()
-    train, validation = train_validation_split(whole, fraction, seed)
+    train, validation = train_validation_split(whole, fraction)
     assert sorted(numbers(train) + numbers(validation)) == list(range(56))
     assert numbers(train) == sorted(numbers(train)) and numbers(validation) == sorted(numbers(validation))
     for part in (train, validation):
@@ -835,82 +747,16 @@ def test_splits_and_draws_of_a_seed_never_change():
     assert numbers(drawn) == [32, 46, 34, 21, 5, 7]
 
 
-def test_the_seed_decides_the_split():
-    splits = [numbers(train_validation_split(uneven(), 0.3, seed)[1]) for seed in (0, 0, 1)]
-    assert splits[0] == splits[1] != splits[2]
-
-
 def test_the_default_split_holds_out_a_tenth():
     images = torch.zeros(1000, 1, 1, 1, dtype=torch.uint8)
     train, validation = train_validation_split(LabelledImages(images, torch.arange(1000) % 10, tuple("abcdefghij")))
     assert torch.bincount(validation.labels).tolist() == [10] * 10 and len(train) == 900
 
 
-@pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, float("nan")])
-def test_fraction_outside_0_to_1_is_refused(fraction):
-    with pytest.raises(ValueError) as error:
-        train_validation_split(uneven(), fraction)
-    message_of(error, repr(fraction))
-
-
-def test_data_set_without_a_pair_cannot_be_split():
-    with pytest.raises(ValueError) as error:
-        train_validation_split(labelled((0, 1)))
-    message_of(error, "2 images")
-
-
-# --- channel statistics --------------------------------------------------------------------------------------------
-
-
-def test_channel_statistics_are_mean_and_population_deviation():
-    images = torch.from_numpy(noise(50, 3, 9, 11)) // torch.tensor([1, 2, 3], dtype=torch.uint8).view(3, 1, 1)
-    mean, std = channel_statistics(images)
-    scaled = images.double() / 255
-    assert torch.allclose(torch.tensor(mean).double(), scaled.mean((0, 2, 3)), atol=1e-7)
-    assert torch.allclose(torch.tensor(std).double(), scaled.std((0, 2, 3), correction=0), atol=1e-7)
-    assert all(type(value) is float for value in mean + std)
-
-
-def test_channel_statistics_of_a_constant_image_are_exact():
-    assert channel_statistics(torch.full((2, 1, 4, 4), 255, dtype=torch.uint8)) == ((1.0,), (0.0,))
-
-
-def test_channel_statistics_never_widen_the_images():
-    class Widest(TorchDispatchMode):
-        bytes = 0
-
-        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-            result = function(*arguments, **(keywords or {}))
-            if isinstance(result, torch.Tensor):
-                self.bytes = max(self.bytes, result.numel() * result.element_size())
-            return result
-
-    images = torch.from_numpy(noise(100, 3, 16, 16))
-    with Widest() as widest:
-        channel_statistics(images)
-    assert widest.bytes <= images.numel()
-
-
-@pytest.mark.parametrize("images", [torch.zeros(2, 3, 4, 4), torch.zeros(0, 3, 4, 4, dtype=torch.uint8)])
-def test_channel_statistics_refuse_floats_and_nothing(images):
-    with pytest.raises(ValueError) as error:
-        channel_statistics(images)
-    message_of(error, list(images.shape))
-
-
-# --- real photographs ----------------------------------------------------------------------------------------------
-
-
-@needs_real_images
-@pytest.mark.parametrize(("name", "classes"), [("cifar100", 100), ("cifar10", 10)])
-def test_real_photographs_load_with_their_classes(name, classes, load):
-    loaded = load(REAL / name, "test")
-    assert loaded.images.shape == (1000, 3, 32, 32)
-    assert loaded.classes == tuple(sorted(path.name for path in (REAL / name / "train").iterdir()))
-    assert torch.bincount(loaded.labels).tolist() == [1000 // classes] * classes
-    assert (~loaded.kept).sum() == {100: 112, 10: 45}[classes], "of those that ciFAIR flags, so many are in this part"
-    mean, std = channel_statistics(loaded.images)
-    assert all(0.4 < value < 0.6 for value in mean) and all(0.2 < value < 0.3 for value in std)
+def test_what_cannot_be_split_is_refused():
+    for fraction in (0, 1, float("nan")):
+        assert f"fraction={fraction!r}" in refusal(train_validation_split, uneven(), fraction)
+    assert "2 images" in refusal(train_validation_split, labelled((0, 1)))
 
 
 def seven_images_of_two_classes() -> LabelledImages:
@@ -929,8 +775,37 @@ def test_smaller_even_draws_are_part_of_larger_ones():
     assert len({tuple(drawn.images.flatten().tolist()) for drawn in draws.values()}) > 1
 
 
-@pytest.mark.parametrize("count", [0, -2, 3, 8])
+@pytest.mark.parametrize("count", [0, 3, 8])
 def test_count_that_cannot_be_drawn_evenly_is_refused(count):
-    with pytest.raises(ValueError) as refused:
-        draw_evenly(seven_images_of_two_classes(), count)
-    message_of(refused, repr(count), "a multiple of 2", "from 2 to 6", "the smallest class has 3")
+    text = refusal(draw_evenly, seven_images_of_two_classes(), count)
+    assert text.startswith(f"{count} images") and "a multiple of 2" in text and "from 2 to 6" in text
+
+
+# --- channel statistics --------------------------------------------------------------------------------------------
+
+
+def test_channel_statistics_are_mean_and_population_deviation():
+    images = torch.from_numpy(noise(50, 3, 9, 11)) // torch.tensor([1, 2, 3], dtype=torch.uint8).view(3, 1, 1)
+    mean, std = channel_statistics(images)
+    scaled = images.double() / 255
+    assert torch.allclose(torch.tensor(mean).double(), scaled.mean((0, 2, 3)), atol=1e-7)
+    assert torch.allclose(torch.tensor(std).double(), scaled.std((0, 2, 3), correction=0), atol=1e-7)
+    assert all(type(value) is float for value in mean + std)
+    assert channel_statistics(torch.full((2, 1, 4, 4), 255, dtype=torch.uint8)) == ((1.0,), (0.0,))
+
+
+@pytest.mark.parametrize("images", [torch.zeros(2, 3, 4, 4), torch.zeros(0, 3, 4, 4, dtype=torch.uint8)])
+def test_channel_statistics_refuse_floats_and_nothing(images):
+    assert str(list(images.shape)) in refusal(channel_statistics, images)
+
+
+# --- real photographs ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "classes", "flagged"), [("cifar100", 100, 112), ("cifar10", 10, 45)])
+def test_real_photographs_load_with_their_classes(name, classes, flagged, load, cifar_folder):
+    loaded = load(cifar_folder(name), "test")
+    assert loaded.images.shape == (1000, 3, 32, 32)
+    assert loaded.classes == tuple(sorted(path.name for path in (cifar_folder(name) / "train").iterdir()))
+    assert torch.bincount(loaded.labels).tolist() == [1000 // classes] * classes
+    assert (~loaded.kept).sum() == flagged, "of those that ciFAIR flags, so many are in this part"

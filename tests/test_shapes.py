@@ -2,15 +2,13 @@
 
 import hashlib
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 
 from vitlib.data import shapes
-from vitlib.data.shapes import CLASSES, COLOURS, DEFAULT_COUNTS, SHAPES, draw_shapes
+from vitlib.data.shapes import COLOURS, DEFAULT_COUNTS, SHAPES, draw_shapes
 
 # SHA-256 over the bytes of images, labels and masks of the first 1,000 training images at seed 0. These hashes may
 # change only when the pictures are meant to change: then every number printed in the notebooks changes too.
@@ -20,28 +18,16 @@ GOLDEN = {
 }
 
 
-def fingerprint(name: str, **options) -> str:
-    drawn = draw_shapes(name, **{"count": 1000, **options})
-    digest = hashlib.sha256(drawn.images.numpy().tobytes())
-    digest.update(drawn.labels.numpy().astype("<i8").tobytes())
-    digest.update(drawn.masks.numpy().tobytes())
-    return digest.hexdigest()
-
-
 @pytest.fixture(scope="module", params=DEFAULT_COUNTS)
 def drawn(request) -> shapes.Shapes:
     return draw_shapes(request.param, count=1000)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("name", GOLDEN)
-def test_same_seed_gives_the_published_bytes(name, threads):
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        assert fingerprint(name) == GOLDEN[name]
-    finally:
-        torch.set_num_threads(before)
+def test_same_seed_gives_the_published_bytes(drawn):
+    digest = hashlib.sha256(drawn.images.numpy().tobytes())
+    digest.update(drawn.labels.numpy().astype("<i8").tobytes())
+    digest.update(drawn.masks.numpy().tobytes())
+    assert digest.hexdigest() == GOLDEN["shapes100" if len(drawn.classes) == 100 else "shapes10"]
 
 
 def test_no_table_depends_on_the_last_bit():
@@ -70,18 +56,15 @@ def test_no_array_on_the_way_is_floating(monkeypatch):
 @pytest.mark.parametrize("name", DEFAULT_COUNTS)
 def test_image_does_not_depend_on_the_count(name):
     few, many = draw_shapes(name, count=7), draw_shapes(name, count=430)
-    assert torch.equal(few.images, many.images[:7])
-    assert torch.equal(few.labels, many.labels[:7])
-    assert torch.equal(few.masks, many.masks[:7])
+    for part in ("images", "labels", "masks"):
+        assert torch.equal(getattr(few, part), getattr(many, part)[:7])
 
 
 @pytest.mark.parametrize("name", DEFAULT_COUNTS)
-def test_seed_split_and_image_number_each_change_the_pictures(name):
-    base = draw_shapes(name, count=200)
-    for other in (draw_shapes(name, count=200, seed=1), draw_shapes(name, "test", count=200)):
-        assert not torch.equal(base.labels, other.labels)
-        assert not (base.images == other.images).flatten(1).all(1).any()
-    assert len(torch.unique(base.images.flatten(1), dim=0)) == 200
+def test_another_seed_gives_other_pictures(name):
+    base, other = draw_shapes(name, count=200), draw_shapes(name, count=200, seed=1)
+    assert not torch.equal(base.labels, other.labels)
+    assert not (base.images == other.images).flatten(1).all(1).any()
 
 
 def test_train_and_test_of_both_sets_share_no_picture():
@@ -107,18 +90,12 @@ def test_classes_are_balanced_to_within_one_and_shuffled(drawn):
     assert not torch.equal(drawn.labels[:size], drawn.labels[size : 2 * size])
 
 
-def test_class_names_are_readable_and_in_a_fixed_order():
-    assert len(set(CLASSES["shapes100"])) == 100 and CLASSES["shapes10"] == SHAPES
-    assert CLASSES["shapes100"][33] == "red star"
-    assert draw_shapes("shapes100", count=0).classes == CLASSES["shapes100"]
-
-
 def test_the_object_has_the_colour_that_its_label_names():
-    drawn = draw_shapes("shapes100", count=1000)
+    drawn = draw_shapes("shapes100", count=300)
     colours = torch.tensor(list(COLOURS.values())).float()
     for image, label, mask in zip(drawn.images.float(), drawn.labels, drawn.masks, strict=True):
-        mean = image[:, mask].mean(1)
-        assert (colours - mean).norm(dim=1).argmin() == label % len(COLOURS)
+        nearest = (colours - image[:, mask].mean(1)).norm(dim=1).argmin()
+        assert drawn.classes[label].startswith(list(COLOURS)[nearest])
 
 
 def test_the_mask_outlines_the_object(drawn):
@@ -132,7 +109,7 @@ def test_the_mask_outlines_the_object(drawn):
     assert (inside - outside).abs().max(1).values.min() > 30
 
 
-def test_shapes_have_their_own_outline(drawn):
+def test_shapes_have_their_own_outline():
     """Each stencil, unturned, differs from every other in at least a tenth of the cells that either covers."""
     stencils = torch.from_numpy(shapes._STENCIL[: len(SHAPES)]).bool()
     assert not (stencils[:, [0, -1]].any() or stencils[:, :, [0, -1]].any()), "a stencil touches its border"
@@ -150,39 +127,3 @@ def test_objects_are_whole_and_vary_in_place_and_size(drawn):
     centres = torch.stack([(masks.sum(d) * steps).sum(1) / masks.sum((1, 2)) for d in (1, 2)])
     assert (centres.std(1) > 1.5).all() and ((centres.mean(1) - 15.5).abs() < 1).all()
     assert drawn.masks.sum((1, 2)).float().std() > 30
-
-
-def test_downstream_backgrounds_are_busier_than_upstream_ones():
-    def roughness(name):  # mean difference between background pixels two apart
-        drawn = draw_shapes(name, count=500)
-        outside = ~drawn.masks[:, :, 2:] & ~drawn.masks[:, :, :-2]
-        steps = (drawn.images[..., 2:].float() - drawn.images[..., :-2].float()).abs().mean(1)
-        return (steps * outside).sum() / outside.sum()
-
-    assert roughness("shapes10") > 1.4 * roughness("shapes100")
-
-
-def test_a_downstream_shape_comes_in_any_colour():
-    drawn = draw_shapes("shapes10", count=1000)
-    stars = drawn.labels == SHAPES.index("star")
-    colours = torch.stack(
-        [i[:, m].float().mean(1) for i, m in zip(drawn.images[stars], drawn.masks[stars], strict=True)]
-    )
-    assert (colours.std(0) > 40).all()
-
-
-def test_ten_thousand_images_are_quick_and_small():
-    code = (
-        "import resource, sys, time; from vitlib.data.shapes import draw_shapes; draw_shapes('shapes100', count=200)\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "before, times = peak(), []\n"
-        "for _ in range(3):  # another user of the machine may slow one of them down\n"
-        "    start = time.process_time(); drawn = draw_shapes('shapes100'); times.append(time.process_time() - start)\n"
-        "    del drawn\n"
-        "print(min(times), (peak() - before) * (1 if sys.platform == 'darwin' else 1024))"
-    )
-    pytest.importorskip("resource", reason="Windows has no resource module to measure memory with")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    seconds, grown = map(float, done.stdout.split())
-    assert seconds < 3, f"{seconds:.1f} s of processor time"
-    assert grown < 150e6, f"the peak grew by {grown / 1e6:.0f} MB for 41 MB of results"

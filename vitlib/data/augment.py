@@ -1,11 +1,10 @@
-"""Random changes to training images, drawn for each image on its own and applied to whole batches of tensors.
+"""Random changes to training images, drawn for each image on its own and applied to whole batches.
 
-Every augmentation comes as a pure function of images and drawn numbers, which can be tested against another library
-with the same numbers; :class:`Augmentation` draws the numbers. Everything runs on the device that holds the images.
+Every augmentation is a pure function of images and drawn numbers; :class:`Augmentation` draws the numbers. Everything
+runs on the device that holds the images.
 
-The published pipeline normalises first and then moves pixels about. Here the pixels are moved while they are still
-uint8, four times smaller; the result is the same, since normalisation treats every pixel alike. Only what is erased
-has to come last: it is filled with 0, which is the mean colour of normalised images.
+The published pipeline normalises first and then moves pixels. Here pixels move while they are still uint8, four times
+smaller; the result is the same. Only erasing comes last: it fills with 0, the mean colour of normalised images.
 """
 
 import functools
@@ -23,9 +22,9 @@ CIFAR10_STD = (0.2471, 0.2435, 0.2616)
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """uint8 ``[B, C, H, W]`` to float32 with (x / 255 - mean) / std, channel by channel.
+    """Return uint8 ``[B, C, H, W]`` as float32: (x / 255 - mean) / std, channel by channel.
 
-    ``mean`` and ``std`` are in [0, 1]. A channel whose std is 0 never varies, and is only centred.
+    ``mean`` and ``std`` are in [0, 1]. A channel of std 0 is only centred.
 
     Raises:
         ValueError: for images of another dtype or numbers that do not go with their channels.
@@ -50,8 +49,8 @@ def _per_channel(numbers: tuple[float, ...], device: torch.device) -> Tensor:
 def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flipped: Tensor, padding: int) -> Tensor:
     """Pad by reflection, cut out a window of the original size, mirror some windows left to right.
 
-    Padding, cropping and flipping only say which pixel goes where, so all three are one look-up of row and column
-    numbers. The border is mirrored without repeating the edge pixel (reflect-101).
+    All three only say which pixel goes where, so they are one look-up of row and column numbers. The border is
+    mirrored without repeating the edge pixel (reflect-101).
 
     Args:
         images: ``[B, C, H, W]`` of any dtype.
@@ -74,7 +73,7 @@ def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flipped: Tensor, pa
 
 
 def in_rectangle(images: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor) -> Tensor:
-    """Which pixels lie in a rectangle of each image: bool ``[B, 1, H, W]``.
+    """Return which pixels lie in a rectangle of each image: bool ``[B, 1, H, W]``.
 
     Args:
         images: ``[B, C, H, W]``; only their shape counts.
@@ -94,10 +93,9 @@ def erase(images: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tens
 
 
 def neighbours(batch: int, device: torch.device | str = "cpu") -> Tensor:
-    """With which image each of a batch is mixed: int64 ``[batch]``; 0 with 1, 2 with 3 and so on.
+    """Return with which image each of a batch is mixed: int64 ``[batch]``; 0 with 1, 2 with 3 and so on.
 
-    The order of the images is random, so neighbours are random partners. A last odd image is its own partner. Where
-    several processes share a batch, each mixes its own part of it.
+    The order of the images is random, so neighbours are random partners. A last odd image is its own partner.
     """
     return (torch.arange(batch, device=device) ^ 1).clamp(max=batch - 1)
 
@@ -109,12 +107,11 @@ def mix_neighbours(
 
     Args:
         images: float ``[B, C, H, W]``.
-        share: ``[B]``, what every pixel keeps of its own image, the rest being its partner's (mixup); 1 for all.
+        share: ``[B]``, what every pixel keeps of its own image; the rest is its partner's (mixup).
         top, left, height, width: the rectangle that is replaced by the partner's (CutMix), see :func:`in_rectangle`.
 
     Returns:
-        the mixed images, and ``[B]`` the share of its own content in each; 1 for a last odd image, which stays as it
-        is.
+        The mixed images, and ``[B]`` the share of its own content in each. A last odd image stays as it is.
     """
     partner = neighbours(len(images), images.device)
     cut = in_rectangle(images, top, left, height, width)
@@ -126,24 +123,21 @@ def mix_neighbours(
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to training images. Every number is drawn anew for every image.
+    """What is done to training images. Every number is drawn anew for every image; 0 turns an option off.
 
     Args:
-        padding: pixels of reflected border before a random crop to the original size; 0 for no crop.
+        padding: pixels of reflected border before a random crop to the original size.
         flip: probability of a horizontal flip.
-        cutout: side in pixels of the one square that is erased from every image (Cutout, DeVries & Taylor 2017,
-            arXiv:1708.04552); 0 for none.
-        randaugment: random operations per image, one after the other (RandAugment, Cubuk et al. 2020,
-            arXiv:1909.13719, see :mod:`vitlib.data.randaugment`); 0 for none.
+        cutout: side in pixels of the square erased from every image (Cutout, DeVries & Taylor 2017, arXiv:1708.04552).
+        randaugment: random operations per image (RandAugment, Cubuk et al. 2020, arXiv:1909.13719).
         magnitude: how strong these are, from 0 to 30.
-        erase: probability of erasing a rectangle from an image (random erasing, Zhong et al. 2017, arXiv:1708.04896):
-            2 to 33 % of its area, height by width from 0.3 to 3.3. What is erased becomes 0 after normalisation,
-            which is the mean colour. A side longer than the image is cut to the image, where the paper draws again.
-        mixing: probability of mixing an image with another one, see :meth:`mix`; 0 for no mixing.
+        erase: probability of erasing a rectangle (random erasing, Zhong et al. 2017, arXiv:1708.04896): 2 to 33 % of
+            the area, height by width from 0.3 to 3.3. A side longer than the image is cut; the paper draws again.
+        mixing: probability of mixing an image with another one, see :meth:`mix`.
         mixup: alpha of the Beta distribution of the own share in mixup (Zhang et al. 2018, arXiv:1710.09412), where
-            two images are blended; 0 for no mixup.
-        cutmix: the same in CutMix (Yun et al. 2019, arXiv:1905.04899), where a rectangle comes from the other image; 0
-            for no CutMix. With both, a mixed image is mixed by either with probability 1/2.
+            two images are blended.
+        cutmix: the same in CutMix (Yun et al. 2019, arXiv:1905.04899), where a rectangle comes from the other image.
+            With both, a mixed image is mixed by either with probability 1/2.
     """
 
     padding: int = 4
@@ -157,19 +151,25 @@ class Augmentation:
     cutmix: float = 1.0
 
     def draw(self, count: int, height: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """The random numbers for ``count`` images of ``height`` x ``width`` pixels, by name, each ``[count]``, for
-        RandAugment ``[count, randaugment]``.
+        """Draw the numbers for ``count`` images of ``height`` x ``width`` pixels.
 
-        ``generator`` lives on the CPU, so that the same seed draws the same numbers whatever the device. Training
-        draws for a whole epoch at once: what happens to an image then depends neither on the size of the batches nor
-        on the number of processes, and no step waits for numbers to reach the device.
+        ``generator`` lives on the CPU, so that a seed draws the same numbers on every device. Training draws for a
+        whole epoch at once: what happens to an image then depends neither on the batch size nor on the number of
+        processes, and no step waits for numbers to reach the device.
+
+        Returns:
+            Numbers by name, each ``[count]``, for RandAugment ``[count, randaugment]``.
         """
-        self._check_size(height, width)
+        if self.cutout > min(height, width):
+            raise ValueError(
+                f"cutout={self.cutout} is larger than the images of {height}x{width} pixels; "
+                f"it must be at most {min(height, width)}."
+            )
 
         def draw(end: int) -> Tensor:  # whole numbers from 0 to end, the latter included
             return torch.randint(end + 1, (count,), generator=generator)
 
-        # what vitlib has had for longer is drawn first, so that it stays the same whether the newer is on or off
+        # in this order, so that turning on a later option leaves the numbers of earlier ones as they are
         drawn = {}
         if self.padding or self.flip:
             drawn["flipped"] = torch.rand(count, generator=generator) < self.flip
@@ -187,7 +187,7 @@ class Augmentation:
         return drawn
 
     def _draw_erased(self, count: int, height: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Rectangles to erase; empty ones in the images that stay whole."""
+        """Draw rectangles to erase; empty ones for the images that stay whole."""
         erased = torch.rand(count, generator=generator) < self.erase
         area = torch.empty(count).uniform_(0.02, 0.33, generator=generator) * height * width
         ratio = torch.empty(count).uniform_(math.log(0.3), math.log(3.3), generator=generator).exp()
@@ -202,7 +202,7 @@ class Augmentation:
         return numbers
 
     def _draw_mixing(self, count: int, height: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """What :func:`mix_neighbours` takes; share 1 and an empty rectangle for the images that stay unmixed."""
+        """Draw what :func:`mix_neighbours` takes; share 1 and an empty rectangle for images that stay unmixed."""
         mixed = torch.rand(count, generator=generator) < self.mixing
         cut_share = 0.5 if self.mixup and self.cutmix else float(self.cutmix > 0)  # of the mixed images
         cut = torch.rand(count, generator=generator) < cut_share
@@ -217,10 +217,7 @@ class Augmentation:
     def apply(
         self, images: Tensor, drawn: dict[str, Tensor], mean: tuple[float, ...], std: tuple[float, ...]
     ) -> Tensor:
-        """uint8 ``[B, C, H, W]`` to augmented, normalised float32 of the same shape, with numbers drawn before.
-
-        The drawn numbers, ``B`` of each, are on the device of the images.
-        """
+        """Augment and normalise uint8 ``[B, C, H, W]`` to float32, with ``B`` drawn numbers of each on its device."""
         if "top" in drawn:
             images = crop_and_flip(images, drawn["top"], drawn["left"], drawn["flipped"], self.padding)
         for step in range(self.randaugment):
@@ -235,15 +232,11 @@ class Augmentation:
         return images
 
     def mix(self, images: Tensor, drawn: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Mix images that :meth:`apply` has given with their :func:`neighbours`, by numbers drawn before.
-
-        Args:
-            images: float32 ``[B, C, H, W]``, normalised.
-            drawn: each ``[B]``, on the device of the images.
+        """Mix normalised images ``[B, C, H, W]`` with their :func:`neighbours`, by ``B`` drawn numbers of each.
 
         Returns:
-            the mixed images, and float32 ``[B]`` the share of its own content in each, with which its own label
-            counts; the rest is that of its partner's label.
+            The mixed images, and float32 ``[B]`` the share of its own content in each, which is the weight of its own
+            label; the rest is that of its partner's label.
         """
         if "mix_share" not in drawn:
             return images, torch.ones(len(images), device=images.device)
@@ -253,16 +246,9 @@ class Augmentation:
     def __call__(
         self, images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], generator: torch.Generator
     ) -> Tensor:
-        """:meth:`draw` and :meth:`apply` in one: uint8 ``[B, C, H, W]`` to float32 of the same shape, not mixed."""
+        """Draw and apply in one: uint8 ``[B, C, H, W]`` to float32, not mixed."""
         drawn = self.draw(len(images), *images.shape[-2:], generator)
         return self.apply(images, {name: numbers.to(images.device) for name, numbers in drawn.items()}, mean, std)
-
-    def _check_size(self, height: int, width: int) -> None:
-        if self.cutout > min(height, width):
-            raise ValueError(
-                f"cutout={self.cutout} is larger than the images of {height}x{width} pixels; "
-                f"it must be at most {min(height, width)}."
-            )
 
 
 def mixed_cross_entropy(logits: Tensor, labels: Tensor, own_share: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -298,9 +284,9 @@ def _reflect(index: Tensor, length: int) -> Tensor:
 
 
 def _draw_beta(alpha: float, count: int, generator: torch.Generator) -> Tensor:
-    """``[count]`` numbers of Beta(alpha, alpha), float32; all 1 for alpha 0.
+    """Draw float32 ``[count]`` from Beta(alpha, alpha); all 1 for alpha 0.
 
-    The distribution knows only torch's own CPU generator, which is lent to it with a drawn seed.
+    torch's distribution knows no generator but the default one, which gets a drawn seed for it.
     """
     if not alpha:
         return torch.ones(count)

@@ -28,7 +28,7 @@ TIMEOUT = 30  # seconds without a byte after which a connection counts as broken
 
 
 def cifar_class(name: str) -> type:
-    """Return torchvision's class for one of the four data sets; ciFAIR's are subclasses, as its authors have them."""
+    """Return torchvision's class for one of the four data sets; ciFAIR's are subclasses, as by its authors."""
     datasets = import_torchvision().datasets
 
     class CiFAIR100(datasets.CIFAR100):
@@ -55,8 +55,7 @@ def load_cifar(
     """Return images uint8 [N, 3, 32, 32], labels int64 [N] and class names, downloaded if they are not there.
 
     Raises:
-        OSError: if the download fails or is not what it should be, or the folder cannot be written; the message says
-            what to do.
+        OSError: as :func:`prepare_cifar`.
     """
     prepare_cifar(name, data_dir, progress)
     data = cifar_class(name)(cache_dir(data_dir), train=split == "train")
@@ -68,7 +67,7 @@ def prepare_cifar(name: str, data_dir: str | os.PathLike | None, progress: bool)
     """Download, check and unpack one of the four data sets, unless that is done. Of several processes one does it.
 
     Raises:
-        OSError: as :func:`load_cifar`.
+        OSError: if the download fails or is not what it should be, or the folder cannot be written.
     """
     dataset, folder = cifar_class(name), cache_dir(data_dir)
     if _is_whole(dataset, folder):
@@ -121,7 +120,7 @@ def _network_settings(progress: bool) -> Iterator[None]:
 def flagged_by_cifair() -> dict[str, dict[str, dict[str, int]]]:
     """Return the test images of CIFAR that ciFAIR flags as near-duplicates: data set, class, file stem, test index.
 
-    959 of CIFAR-100 and 329 of CIFAR-10. The others, 9,041 and 9,671, are the same images in CIFAR and in ciFAIR.
+    They are 959 of CIFAR-100 and 329 of CIFAR-10. The others are the same images in CIFAR and in ciFAIR.
     """
     lists = json.loads(Path(__file__).with_name("cifair_flagged.json").read_text(encoding="utf-8"))
     return {name: lists[name] for name in ("cifar100", "cifar10")}
@@ -134,10 +133,7 @@ def kept_by_index(name: str, count: int) -> Tensor:
 
 
 def kept_by_file(paths: Sequence[Path], labels: Tensor, classes: tuple[str, ...]) -> Tensor | None:
-    """Return which test images of a folder ciFAIR kept, bool [N], if the folder holds CIFAR or a part of it.
-
-    It does if its classes are CIFAR's and all its files have CIFAR's own names. For any other folder return None.
-    """
+    """Return which test images of a folder ciFAIR kept, bool [N]; None unless classes and file names are CIFAR's."""
     own_name = re.compile(r".+_s_\d{6}|manual2?-(beaver|shrew|skunk)\d+")
     stems = [path.stem for path in paths]
     for flagged in flagged_by_cifair().values():

@@ -1,7 +1,7 @@
 """Image files as a model takes them, and folders of them: listed, decoded in threads, cached.
 
-The files may come from anywhere. Nothing in them is run, no link inside a class folder is followed out of it, and a
-file that cannot be read costs that one image, unless there are too many of them (``MOST_UNREADABLE``).
+The files may come from anywhere. Nothing in them is run, no link inside a class folder is followed out of it, and an
+unreadable file costs one image, unless there are too many of them (``MOST_UNREADABLE``).
 """
 
 import functools
@@ -26,13 +26,12 @@ from torch import Tensor
 
 from vitlib.utils import atomic_write, cache_dir, printable, progress_bar
 
-CACHE_VERSION = 4  # raise it when the same files and options come to give other pixels
-MOST_UNREADABLE = 0.1  # of a folder's images; more are no accident, and leaving them out would change the data set
+CACHE_VERSION = 5  # raise it when the same files and options come to give other pixels
+MOST_UNREADABLE = 0.1  # of a folder's images; leaving out more would change the data set
 NAMED = 10  # files that a message names; it counts all
-# Pillow knows far more formats, some of them hardly tested, and hands EPS to Ghostscript, which runs the program in it.
-# It goes by the content of a file, not by its name.
+# by the content of a file, not by its name; Pillow knows far more, and hands EPS to Ghostscript, which runs it
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-# A file that cannot be read counts as an image if its name ends like one, also like one in a format that is not read.
+# a file that cannot be read counts as an image if its name ends like one, also of a format that is not read
 IMAGE_NAME = re.compile(
     r".+\.(jpe?g|jpe|jfif|a?png|webp|gif|bmp|dib|tiff?|p[pgbn]m|avif|hei[cf]|jxl|jp2|j2k|svg|ico|psd|tga|pcx|eps|dcm|"
     r"raw|dng|cr[23]|nef|arw|orf|rw2|raf)",
@@ -59,13 +58,12 @@ def read_image(path: str | os.PathLike, image_size: int | None = None, num_chann
     """Return an image file as uint8 [C, H, W], just as ``load_images`` gives the images of a folder.
 
     It is turned upright, converted to RGB (3 channels) or grey (1), and with ``image_size`` scaled and cut to a square
-    of that side. CMYK, palettes and transparency are converted, 16 bits of grey become the upper 8. Of an animation or
-    of several pages the first picture is taken. Formats: ``FORMATS``, by the content of the file.
+    of that side. 16 bits of grey become the upper 8. Of an animation or of several pages the first is taken.
 
     Raises:
         OSError: for a missing path, a folder, or a file that may not be read.
-        ValueError: for a file that is no image, is damaged, has pixels of 32 bits, or has more than twice
-            ``PIL.Image.MAX_IMAGE_PIXELS``, about 179 million, pixels.
+        ValueError: for a file that is no image of the ``FORMATS``, is damaged, or has pixels of 32 bits or more than
+            twice ``PIL.Image.MAX_IMAGE_PIXELS``, about 179 million, of them.
     """
     return _read(os.path.expanduser(path), image_size, num_channels)[0]
 
@@ -123,7 +121,7 @@ def _pixels(picture: Image.Image, image_size: int | None, num_channels: int) -> 
 
 
 def _orientation(picture: Image.Image) -> int | None:
-    """Return the EXIF orientation, whatever is wrong with other tags: Pillow reads none behind one that is cut off."""
+    """Return the EXIF orientation, even beside broken tags: Pillow reads no tag behind one that is cut off."""
     with suppress(KeyError, TypeError, IndexError, struct.error):
         block = re.split(rb"(?=II\*\0|MM\0\*)", picture.info["exif"], maxsplit=1)[1]
         order = "<" if block.startswith(b"II") else ">"
@@ -138,7 +136,7 @@ def _orientation(picture: Image.Image) -> int | None:
 
 
 def refit(images: Tensor, image_size: int | None, num_channels: int) -> Tensor:
-    """Return RGB images of a named source in another size or in grey, just as images of a folder would be."""
+    """Return RGB images of a named source in another size or in grey, as images of a folder would be."""
     if num_channels == 3 and image_size in (None, images.shape[-1]):
         return images
     pictures = map(Image.fromarray, images.permute(0, 2, 3, 1).numpy())
@@ -149,10 +147,9 @@ def refit(images: Tensor, image_size: int | None, num_channels: int) -> Tensor:
 
 
 def find_splits(folder: Path) -> tuple[Path, list[Path]]:
-    """Return the folder with the classes for training, and those for testing, the first of which is to be used.
+    """Return the folder with the classes for training, and those for testing, of which the first is used.
 
-    They have a name of ``SPLIT_NAMES``, in small or capital letters. A folder without splits holds the classes itself
-    and is returned as the one for training.
+    They are named as in ``SPLIT_NAMES``, in any case. A folder of classes alone is itself the one for training.
 
     Raises:
         FileNotFoundError: for a folder that has neither splits nor classes.
@@ -173,8 +170,7 @@ def find_splits(folder: Path) -> tuple[Path, list[Path]]:
 def list_files(place: Path, train: Path) -> tuple[list[Path], Tensor, tuple[str, ...]]:
     """Return paths, labels int64 [N] and classes of the split in ``place``, whose classes are the folders in ``train``.
 
-    The files come in the order of class, folder and name; whether one is an image shows when it is opened. Names of
-    classes are compared and returned in Unicode NFC: a Mac writes them in NFD.
+    The files come in the order of class, folder and name. Class names are in Unicode NFC: a Mac writes them in NFD.
 
     Raises:
         ValueError: for folders that hold no data set: a single class, classes one level too deep.
@@ -183,23 +179,20 @@ def list_files(place: Path, train: Path) -> tuple[list[Path], Tensor, tuple[str,
     classes, folders = tuple(_class_folders(train)), _class_folders(place)
     files = {name: [file for folder in folders[name] for file in _files(folder, place)] for name in folders}
     inside = {name: _folders_in_place_of_images(folders[name], files[name]) for name in folders}
-    found = {name: f"{name} (in it: {_named(inside[name])})" if inside[name] else name for name in folders}
     where = printable(place)
-    if unknown := [found[name] for name in folders if name not in classes]:
-        raise ValueError(f"{where} holds classes that train/ lacks: {_named(unknown)}; add them there or remove them.")
+    if unknown := [name for name in folders if name not in classes]:
+        found = [f"{name} (in it: {_named(inside[name])})" if inside[name] else name for name in unknown]
+        raise ValueError(f"{where} holds classes that train/ lacks: {_named(found)}; add them there or remove them.")
     if len(classes) == 1:
         (name,) = folders
-        deeper = (
-            f"with the folders {_named(inside[name])} in it; name {printable(place / name)} as the data set, or move "
-            "these up by one level"
-        )
-        alone = "but a model learns to tell two or more apart; add a class"
-        raise ValueError(f"{where} holds one class, {printable(name)}, {deeper if inside[name] else alone}.")
+        way_out = "but a model learns to tell two or more apart; add a class"
+        if inside[name]:
+            way_out = f"with the folders {_named(inside[name])} in it; give {printable(place / name)}, or move these up"
+        raise ValueError(f"{where} holds one class, {printable(name)}, {way_out}.")
     if len(both := set.intersection(*map(set, inside.values()))) > 1:
         raise ValueError(
             f"{where} holds no images in its folders {_named(list(folders))}, but in each of them the folders "
-            f"{_named(sorted(both))}; move the folders of the classes up by one level, or, if these are splits, name "
-            "them train and test."
+            f"{_named(sorted(both))}; move the class folders up by one level, or name the splits train and test."
         )
     labels = torch.tensor([classes.index(name) for name in folders for _ in files[name]], dtype=torch.int64)
     return [file for name in folders for file in files[name]], labels, classes
@@ -212,7 +205,7 @@ def _check_classes(place: Path, classes: tuple[str, ...], labels: Tensor, all_ne
 
 
 def _class_folders(place: Path) -> dict[str, list[Path]]:
-    """Return the folders of each class, in the order of the classes' names; two folders may have one name in NFC."""
+    """Return the folders of each class, in the order of the names; two folders may have one name in NFC."""
     classes = {}
     for name in _folders(place):
         classes.setdefault(unicodedata.normalize("NFC", name), []).append(place / name)
@@ -220,7 +213,7 @@ def _class_folders(place: Path) -> dict[str, list[Path]]:
 
 
 def _folders(folder: Path) -> list[str]:
-    """Return the names of the folders in a folder that are neither hidden nor a system's, in their order."""
+    """Return the sorted names of the folders in a folder that are neither hidden nor a system's."""
     try:
         return sorted(
             item.name for item in os.scandir(folder) if item.is_dir() and not SYSTEM_NAME.fullmatch(item.name)
@@ -232,8 +225,8 @@ def _folders(folder: Path) -> list[str]:
 def _files(folder: Path, place: Path) -> list[Path]:
     """Return the files in a class folder and in the folders in it, in the order of folder and name.
 
-    A class folder may be a link, and so may a file. A link to a folder further inside is not followed: it could lead
-    back up, so that images count twice or test images get among those for training, or out into the whole disk.
+    A link to a folder further inside is not followed: it could lead back up, to images twice or test images in
+    training, or out into the whole disk.
     """
 
     def refuse(error):
@@ -274,8 +267,8 @@ def load_folder(
 ) -> tuple[Tensor, Tensor, tuple[str, ...], list[Path]]:
     """Return images uint8 [N, C, H, W], labels int64 [N], class names and files of the split in ``place``.
 
-    The classes are the folders in ``train``; the other options are as in ``load_images``. Images that cannot be read
-    and files that are no images are left out; a line on stdout counts and names them.
+    The classes are the folders in ``train``; the other options are as in ``load_images``. What is left out is counted
+    and named on stdout.
 
     Raises:
         ValueError: if more than ``MOST_UNREADABLE`` of the images cannot be read, or all of a class in train/; for
@@ -286,22 +279,22 @@ def load_folder(
     _check_classes(place, classes, labels, place == train)  # now, and again when what cannot be read is left out
     cache, state = _cache_of(place, paths, data_dir, image_size, num_channels)
     found = _read_cache(cache, state)
-    images, left_out, largest = found or _decode(paths, image_size, num_channels, progress)
-    used = [index for index in range(len(paths)) if str(index) not in left_out]
+    images, problems, largest = found or _decode(paths, image_size, num_channels, progress)
+    used = [index for index, problem in enumerate(problems) if problem is None]
     labels = labels[used]
-    _report(place, paths, left_out, largest)
+    _report(place, paths, problems, largest)
     _check_classes(place, classes, labels, place == train)
     if place != train and len(labels.unique()) == 1:
         print(f"All images in {printable(place)} are of one class, {printable(classes[labels[0]])}.")
     if not found:
-        _write_cache(cache, state, images, left_out, largest)
+        _write_cache(cache, state, images, problems, largest)
     return images, labels, classes, [paths[index] for index in used]
 
 
-def _report(place: Path, paths: list[Path], left_out: dict[str, str], largest: int) -> None:
+def _report(place: Path, paths: list[Path], problems: list[str | None], largest: int) -> None:
     """Say what is left out, and refuse a folder of which too much is."""
-    others = [paths[int(index)] for index, reason in left_out.items() if not reason]
-    unreadable = {paths[int(index)]: reason for index, reason in left_out.items() if reason}
+    others = [path for path, problem in zip(paths, problems, strict=True) if problem == ""]
+    unreadable = {path: problem for path, problem in zip(paths, problems, strict=True) if problem}
     if unreadable:
         count, names = len(paths) - len(others), list(unreadable)
         reason = unreadable[names[0]].removeprefix(printable(names[0])).rstrip(".")
@@ -323,46 +316,46 @@ def _report(place: Path, paths: list[Path], left_out: dict[str, str], largest: i
 
 def _decode(
     paths: list[Path], image_size: int | None, num_channels: int, progress: bool
-) -> tuple[Tensor, dict[str, str], int]:
-    """Decode files in threads: PIL lets go of Python's lock while it works.
+) -> tuple[Tensor, list[str | None], int]:
+    """Decode files in threads: PIL releases Python's lock while it works.
 
     Returns:
-        The images, uint8 [at most N, C, H, W]; the reason for each index (as JSON has it) that is left out, "" for a
-        file that is no image; and the largest value in a file of 16-bit grey.
+        The images that can be read, uint8 [n, C, H, W]; for each file why it cannot, "" for one that is no image and
+        None for one that can; and the largest value in a file of 16-bit grey.
     """
 
-    def read(path: Path) -> tuple[np.ndarray | str, int]:
+    def read(path: Path) -> tuple[np.ndarray | None, int, str | None]:
         try:
-            return _read(path, image_size, num_channels)
+            return *_read(path, image_size, num_channels), None
         except (ValueError, OSError) as error:
             is_image = not isinstance(error, UnknownFormat) or IMAGE_NAME.fullmatch(path.name)
-            return str(error) if is_image else "", 0
+            return None, 0, str(error) if is_image else ""
 
-    images, first, count, left_out, largest = np.empty((0, num_channels, 0, 0), np.uint8), None, 0, {}, 0
+    images, first, count, problems, largest = np.empty((0, num_channels, 0, 0), np.uint8), None, 0, [], 0
     pool = ThreadPoolExecutor()
     try:
         decoded = progress_bar(pool.map(read, paths), total=len(paths), description="decoding images", show=progress)
-        for index, (pixels, brightest) in enumerate(decoded):
-            if isinstance(pixels, str):
-                left_out[str(index)] = pixels
+        for path, (pixels, brightest, problem) in zip(paths, decoded, strict=True):
+            problems.append(problem)
+            if pixels is None:
                 continue
             if first is None:  # filled as the images come: a list of them and its copy would take twice the memory
-                images, first = _room(len(paths), pixels.shape), paths[index]
+                images, first = _room(len(paths), pixels.shape), path
             if pixels.shape != images.shape[1:]:
                 raise ValueError(
                     f"the images differ in size: {printable(first)} has {images.shape[3]}x{images.shape[2]} pixels and "
-                    f"{printable(paths[index])} {pixels.shape[2]}x{pixels.shape[1]} pixels; give image_size, for "
-                    "instance image_size=32, to bring all to one size."
+                    f"{printable(path)} {pixels.shape[2]}x{pixels.shape[1]} pixels; give image_size, for instance "
+                    "image_size=32, to bring all to one size."
                 )
             images[count] = pixels
             count, largest = count + 1, max(largest, brightest)
     finally:
         pool.shutdown(cancel_futures=True)
-    return torch.from_numpy(images[:count]), left_out, largest
+    return torch.from_numpy(images[:count]), problems, largest
 
 
 def _room(count: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Return memory for so many images. Linux would grant more than it has, and later end the process."""
+    """Return memory for ``count`` images. Linux would grant more than it has, and later kill the process."""
     size, known = count * math.prod(shape), "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ())  # not under Windows
     if known and size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
         raise ValueError(
@@ -384,14 +377,14 @@ def _cache_of(place: Path, paths: list[Path], data_dir: str | os.PathLike | None
             return ascii(path), status.st_size, status.st_mtime_ns, status.st_mode
         return (ascii(path),)
 
-    asked, files = (
-        hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-        for parts in ((ascii(place), options), (CACHE_VERSION, [state(path) for path in paths]))
-    )
-    return cache_dir(data_dir) / "cache" / f"{place.parent.name[:20]}-{place.name[:20]}-{asked}.safetensors", files
+    def key(*parts) -> str:
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    name = f"{place.parent.name[:20]}-{place.name[:20]}-{key(ascii(place), options)}.safetensors"
+    return cache_dir(data_dir) / "cache" / name, key(CACHE_VERSION, [state(path) for path in paths])
 
 
-def _read_cache(cache: Path, state: str) -> tuple[Tensor, dict[str, str], int] | None:
+def _read_cache(cache: Path, state: str) -> tuple[Tensor, list[str | None], int] | None:
     with suppress(OSError, SafetensorError), safe_open(cache, framework="pt") as file:
         metadata = file.metadata() or {}
         if metadata.get("state") == state:

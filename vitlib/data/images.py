@@ -1,7 +1,7 @@
 """Images with their labels: one call for the embedded, the downloaded and the user's own data sets.
 
-Whatever the source, a data set is one tensor in memory, uint8 [N, C, H, W]: 50,000 images of 32x32 take 154 MB, a
-quarter of what they would take as floats. They are converted and normalised per batch.
+Every data set is one tensor in memory, uint8 [N, C, H, W]: 50,000 images of 32x32 take 154 MB, a quarter of what they
+would take as floats. They are converted and normalised per batch.
 """
 
 import difflib
@@ -35,9 +35,8 @@ class LabelledImages:
         images: uint8 [N, C, H, W].
         labels: int64 [N], indices into ``classes``.
         classes: names of the classes, in the order of the logits.
-        kept: bool [N], True where ciFAIR kept a test image of CIFAR, False where it is flagged as a near-duplicate;
-            None for images of which this is not known.
-        names: the file of each image; None for images that are not from a folder.
+        kept: bool [N], of test images of CIFAR: False where ciFAIR flags a near-duplicate; else None.
+        names: the file of each image; None if they are not from a folder.
     """
 
     images: Tensor
@@ -92,22 +91,21 @@ def load_images(
     num_channels: int = 3,
     progress: bool = True,
 ) -> LabelledImages:
-    """Load one split of a data set, from wherever it comes.
+    """Load one split of a data set.
 
-    CIFAR's own host has been throttled to under 100 kB/s since June 2026, which makes ``cifar100`` and ``cifar10``
-    downloads of half an hour or more: ``cifair100`` and ``cifair10`` have the same training images and come quickly.
+    CIFAR's own host has been throttled to under 100 kB/s since June 2026: ``cifar100`` and ``cifar10`` take half an
+    hour or more. ``cifair100`` and ``cifair10`` have the same training images and come quickly.
 
     A folder has ``train/<class>/*`` and ``test/<class>/*``, or ``val/`` in place of ``test/``, or ``<class>/*`` alone:
     then a fifth of the images of each class, drawn with seed 0, are its test images. The classes are the folders in
-    train/. Every file is tried, whatever its ending. Images that cannot be read are left out, counted and named, up to
-    one in ten; so are files that are no images. Of an animation the first picture is taken. Links to files and to class
-    folders are followed, deeper ones are not. Decoded images are cached until a file changes.
+    train/. Every file is tried, with any ending. Images that cannot be read are left out, counted and named, up to one
+    in ten; so are files that are no images. Links to files and to class folders are followed, deeper ones are not.
+    Decoded images are cached until a file changes.
 
     Args:
         source: a name out of ``SOURCES``, or a folder.
         split: "train" or "test".
-        data_dir: where downloads and cache live; by default the environment variable VITLIB_DATA, else
-            ~/.cache/vitlib.
+        data_dir: for downloads and cache; None for the environment variable VITLIB_DATA, else ~/.cache/vitlib.
         image_size: pixels per side: the shorter side is scaled to it, antialiased, and the centre is cut out. None
             leaves the images as they are; then all must have one size.
         num_channels: 3 for RGB, 1 for grey (ITU-R 601 luma).
@@ -138,36 +136,32 @@ def load_images(
 def _load_from_folder(folder: Path, split: str, *options) -> LabelledImages:
     """Load a split of a folder, found or made as :func:`load_images` says; options as in ``load_folder``."""
     train, tests = find_splits(folder)
-    if train == folder:
-        whole = _with_names(*load_folder(folder, folder, *options))
-        print(f"{printable(folder)} has no train folder: a fifth of each class, drawn with seed 0, is for testing.")
-        return train_validation_split(whole, 0.2)[split == "test"]
-    if split == "train":
-        return _with_names(*load_folder(train, train, *options))
-    if not tests:
-        raise FileNotFoundError(
-            f"{printable(folder / 'test')} does not exist or holds no class folders; add the images in test/<class>/*, "
-            f"or give {printable(train)} as the folder, and a fifth of its images become test images."
-        )
-    if len(tests) > 1 or not tests[0].name.lower().startswith("test"):
-        unused = f"; not used: {', '.join(place.name for place in tests[1:])}" if len(tests) > 1 else ""
-        print(f"The test images of {printable(folder)} are those in {tests[0].name}{unused}.")
-    images, labels, classes, files = load_folder(tests[0], train, *options)
-    return _with_names(images, labels, classes, files, kept_by_file(files, labels, classes))
-
-
-def _with_names(images, labels, classes, files, kept=None) -> LabelledImages:
-    return LabelledImages(images, labels, classes, kept, tuple(map(str, files)))
+    place, kept = train, None
+    if split == "test" and train != folder:
+        if not tests:
+            raise FileNotFoundError(
+                f"{printable(folder / 'test')} does not exist or holds no class folders; add the images in "
+                f"test/<class>/*, or give {printable(train)}, and a fifth of its images become test images."
+            )
+        place, *unused = tests
+        if unused or not place.name.lower().startswith("test"):
+            others = f"; not used: {', '.join(other.name for other in unused)}" if unused else ""
+            print(f"The test images of {printable(folder)} are those in {place.name}{others}.")
+    images, labels, classes, files = load_folder(place, train, *options)
+    if place != train:
+        kept = kept_by_file(files, labels, classes)
+    data = LabelledImages(images, labels, classes, kept, tuple(map(str, files)))
+    if train != folder:
+        return data
+    print(f"{printable(folder)} has no train folder: a fifth of each class, drawn with seed 0, is for testing.")
+    return train_validation_split(data, 0.2)[split == "test"]
 
 
 def check_source(source: str | os.PathLike, name: str = "source") -> None:
     """Check that ``source`` is one of ``SOURCES`` or a folder of images, without loading anything.
 
-    Args:
-        name: of the argument, for the message.
-
     Raises:
-        ValueError: if it is neither; the message lists the names, and first those that look alike.
+        ValueError: if it is neither, with ``name`` for the argument.
         OSError: if it is a folder without classes, or one that may not be read.
     """
     text = str(source)
@@ -190,7 +184,7 @@ def download(name: str, data_dir: str | os.PathLike | None = None, *, progress: 
 
     Raises:
         ValueError: for an unknown source.
-        OSError: if the download fails or is not what it should be; the message says what to do.
+        OSError: if the download fails or is not what it should be.
     """
     check_source(name, "name")
     if name in SOURCES and not name.startswith("shapes"):
@@ -203,8 +197,8 @@ def train_validation_split(
     """Split a training set into a training and a validation part, disjoint and with the same mixture of classes.
 
     Args:
-        fraction: share of the validation part, between 0 and 1. It is rounded within each class, but a class of two
-            or more images keeps at least one in both parts; a class of one image goes to the training part.
+        fraction: share of the validation part, between 0 and 1, rounded within each class. A class of two or more
+            images has at least one in each part; a single image goes to the training part.
         seed: the same seed gives the same split. Both parts keep the order of the images.
 
     Raises:
@@ -222,14 +216,9 @@ def train_validation_split(
 
 
 def draw_evenly(data: LabelledImages, count: int, seed: int = 0) -> LabelledImages:
-    """Draw images of a data set, equally many of each class, for a measurement with few labels.
+    """Draw ``count`` images, equally many of each class, for a measurement with few labels.
 
-    Args:
-        count: how many images, over all classes.
-        seed: the same seed gives the same images, and of a smaller count the first of a larger one's.
-
-    Returns:
-        ``count`` images, class after class in turn.
+    The classes take turns. With the same seed a smaller count gives the first images of a larger one.
 
     Raises:
         ValueError: if the classes cannot share the count.
@@ -254,13 +243,12 @@ def _shuffled_classes(data: LabelledImages, seed: int) -> list[Tensor]:
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation of each channel, over all pixels of all images, in units of [0, 1].
+    """Return mean and standard deviation of each channel of uint8 [N, C, H, W], in units of [0, 1].
 
-    Both follow from how often each of the 256 values occurs, so the images need not be converted to floats. A channel
-    of one single value has the standard deviation 0.
+    Both follow from how often each of the 256 values occurs, so the images need not be converted to floats.
 
-    Args:
-        images: uint8 [N, C, H, W], at least one image. Raises ValueError otherwise.
+    Raises:
+        ValueError: for images of another dtype or shape, or no image.
     """
     _check_images(images)
     if images.numel() == 0:

@@ -1,10 +1,9 @@
 """RandAugment (Cubuk et al. 2020, arXiv:1909.13719): random operations on uint8 images, for whole batches at once.
 
-The fourteen operations, their strengths and their arithmetic are those of ``torchvision.transforms.v2.RandAugment``,
-which applies one operation to one image at a time; here every image of a batch has an operation of its own. Five
-operations move pixels, six give every grey level another value, two mix each pixel with its colours or neighbours, and
-one does nothing. So a batch takes one pass of each kind, and an image goes unchanged through those that are not its
-own. What is computed does not depend on what was drawn: nothing has to wait for the device.
+The operations, their strengths and their arithmetic are those of ``torchvision.transforms.v2.RandAugment``, which
+applies one operation to one image at a time; here every image of a batch has its own. Five operations move pixels, six
+give every grey level another value, two mix each pixel with its colours or neighbours, and one does nothing. So a batch
+takes one pass of each kind, and an image goes unchanged through those that are not its own.
 """
 
 import math
@@ -37,13 +36,13 @@ class Operation(IntEnum):
 
 
 def operation_strengths(magnitude: int, height: int, width: int) -> Tensor:
-    """How strong each operation is at ``magnitude``, from 0 to 30, in images of ``height`` x ``width`` pixels.
+    """Return how strong each operation is at ``magnitude``, from 0 to 30, in images of ``height`` x ``width`` pixels.
 
     Returns:
         float32 ``[14]``, in the order of :class:`Operation`: for the shears the shift from one row or column to the
         next in pixels; for the translations whole pixels; for the rotation degrees; from Brightness to Sharpness the
-        distance of the factor from 1; for Posterize the bits that are kept; for Solarize the grey level from which on
-        values are inverted; 0 for the others.
+        distance of the factor from 1; for Posterize the bits that are kept; for Solarize the lowest grey level that is
+        inverted; 0 for the others.
     """
 
     def level(start: float, end: float) -> float:
@@ -58,11 +57,11 @@ def operation_strengths(magnitude: int, height: int, width: int) -> Tensor:
 def draw_operations(
     count: int, operations: int, magnitude: int, height: int, width: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """What is done to ``count`` images, one operation after the other.
+    """Draw ``operations`` operations for each of ``count`` images.
 
     Returns:
-        operation, int64 numbers of :class:`Operation`, and strength, float32, see :func:`operation_strengths`; those
-        up to Sharpness have a random sign. Both are ``[count, operations]`` on the CPU, where ``generator`` lives.
+        Two tensors ``[count, operations]`` on the CPU: int64 numbers of :class:`Operation`, and float32 strengths, see
+        :func:`operation_strengths`; those up to Sharpness have a random sign.
     """
     operation = torch.randint(len(Operation), (count, operations), generator=generator)
     negative = torch.rand(count, operations, generator=generator) < 0.5
@@ -71,10 +70,10 @@ def draw_operations(
 
 
 def randaugment(images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
-    """One operation on every image; the result is uint8 of the same shape.
+    """Apply one operation to every image; the result is uint8 of the same shape.
 
-    It is torchvision's, but where a result from Brightness to Sharpness falls on a whole grey level, to which fractions
-    are cut off, the rounding of a sum decides: there, fewer than one value in a hundred is one grey level off.
+    It is torchvision's, but from Brightness to Sharpness fewer than one value in a hundred is one grey level off, where
+    a sum falls on a whole level and its rounding decides.
 
     Args:
         images: uint8 ``[B, C, H, W]`` with one or three channels, at least 3 x 3 pixels.
@@ -94,10 +93,10 @@ def randaugment(images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
 
 
 def source_matrices(operation: Tensor, strength: Tensor, height: int, width: int) -> Tensor:
-    """Where the pixels of the result come from: ``[B, 2, 3]``, which takes (x, y, 1) there to (x, y) in the image.
+    """Return matrices ``[B, 2, 3]`` from (x, y, 1) in the result to (x, y) in the image, in pixels from the middle.
 
-    Both are in pixels from the middle. The shears leave the upper left corner in its place and the rotation, which is
-    counter-clockwise, the middle. Operations that move nothing have the matrix of the identity.
+    The shears keep the upper left corner in place, the counter-clockwise rotation the middle. Operations that move
+    nothing have the identity.
     """
 
     def strength_of(wanted: Operation) -> Tensor:
@@ -113,12 +112,7 @@ def source_matrices(operation: Tensor, strength: Tensor, height: int, width: int
 
 
 def move(images: Tensor, matrices: Tensor) -> Tensor:
-    """ShearX to Rotate: each pixel is the nearest one to the place that its matrix gives, and 0 outside the image.
-
-    Args:
-        images: uint8 ``[B, C, H, W]``.
-        matrices: ``[B, 2, 3]``, see :func:`source_matrices`.
-    """
+    """Move the pixels of uint8 ``[B, C, H, W]`` by :func:`source_matrices`; 0 comes from outside the image."""
     height, width = images.shape[-2:]
     x = torch.arange(width, device=images.device) - (width - 1) / 2
     y = torch.arange(height, device=images.device)[:, None] - (height - 1) / 2
@@ -138,10 +132,7 @@ def map_levels(images: Tensor, tables: Tensor) -> Tensor:
 
 
 def level_tables(images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
-    """Brightness, Contrast and Posterize to Equalize as tables for :func:`map_levels`; for others the identity.
-
-    A table has 256 entries, where even a small image has a thousand pixels.
-    """
+    """Return Brightness, Contrast and Posterize to Equalize as tables for :func:`map_levels`; else the identity."""
     levels = torch.arange(256.0, device=images.device)
     operation, strength = operation[:, None, None], strength[:, None, None]
     grey = greyscale(images).mean(dim=(2, 3))[..., None]
@@ -163,10 +154,10 @@ def level_tables(images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
 
 
 def equalized(images: Tensor) -> Tensor:
-    """For each grey level the one that makes all levels about equally frequent: float32 ``[B, C, 256]``.
+    """Return for each grey level the one that makes all about equally frequent: float32 ``[B, C, 256]``.
 
-    The rounding is Pillow's, and so is the rule that a channel stays as it is if fewer than 255 of its pixels are
-    darker than its lightest level.
+    The rounding is Pillow's. So is the rule that a channel stays as it is if fewer than 255 of its pixels are darker
+    than its lightest level.
     """
     index = images.flatten(2).long()
     counts = torch.zeros(*images.shape[:2], 256, device=images.device)
@@ -178,26 +169,17 @@ def equalized(images: Tensor) -> Tensor:
 
 
 def color(images: Tensor, strength: Tensor) -> Tensor:
-    """Color: away from the image in grey, or towards it. Images of one channel stay as they are.
-
-    Args:
-        images: uint8 ``[B, C, H, W]``.
-        strength: float32 ``[B, 1, 1, 1]``; -1 gives the image in grey, 0 the image.
-    """
+    """Move uint8 ``[B, C, H, W]`` away from the image in grey; strength ``[B, 1, 1, 1]``, -1 gives it in grey."""
     if images.shape[1] == 1:
         return images
     return away_from(greyscale(images), images, strength).clamp(0, 255).to(torch.uint8)
 
 
 def sharpness(images: Tensor, strength: Tensor) -> Tensor:
-    """Sharpness: away from the blurred image, or towards it.
+    """Move uint8 ``[B, C, H, W]`` away from the blurred image; strength ``[B, 1, 1, 1]``, -1 gives it blurred.
 
-    In the blurred image each pixel is the mean of the nine around it, itself taken five times, as a whole grey level.
-    The outermost pixels stay as they are.
-
-    Args:
-        images: uint8 ``[B, C, H, W]``.
-        strength: float32 ``[B, 1, 1, 1]``; -1 gives the blurred image, 0 the image.
+    A blurred pixel is the mean of the nine around it, itself taken five times, as a whole grey level. The outermost
+    pixels stay as they are.
     """
     result = images.float()
     sums = result[..., :-2, :] + result[..., 1:-1, :] + result[..., 2:, :]
@@ -209,12 +191,12 @@ def sharpness(images: Tensor, strength: Tensor) -> Tensor:
 
 
 def away_from(other: Tensor, images: Tensor, strength: Tensor) -> Tensor:
-    """(1 + strength) * images - strength * other, in float32 and rounded as torchvision does it."""
+    """Return (1 + strength) * images - strength * other, rounded in float32 as torchvision does it."""
     return torch.addcmul(images * (1 + strength), other, -strength)
 
 
 def greyscale(images: Tensor) -> Tensor:
-    """The images in whole grey levels: float32 ``[B, 1, H, W]``."""
+    """Return the images in whole grey levels: float32 ``[B, 1, H, W]``."""
     if images.shape[1] == 1:
         return images.float()
     red, green, blue = images.split(1, dim=1)

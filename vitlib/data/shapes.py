@@ -1,11 +1,10 @@
-"""The course's embedded data sets, drawn by code from a seed: nothing to download, nothing to store.
+"""The course's embedded data sets, drawn by code from a seed: nothing to download or store.
 
 `shapes100` (upstream): 10 shapes x 10 colours on calm backgrounds; the class is shape and colour.
 `shapes10` (downstream): the same 10 shapes in any colour on busy backgrounds; the class is the shape alone.
 
-The same seed gives the same bytes on every machine, so that a class can compare results and a checksum can be
-published. Floating point does not promise that: compilers fuse and reorder operations, and maths libraries differ
-in the last bit, which is enough to move a pixel on an edge. So:
+The same seed gives the same bytes on every machine, so that a class can compare results. Floating point does not
+promise that: compilers reorder operations, and maths libraries differ in the last bit, which can move an edge. So:
 
 - everything is drawn in whole numbers (fixed point), in NumPy, which defines each integer operation exactly;
 - every shape is rasterised once, into a stencil of 256 x 256 cells, by comparisons of whole numbers. An image
@@ -15,7 +14,6 @@ in the last bit, which is enough to move a pixel on an edge. So:
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -128,23 +126,23 @@ def _heart() -> np.ndarray:
 
 
 # Each is symmetric left to right, so that a flipped image keeps its class.
-_STENCILS: dict[str, Callable[[], np.ndarray]] = {
-    "circle": lambda: _disc(215),
-    "square": lambda: _polygon((-180, -180), (180, -180), (180, 180), (-180, 180)),
-    "triangle": lambda: _polygon((0, -250), (217, 125), (-217, 125)),
-    "star": lambda: _polygon(
+_STENCILS = {
+    "circle": _disc(215),
+    "square": _polygon((-180, -180), (180, -180), (180, 180), (-180, 180)),
+    "triangle": _polygon((0, -250), (217, 125), (-217, 125)),
+    "star": _polygon(
         *((0, -252), (65, -89), (240, -78), (105, 34), (148, 204)),
         *((0, 110), (-148, 204), (-105, 34), (-240, -78), (-65, -89)),
     ),
-    "cross": lambda: (np.minimum(abs(_X), abs(_Y)) <= 78) & (np.maximum(abs(_X), abs(_Y)) <= 238),
-    "ring": lambda: _disc(230) & ~_disc(125),
-    "heart": _heart,
-    "crescent": lambda: _disc(225, 0, 25) & ~_disc(185, 0, -75),
-    "arrow": lambda: _polygon((0, -250), (195, -20), (78, -20), (78, 240), (-78, 240), (-78, -20), (-195, -20)),
-    "drop": lambda: _disc(155, 0, 90) | _polygon((0, -252), (138, 19), (-138, 19)),
-    "shard": lambda: _polygon((-230, -70), (40, -140), (240, 60), (-60, 130)),
+    "cross": (np.minimum(abs(_X), abs(_Y)) <= 78) & (np.maximum(abs(_X), abs(_Y)) <= 238),
+    "ring": _disc(230) & ~_disc(125),
+    "heart": _heart(),
+    "crescent": _disc(225, 0, 25) & ~_disc(185, 0, -75),
+    "arrow": _polygon((0, -250), (195, -20), (78, -20), (78, 240), (-78, 240), (-78, -20), (-195, -20)),
+    "drop": _disc(155, 0, 90) | _polygon((0, -252), (138, 19), (-138, 19)),
+    "shard": _polygon((-230, -70), (40, -140), (240, 60), (-60, 130)),
 }
-_STENCIL = np.stack([draw() for draw in _STENCILS.values()]).astype(np.uint8)
+_STENCIL = np.stack(list(_STENCILS.values())).astype(np.uint8)
 # Neither the first nor the last row and column of a stencil is covered, so positions outside can be clipped to them.
 _SHARD = len(SHAPES)
 
