@@ -216,7 +216,10 @@ WRONG = {
         ),
         "backwards": (lambda conv: layer(conv.weight.flatten(1).flip(1), conv.bias), "but not in its place"),
         "in and out swapped": (lambda conv: layer(conv.weight.flatten(1).T), "in and out are swapped"),
-        "only as wide as a side": (lambda conv: nn.Linear(conv.kernel_size[0], conv.out_channels), "the weight is ["),
+        "only as wide as a side": (
+            lambda conv: nn.Linear(conv.kernel_size[0], conv.out_channels),
+            "that of nn.Linear(C * P * P, D).weight = [10, 48]",
+        ),
         "copied the other way": (copied_back, "your function changes the model that it is given"),
         "the weight alone": (lambda conv: conv.weight.flatten(1), "an nn.Linear is wanted, but a Tensor"),
         "gradients on": (with_gradients, "stopped with RuntimeError: a leaf Variable"),

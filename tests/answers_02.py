@@ -234,10 +234,13 @@ WRONG = {
             tester(lambda s, o, order: torch.allclose(s, o[:, torch.randperm(o.shape[1])], atol=1e-5)),
             "the layer that changes nothing fails",
         ),
-        "exactly": (tester(lambda s, o, order: torch.equal(s, o[:, order])), "by rounding; compare with a tolerance"),
+        "exactly": (
+            tester(lambda s, o, order: torch.equal(s, o[:, order])),
+            "by rounding; compare with torch.allclose",
+        ),
         "nearly exactly": (
             tester(lambda s, o, order: torch.allclose(s, o[:, order])),
-            "by rounding; compare with a tolerance",
+            "by rounding; compare with torch.allclose",
         ),
         "generous": (
             tester(lambda s, o, order: torch.allclose(s, o[:, order], atol=1e3)),
@@ -284,7 +287,7 @@ WRONG = {
         "batch_first forgotten": (by_pytorch(batch_first=False), "to the tokens at its own place in the other images"),
         "not swapped back": (
             lambda tokens, *rest: sequence_first(tokens.transpose(0, 1), *rest),
-            "the result is [T, B, D]",
+            "that is [T, B, D], sequence first",
         ),
         "view for transpose": (
             lambda tokens, *rest: sequence_first(tokens.view(tokens.shape[1], len(tokens), -1), *rest).reshape(

@@ -8,7 +8,18 @@ from torch import Tensor, nn
 
 from vitlib.model import unpatchify
 
-from .frame import Mistake, answer, as_number, close, compare, exercise, expect, expect_gradients, tensor_answer
+from .frame import (
+    Mistake,
+    answer,
+    as_number,
+    close,
+    compare,
+    exercise,
+    expect,
+    expect_gradients,
+    expect_tensor,
+    tensor_answer,
+)
 
 
 @exercise("patch numbers")
@@ -23,31 +34,27 @@ def patch_numbers(learners: Callable) -> None:
         pair = isinstance(given, tuple | list) or getattr(given, "shape", ()) == (2,)
         expect(pair and len(given) == 2, "two numbers are wanted: return N, patch_dim")
         expect(not any(number is Ellipsis for number in given), "one of the two numbers is still missing")
-        given = [as_number(number) for number in given]
-        expect(
-            all(isinstance(number, int) for number in given),
-            "both numbers count things, so both must be whole: divide with //, not with /",
-        )
+        found, found_dim = map(as_number, given)
+        whole = isinstance(found, int) and isinstance(found_dim, int)
+        expect(whole, "both numbers count things, so both must be whole: divide with //, not with /")
         patches, patch_dim = rows * columns, channels * patch_size**2
-        expect(
-            tuple(given) != (patch_dim, patches) or patches == patch_dim,
-            "right numbers, wrong order: return N first, then the dimension",
-        )
+        swapped = (found, found_dim) == (patch_dim, patches) and patches != patch_dim
+        expect(not swapped, "right numbers, wrong order: return N first, then the dimension")
         hint = {
             rows: "you counted one column of patches; a grid has rows and columns, so multiply",
             columns: "you counted one row of patches; a grid has rows and columns, so multiply",
             rows**2: "you squared the number of rows, but the picture is not square: count columns by the width",
             columns**2: "you squared the number of columns, but the picture is not square: count rows by the height",
-            rows * columns * patch_size: "you divided by the patch size once; both sides are cut, so divide twice",
+            patches * patch_size: "you divided by the patch size once; both sides are cut, so divide twice",
             patches + 1: "the CLS token is no patch: leave the 1 out",
-        }.get(given[0], "that is not the number of rows times the number of columns of patches")
-        expect(given[0] == patches, f"N is {given[0]} {call}: {hint}")
+        }.get(found, "that is not the number of rows times the number of columns of patches")
+        expect(found == patches, f"N is {found} {call}: {hint}")
         hint = {
             patch_size**2: "you forgot the channels; every pixel has one number per channel",
             channels * patch_size: "you forgot to square the patch size; a patch has P rows of P pixels",
             patch_size: "you counted one row of pixels in one channel; a patch has P rows of P pixels, in C channels",
-        }.get(given[1], "that is not the number of pixels in a patch times the number of channels")
-        expect(given[1] == patch_dim, f"the patch dimension is {given[1]} {call}: {hint}")
+        }.get(found_dim, "that is not the number of pixels in a patch times the number of channels")
+        expect(found_dim == patch_dim, f"the patch dimension is {found_dim} {call}: {hint}")
 
 
 @exercise("patchify")
@@ -57,26 +64,21 @@ def patchify(learners: Callable) -> None:
     for batch, channels, rows, columns, size in ((2, 3, 5, 6, 4), (3, 1, 2, 4, 5), (1, 4, 3, 2, 3), (1, 2, 9, 8, 2)):
         images = torch.randn(batch, channels, rows * size, columns * size)
         patches, patch_dim = rows * columns, channels * size**2
-        given = tensor_answer(learners, images, size)
-        shape = tuple(given.shape)
-        hint = {
-            (batch, patch_dim, patches): "; a row should be a patch, so swap the last two dimensions",
-            (batch * patches, patch_dim): "; keep the images of the batch apart",
-            (batch, rows, columns, patch_dim): "; merge the two grid dimensions into one",
-            (batch, patches, channels, size, size): "; flatten each patch into one row",
-            (batch, patches * channels, size**2): "; put the channels of a patch side by side in one row",
-        }.get(shape, "")
-        expect(
-            shape == (batch, patches, patch_dim),
-            f"the shape is {list(shape)}, but should be [B, N, C * P * P] = {[batch, patches, patch_dim]}{hint}",
-        )
+        shape = (batch, patches, patch_dim)
+        hints = {
+            (batch, patch_dim, patches): "a row should be a patch, so swap the last two dimensions",
+            (batch * patches, patch_dim): "keep the images of the batch apart",
+            (batch, rows, columns, patch_dim): "merge the two grid dimensions into one",
+            (batch, patches, channels, size, size): "flatten each patch into one row",
+            (batch, patches * channels, size**2): "put the channels of a patch side by side in one row",
+        }
+        given = tensor_answer(learners, images, size, shape=shape, letters="[B, N, C * P * P]", hints=hints)
         # an independent way there: unfold gives [B, C * P * P, N] in the order in which a convolution reads its input
-        right = F.unfold(images, size, stride=size).transpose(1, 2)
+        right = F.unfold(images, size, stride=size).mT
         parts = right.unflatten(2, (channels, size, size)).unflatten(1, (rows, columns))  # [B, row, column, C, P, P]
         by_column = parts.transpose(1, 2)
         slips = {
-            "reshape alone never moves a number, so your rows are runs of whole image lines; permute before the last "
-            "reshape": images.reshape(shape),
+            "reshape alone never moves a number; permute before the last reshape": images.reshape(shape),
             "your patches are numbered down the columns; number them row by row": by_column.reshape(shape),
             "within a patch your channels come last; the order is channel, row, column": (
                 parts.permute(0, 1, 2, 4, 5, 3).reshape(shape)
@@ -84,17 +86,13 @@ def patchify(learners: Callable) -> None:
             "each of your patches is mirrored: its rows and columns are swapped": parts.mT.reshape(shape),
             "you cut the transposed image: rows and columns are swapped everywhere": by_column.mT.reshape(shape),
         }
-        compare(
-            given, right, slips,
-            "every number of the images is there, but not in its place; write the meaning of each dimension behind "
-            "every line" if _same_numbers(given, right) else "some numbers of the images are lost or changed; only "
-            "move them",
-        )  # fmt: skip
+        otherwise = "some numbers of the images are lost or changed; only move them"
+        if _same_numbers(given, right):
+            otherwise = "every number of the images is there, but not in its place; note the dimensions of every line"
+        compare(given, right, slips, otherwise)
     images = torch.randn(2, 3, 12, 12, dtype=torch.float64)
-    expect(
-        torch.equal(unpatchify(tensor_answer(learners, images, 4), 4), images),
-        "put together again, your patches are the images only up to rounding; nothing must be computed, only moved",
-    )
+    exact = torch.equal(unpatchify(tensor_answer(learners, images, 4), 4), images)
+    expect(exact, "put together again, your patches are the images only up to rounding; move numbers, compute nothing")
     expect_gradients(learners, images, 4)
 
 
@@ -113,15 +111,10 @@ def patch_embedding(learners: Callable) -> None:
             expect(isinstance(linear, nn.Linear), f"an nn.Linear is wanted, but a {type(linear).__name__} came back")
             frozen = [name for name, part in linear.named_parameters() if not part.requires_grad]
             expect(not frozen, f"the {'/'.join(frozen)} of your layer cannot be trained: requires_grad is False")
-            shape, kernels, patch_dim = tuple(linear.weight.shape), conv.weight, channels * size**2
-            expect(
-                shape != (patch_dim, width),
-                "in and out are swapped: a patch of C * P * P numbers goes in, a token of D numbers comes out",
-            )
-            expect(
-                shape == (width, patch_dim),
-                f"the weight is {list(shape)}, but should be [D, C * P * P] = {[width, patch_dim]}",
-            )
+            kernels, patch_dim = conv.weight, channels * size**2
+            swapped = "in and out are swapped: a patch of C * P * P numbers goes in, a token of D numbers comes out"
+            hints = {(patch_dim, width): swapped}
+            expect_tensor(linear.weight, (width, patch_dim), "that of nn.Linear(C * P * P, D).weight", hints)
             given = linear(F.unfold(images, size, stride=size).mT)
             if close(given, right):
                 continue
@@ -130,27 +123,18 @@ def patch_embedding(learners: Callable) -> None:
                     kernels.permute(0, 2, 3, 1).flatten(1)
                 ),
                 "within each kernel rows and columns are swapped": kernels.mT.flatten(1),
-                "you merged the wrong dimensions: D comes first in the convolution's weight and must stay, the other "
-                "three become one": kernels.reshape(-1, width).T,
+                "you merged the wrong dimensions: D stays first, the others become one": kernels.reshape(-1, width).T,
             }
-            compare(
-                linear.weight, kernels.flatten(1), slips,
-                "every weight of the convolution is there, but not in its place"
-                if _same_numbers(linear.weight, kernels)
-                else "the linear layer has weights of its own; copy those of the convolution into it",
-            )  # fmt: skip
-            expect(
-                bias or linear.bias is None,
-                "this convolution has no bias, but your linear layer has one: build it with bias=False in this case",
-            )
-            expect(
-                linear.bias is not None or not bias,
-                "you forgot the bias: this convolution has one, your linear layer has none",
-            )
-            expect(
-                not bias or close(linear.bias, conv.bias),
-                "the weights are right, but the bias is not the convolution's; copy it too",
-            )
+            otherwise = "the linear layer has weights of its own; copy those of the convolution into it"
+            if _same_numbers(linear.weight, kernels):
+                otherwise = "every weight of the convolution is there, but not in its place"
+            compare(linear.weight, kernels.flatten(1), slips, otherwise)
+            if conv.bias is None:
+                expect(linear.bias is None, "this convolution has no bias, but your layer has one: use bias=False")
+            else:
+                expect(linear.bias is not None, "you forgot the bias: this convolution has one")
+                copied = close(linear.bias, conv.bias)
+                expect(copied, "the weights are right, but the bias is not the convolution's; copy it too")
             raise Mistake("weights and bias agree, but the numbers differ by more than 1e-5; what else is computed?")
 
 
@@ -160,10 +144,9 @@ def tokens(learners: Callable) -> None:
     for batch, count, width in ((3, 6, 5), (2, 11, 3)):
         patches, cls_token = torch.randn(batch, count, width), torch.randn(1, 1, width)
         positions = torch.randn(1, count + 1, width)
-        given = tensor_answer(learners, patches, cls_token, positions)
-        shape, wanted = tuple(given.shape), (batch, count + 1, width)
-        expect(shape != tuple(patches.shape), "one token is missing: N patches and CLS make N + 1")
-        expect(shape == wanted, f"the shape is {list(shape)}, but should be [B, N + 1, D] = {list(wanted)}")
+        hints = {tuple(patches.shape): "one token is missing: N patches and CLS make N + 1"}
+        wanted = {"shape": (batch, count + 1, width), "letters": "[B, N + 1, D]", "hints": hints}
+        given = tensor_answer(learners, patches, cls_token, positions, **wanted)
         cls = cls_token.expand(batch, 1, width)
         right = torch.cat([cls, patches], 1) + positions
         if not close(given, right):
@@ -172,15 +155,11 @@ def tokens(learners: Callable) -> None:
             "the positions are added twice; once is enough": right + positions,
             "the positions are subtracted; add them": right - 2 * positions,
             "patches and positions are multiplied; add them": torch.cat([cls, patches], 1) * positions,
-            "the tokens are normalised, which equation 1 does not do; only put in front and add": (
-                F.layer_norm(right, (width,))
-            ),
+            "the tokens are normalised, which equation 1 does not do": F.layer_norm(right, (width,)),
         }
         compare(given, right, slips, "each part is in its place alone, but together they are not the sum; only add")
-        expect(
-            close(tensor_answer(learners, patches, cls_token, positions), given),
-            "two calls on the same numbers differ; leave dropout to the model",
-        )
+        again = tensor_answer(learners, patches, cls_token, positions)
+        expect(close(again, given), "two calls on the same numbers differ; leave dropout to the model")
     expect_gradients(learners, patches.double(), cls_token.double(), positions.double())
 
 
@@ -189,25 +168,20 @@ def _expect_each_part_in_its_place(learners: Callable, patches: Tensor, cls_toke
     no_patches, no_cls, nowhere = (torch.zeros_like(part) for part in (patches, cls_token, positions))
     in_front = cls_token.expand(len(patches), 1, -1)
     cls = tensor_answer(learners, no_patches, cls_token, nowhere)
-    at_the_end = close(cls[:, -1:], in_front) and not close(cls[:, :1], in_front)
-    expect(not at_the_end, "CLS stands at the end; it belongs in front")
+    cls_first = close(cls[:, :1], in_front)
+    expect(cls_first or not close(cls[:, -1:], in_front), "CLS stands at the end; it belongs in front")
     if cls.any():
-        expect(
-            close(cls[:, :1], in_front) or not close(cls[:1, :1], cls_token),
-            "only the first image has a CLS token; expand it over the batch",
-        )
-        expect(
-            not close(cls[:, 1:], in_front.expand(-1, positions.shape[1] - 1, -1)),
-            "the CLS token was added to the patches; it is a token of its own",
-        )
+        once = not cls_first and close(cls[:1, :1], cls_token)
+        expect(not once, "only the first image has a CLS token; expand it over the batch")
+        added = close(cls[:, 1:], in_front.expand_as(cls[:, 1:]))
+        expect(not added, "the CLS token was added to the patches; it is a token of its own")
     behind = tensor_answer(learners, patches, no_cls, nowhere)[:, 1:]
-    expect(
-        close(behind, patches) or not close(behind.sort(1).values, patches.sort(1).values),
-        "behind CLS the patches should follow unchanged and in their order",
-    )
+    patches_right = close(behind, patches)
+    reordered = not patches_right and close(behind.sort(1).values, patches.sort(1).values)
+    expect(not reordered, "behind CLS the patches should follow unchanged and in their order")
     added = tensor_answer(learners, no_patches, no_cls, positions)
     right = positions.expand_as(added)
-    if close(cls[:, :1], in_front) and close(behind, patches):
+    if cls_first and patches_right:
         expect(added.any(), "the positions are not added")
         expect(
             not close(added[:, 1:], right[:, :-1]),
@@ -219,20 +193,13 @@ def _expect_each_part_in_its_place(learners: Callable, patches: Tensor, cls_toke
         )
         mixed = not close(added, right) and close(added.sort(1).values, right.sort(1).values)
         expect(not mixed, "a token did not get the position of its own number")
-    expect(
-        close(cls[:, :1], in_front) or not close(added, right) or not close(behind, patches),
-        "the first token is not CLS",
-    )
+    expect(cls_first or not patches_right or not close(added, right), "the first token is not CLS")
 
 
 @exercise("position interpolation")
 def interpolation(learners: Callable) -> None:
     """Of ``stretch_positions(positions [1, 1 + g * g, D], grid) -> [1, 1 + grid * grid, D]``, CLS first."""
-    for old, new, width in (
-        (5, 8, 7),
-        (6, 4, 5),
-        (3, 7, 12),
-    ):  # by fractions without rounding in base 2
+    for old, new, width in ((5, 8, 7), (6, 4, 5), (3, 7, 12)):
         _stretches(learners, old, new, width)
 
 
@@ -240,25 +207,18 @@ def _stretches(learners: Callable, old: int, new: int, width: int) -> None:
     """Positions of ``old`` x ``old`` patches to ``new`` x ``new``."""
 
     def given(cls: Tensor, patches: Tensor, grid: int = new) -> Tensor:
-        result = tensor_answer(learners, torch.cat([cls, patches], 1), grid).detach()
-        shape, wanted = tuple(result.shape), (1, 1 + grid**2, width)
-        hint = {
-            (1, grid**2, width): "; the row of CLS is lost, put it back in front",
-            (1, 1 + old**2, width): "; that is still the old number of places",
-            (1, width, 1 + grid**2): "; swap the last two dimensions back",
-        }.get(shape, "")
-        expect(
-            shape == wanted, f"the shape is {list(shape)}, but should be [1, 1 + grid * grid, D] = {list(wanted)}{hint}"
-        )
-        return result
+        hints = {
+            (1, grid**2, width): "the row of CLS is lost, put it back in front",
+            (1, 1 + old**2, width): "that is still the old number of places",
+            (1, width, 1 + grid**2): "swap the last two dimensions back",
+        }
+        wanted = {"shape": (1, 1 + grid**2, width), "letters": "[1, 1 + grid * grid, D]", "hints": hints}
+        return tensor_answer(learners, torch.cat([cls, patches], 1), grid, **wanted).detach()
 
     # with the rest at zero, each part of the positions shows where it goes, whatever the mode of the interpolation
     cls, patches = torch.randn(1, 1, width), torch.randn(1, old**2, width)
     only_cls = given(cls, torch.zeros_like(patches))
-    expect(
-        torch.equal(only_cls[:, :1], cls),
-        "the row of CLS is not left alone; it has no place in the image, so pass row 0 on as it is",
-    )
+    expect(torch.equal(only_cls[:, :1], cls), "the row of CLS is not left alone; pass row 0 on as it is")
     expect(
         not only_cls[:, 1:].any(),
         "CLS was stretched along with the patches; take its row out before the resize, put it back in front after it",
@@ -266,8 +226,8 @@ def _stretches(learners: Callable, old: int, new: int, width: int) -> None:
     nowhere, one_feature = torch.zeros_like(cls), torch.arange(width) == 2
     expect(
         not given(nowhere, patches * one_feature)[..., ~one_feature].any(),
-        "places and features are mixed up, since reshape never moves a number; transpose to [1, D, g * g] before you "
-        "lay out the picture, and back after the resize",
+        "places and features are mixed up, since reshape never moves a number; transpose to [1, D, g * g] before the "
+        "resize, and back after it",
     )
     by_row = torch.randperm(old).view(-1, 1, 1).expand(old, old, width).reshape(patches.shape)  # the same along a row
     picture = given(nowhere, by_row)[0, 1:].unflatten(0, (new, new))
@@ -278,11 +238,8 @@ def _stretches(learners: Callable, old: int, new: int, width: int) -> None:
         along_rows,
         "the end of a row was mixed with the beginning of the next: the patches are a picture of g x g, not a line",
     )
-    same_size = given(cls, patches, old)
-    expect(
-        torch.equal(same_size, torch.cat([cls, patches], 1)),
-        "at the same size the positions do not come back as they were, to the last bit; what else is computed?",
-    )
+    unchanged = torch.equal(given(cls, patches, old), torch.cat([cls, patches], 1))
+    expect(unchanged, "at the same size the positions do not come back as they were, to the last bit")
 
     grid = patches.unflatten(1, (old, old)).permute(0, 3, 1, 2)  # [1, D, g, g]
 
@@ -290,25 +247,18 @@ def _stretches(learners: Callable, old: int, new: int, width: int) -> None:
         return F.interpolate(grid, size=(new, new), mode=mode, **options).flatten(2).mT
 
     slips = {
-        "each new place got a copy of one old position (mode nearest); bicubic mixes the positions around it": (
-            resized("nearest")
-        ),
-        "each new place got a copy of one old position (mode nearest-exact); bicubic mixes the positions around it": (
-            resized("nearest-exact")
-        ),
-        "that is bilinear interpolation, along straight lines; this course takes the smoother mode bicubic": (
-            resized("bilinear")
-        ),
-        "that is align_corners=True, which leaves the outermost centres where they were; this course uses "
-        "align_corners=False, as the text says": resized("bicubic", align_corners=True),
+        f"each new place got a copy of one old position (mode {mode}); bicubic mixes those around it": resized(mode)
+        for mode in ("nearest", "nearest-exact")
+    }
+    slips |= {
+        "that is bilinear interpolation, along straight lines; take the smoother mode bicubic": resized("bilinear"),
+        "that is align_corners=True; this course uses align_corners=False": resized("bicubic", align_corners=True),
         "antialias=True computes other weights; leave it out": resized("bicubic", antialias=True),
     }
     weights = _bicubic_weights(old, new)
     right = torch.einsum("ir,jc,brcd->bijd", weights, weights, patches.unflatten(1, (old, old))).flatten(1, 2)
-    compare(
-        given(cls, patches)[:, 1:], right, slips,
-        "each part goes to its place, but the numbers are not those of a bicubic resize with align_corners=False",
-    )  # fmt: skip
+    otherwise = "each part goes to its place, but the numbers are not those of a bicubic resize, align_corners=False"
+    compare(given(cls, patches)[:, 1:], right, slips, otherwise)
     expect_gradients(learners, torch.cat([cls, patches], 1).double(), new)
 
 
@@ -328,5 +278,5 @@ def _bicubic_weights(old: int, new: int) -> Tensor:
 
 
 def _same_numbers(first: Tensor, second: Tensor) -> bool:
-    """Whether both hold the same numbers, in whatever order."""
+    """Return whether both hold the same numbers, in any order."""
     return close(first.flatten().sort().values, second.flatten().sort().values)

@@ -18,6 +18,7 @@ from .frame import (
     exercise,
     expect,
     expect_gradients,
+    expect_tensor,
     tensor_answer,
 )
 
@@ -31,7 +32,7 @@ def attention(learners: Callable) -> None:
 
 
 def _attends(learners: Callable, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """One call, for tensors of this shape, and for queries and keys that are larger than usual."""
+    """Judge one call, with queries and keys that are larger than usual."""
     length, width = shape[-2:]
     query, key, value = 1.5 * torch.randn(3, *shape, dtype=dtype)
     given = tensor_answer(learners, query, key, value, shape=shape)
@@ -51,27 +52,25 @@ def _attends(learners: Callable, shape: tuple[int, ...], dtype: torch.dtype) -> 
         "the scores are not scaled; divide them by the square root of K": products.softmax(-1) @ value,
         "the scores are divided by K; divide them by the square root of K": (products / width).softmax(-1) @ value,
         "the scores are multiplied by the square root of K; divide": (products * width**0.5).softmax(-1) @ value,
-        "the scores are divided by the square root of T, the number of tokens; K is the width of one query": (
+        "the scores are divided by the square root of T, the number of tokens, not of K": (
             (products / length**0.5).softmax(-1) @ value
         ),
         "queries and keys are swapped; row i of the scores is query i against every key": scores.mT.softmax(-1) @ value,
         "the scores were never normalised; a softmax turns each row into shares that sum to 1": scores @ value,
-        "you masked the later tokens, as a language model does; in an image every token may look at every other": (
+        "you masked the later tokens, as a language model does; here every token may look at every other": (
             F.scaled_dot_product_attention(query, key, value, is_causal=True)
         ),
-        "the shares are of the exponents of -score: the sign is wrong": (-scores).softmax(-1) @ value,
+        "the sign of the scores is wrong": (-scores).softmax(-1) @ value,
     }
     for divisor in {2, 3, 4, 5, 8, 24, 64, 96, *(number**0.5 for number in (2, 3, 8, 24, 65, 96))}:
         if divisor not in (width, width**0.5, length**0.5):
             fixed = "the scores are divided by a fixed number; K is the width of the query you get: query.shape[-1]"
             expect(not close(given, (products / divisor).softmax(-1) @ value), fixed)
+    otherwise = f"for inputs of shape {list(shape)} the numbers are not those of F.scaled_dot_product_attention"
     of_ones = tensor_answer(learners, query, key, torch.ones_like(value), shape=shape)
-    compare(
-        given, right, slips,
-        f"for inputs of shape {list(shape)} the numbers are not those of F.scaled_dot_product_attention"
-        if close(of_ones, torch.ones_like(value))
-        else "your weights do not sum to 1 over the keys: an average of values that are all 1 has to be 1",
-    )  # fmt: skip
+    if not close(of_ones, torch.ones_like(value)):
+        otherwise = "your weights do not sum to 1 over the keys: an average of values that are all 1 has to be 1"
+    compare(given, right, slips, otherwise)
 
 
 @exercise("split heads")
@@ -83,22 +82,19 @@ def split_heads(learners: Callable) -> None:
         letters = {batch: "B", length: "T", heads: "H", width: "K"}
         axes = ", ".join(letters.get(size, str(size)) for size in given.shape)
         expect(axes != "B, T, H, K", "the shape is [B, T, H, K]: well cut, now swap the axes of tokens and heads")
-        expect(
-            given.shape == (batch, heads, length, width),
-            f"the shape is {list(given.shape)}, that is [{axes}], but should be {[batch, heads, length, width]}, "
-            "that is [B, H, T, K]",
-        )
+        shape = (batch, heads, length, width)
+        expect_tensor(given, shape, "[B, H, T, K]", {tuple(given.shape): f"yours is [{axes}]"})
         slips = {
-            "tokens and heads are mixed up, since view and reshape never move a number; cut D into H x K, then swap "
-            "two axes": x.reshape(batch, heads, length, width),
+            "tokens and heads are mixed up, since view never moves a number; cut D into H x K, then swap two axes": (
+                x.reshape(shape)
+            ),
             "head h took every H-th feature; heads are neighbouring features, so cut D into H x K, not into K x H": (
                 x.unflatten(2, (width, heads)).permute(0, 3, 1, 2)
             ),
         }
         right = torch.stack(x.split(width, dim=2), dim=1)
-        compare(
-            given, right, slips, "the shape is right, but head h of a token is not its features h * K to (h + 1) * K"
-        )
+        otherwise = "the shape is right, but head h of a token is not its features h * K to (h + 1) * K"
+        compare(given, right, slips, otherwise)
         expect_gradients(learners, x, heads)
 
 
@@ -153,7 +149,7 @@ def equivariance(learners: Callable) -> None:
         return
 
     shuffled = [given for given in inputs if not torch.equal(given, tokens)]
-    expect(inputs, "your tester never calls the layer; compare what it makes of the tokens and of the shuffled tokens")
+    expect(inputs, "your tester never calls the layer; compare its outputs for the tokens and the shuffled tokens")
     expect(shuffled, "the layer only ever saw the tokens in their own order; shuffle them with torch.randperm")
     expect(not _same_numbers(shuffled, tokens, 0), "you shuffled the images of the batch; the tokens are axis 1")
     expect(not _same_numbers(shuffled, tokens, 2), "you shuffled the features of each token; the tokens are axis 1")
@@ -161,11 +157,28 @@ def equivariance(learners: Callable) -> None:
         _same_numbers(shuffled, tokens, 1),
         "what you gave the layer is not the same tokens in another order; torch.randperm has each number exactly once",
     )
-    _expect_no_slip_in_the_comparison(refused, accepted, len(equivariant), len(ordered))
+    nothing, sorting = "the layer that changes nothing", "sorting each feature over the tokens"
+    every_refused, every_accepted = len(refused) == len(equivariant), len(accepted) == len(ordered)
+    swapped = every_refused and every_accepted
+    expect(not swapped, "your answers are the wrong way round: True means that the output is shuffled along")
+    expect(not every_accepted, "every layer passes, even a running sum over the tokens; compare all numbers closely")
+    expect(
+        nothing not in refused or sorting not in accepted,
+        "you compare with the output of the unshuffled tokens as it is, which tests for invariance; shuffle that "
+        "output too",
+    )
+    expect(nothing not in refused, f"{nothing} fails; give its output the same shuffle as its input")
+    expect(
+        sorting not in accepted or "reversing the tokens" not in accepted,
+        "reversing the tokens passes; compare token by token, not means, sums or sorted numbers",
+    )
+    failed = " and ".join(refused[:2])
+    expect(not refused, f"{failed} fail, but only by rounding; compare with torch.allclose(a, b, atol=1e-5)")
+    raise Mistake(f"{accepted[0]} passes; draw the shuffle with torch.randperm, and compare all tokens")
 
 
 def _yes_or_no(given) -> bool:
-    """The learner's verdict, be it a bool of Python, PyTorch or NumPy."""
+    """Return the learner's verdict, a bool of Python, PyTorch or NumPy."""
     if str(getattr(given, "dtype", "")) in ("torch.bool", "bool"):
         given = torch.as_tensor(given)
         expect(given.numel() == 1, "one True or False is wanted, not one for each number; torch.allclose gives one")
@@ -175,45 +188,9 @@ def _yes_or_no(given) -> bool:
 
 
 def _same_numbers(shuffled: list[Tensor], tokens: Tensor, axis: int) -> bool:
-    """Whether every one of ``shuffled`` holds the numbers of ``tokens``, in another order along that axis only."""
+    """Return whether each of ``shuffled`` holds the numbers of ``tokens``, reordered along that axis only."""
     right = tokens.sort(axis).values
     return all(given.shape == right.shape and torch.equal(given.sort(axis).values, right) for given in shuffled)
-
-
-def _expect_no_slip_in_the_comparison(refused: list[str], accepted: list[str], most_refused: int, most_accepted: int):
-    """The mistake of a tester that shuffles the tokens, from the layers that it takes for what they are not."""
-    sorting, reversing = "sorting each feature over the tokens", "reversing the tokens"
-    expect(
-        len(refused) < most_refused or len(accepted) < most_accepted,
-        "your answers are the wrong way round: True means that the output is shuffled along",
-    )
-    expect(
-        len(accepted) < most_accepted,
-        "every layer passes, even a running sum over the tokens; compare all numbers, with a small tolerance",
-    )
-    expect(
-        "the layer that changes nothing" not in refused or sorting not in accepted,
-        "you compare with the output of the unshuffled tokens as it is, which tests for invariance; shuffle that "
-        "output too",
-    )
-    expect(
-        "the layer that changes nothing" not in refused,
-        "the layer that changes nothing fails; give its output the same shuffle as its input (or undo the shuffle, "
-        "with argsort)",
-    )
-    expect(
-        sorting not in accepted or reversing not in accepted,
-        "reversing the tokens passes; compare token by token, not means, sums or sorted numbers",
-    )
-    expect(
-        not refused,
-        f"{' and '.join(refused[:2])} fail, though only by rounding; compare with a tolerance: torch.allclose(a, b, "
-        "atol=1e-5)",
-    )
-    raise Mistake(
-        f"{accepted[0]} passes; draw the shuffle with torch.randperm, since a regular one can go unnoticed, and "
-        "compare all tokens"
-    )
 
 
 @exercise("attention within each image")
@@ -222,13 +199,9 @@ def attend(learners: Callable) -> None:
     for batch, length, heads, width, dtype in ((3, 5, 2, 8, torch.float32), (2, 7, 3, 12, torch.float64)):
         tokens = torch.randn(batch, length, width, dtype=dtype)
         to_qkv = torch.randn(width, 3 * width, dtype=dtype) / width**0.5  # moderate scores, or rounding errors grow
-        given = tensor_answer(learners, tokens, to_qkv, heads)
-        expect(
-            given.shape != (length, batch, width),
-            "the result is [T, B, D], sequence first; swap the two axes back before you return it",
-        )
         shape = (batch, length, width)
-        expect(given.shape == shape, f"the shape is {list(given.shape)}, but should be [B, T, D] = {list(shape)}")
+        hints = {(length, batch, width): "that is [T, B, D], sequence first; swap the two axes back"}
+        given = tensor_answer(learners, tokens, to_qkv, heads, shape=shape, letters="[B, T, D]", hints=hints)
         layer = nn.MultiheadAttention(width, heads, bias=False, batch_first=True, dtype=dtype)
         layer.load_state_dict({"in_proj_weight": to_qkv.T, "out_proj.weight": torch.eye(width)})
         right = layer(tokens, tokens, tokens)[0].detach()
@@ -246,13 +219,15 @@ def attend(learners: Callable) -> None:
         interleaved = (tokens @ to_qkv).unflatten(2, (heads, 3, -1)).permute(3, 0, 2, 1, 4)
         over_heads = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (query, key, value))).flatten(2)
         slips = {
-            "each token still attends to the tokens at its own place in the other images; the axis before K must be T, "
-            "not B": joined(*parts(tokens.transpose(0, 1))).transpose(0, 1),
+            "each token attends to the tokens at its own place in the other images; the axis before K must be T": (
+                joined(*parts(tokens.transpose(0, 1))).transpose(0, 1)
+            ),
             "the images of the batch were laid end to end, so each token attends to all tokens of all images": (
                 joined(*parts(tokens.reshape(1, batch * length, width))).reshape(shape)
             ),
-            "the attention is right, but the heads are not put back side by side; swap heads and tokens before the "
-            "last reshape": right.unflatten(2, (heads, -1)).transpose(1, 2).reshape(shape),
+            "the heads are not put back side by side; swap heads and tokens before the last reshape": (
+                right.unflatten(2, (heads, -1)).transpose(1, 2).reshape(shape)
+            ),
             "that is one single head; cut the features into num_heads heads": joined(*parts(tokens, 1)),
             "queries and keys are swapped; the first third of the features are queries": joined(key, query, value),
             "queries, keys and values are mixed up; they come in this order": joined(query, value, key),
@@ -264,14 +239,14 @@ def attend(learners: Callable) -> None:
         }
         other_images = tokens.clone()
         other_images[1:] = torch.randn_like(other_images[1:])
-        alone = close(tensor_answer(learners, other_images, to_qkv, heads)[:1], given[:1])
-        compare(
-            given, right, slips,
-            "each image is on its own now, but the numbers are not those of nn.MultiheadAttention with these weights"
-            if alone
-            else "the first image's output changes when the other images change; swap axes with transpose, since view "
-            "and reshape only read the same numbers in another shape",
-        )  # fmt: skip
+        otherwise = (
+            "each image is on its own, but the numbers are not those of nn.MultiheadAttention with these weights"
+        )
+        if not close(tensor_answer(learners, other_images, to_qkv, heads)[:1], given[:1]):
+            otherwise = (
+                "the first image's output changes when the other images change; swap axes with transpose, not view"
+            )
+        compare(given, right, slips, otherwise)
 
 
 PRE_NORM_LINES = {
@@ -286,8 +261,7 @@ PRE_NORM_LINES = {
 
 @exercise("the lines of the block")
 def block_order(learners: str) -> None:
-    """Of the letters of ``PRE_NORM_LINES`` in the order of a pre-norm encoder block: a text, list or tuple, or a
-    function that returns one."""
+    """Of the letters of ``PRE_NORM_LINES`` in the order of a pre-norm block: text, list, tuple, or a function."""
     if callable(learners):
         learners = answer(learners)
     if learners is None or learners is Ellipsis or learners == "":
@@ -302,24 +276,19 @@ def block_order(learners: str) -> None:
         return
     steps = list(zip(lines, lines[1:], strict=False))
     for first, second in steps:
-        expect(
-            "norm" not in first or "+" not in second,
-            f"{second} right after {first} adds the normalised tokens themselves; a sublayer comes between",
-        )
-        expect(
-            "+" in first or "norm" not in second,
-            f"{second} right after {first} throws away a y that was not added to x yet",
-        )
-        expect(
-            "+" not in first or "norm" in second,
-            f"{second} right after {first} works on a y that is not normalised; each half starts with a norm of x",
-        )
+        faults = {
+            "adds the normalised tokens themselves; a sublayer comes between": "norm" in first and "+" in second,
+            "throws away a y that was not added to x yet": "+" not in first and "norm" in second,
+            "works on a y that is not normalised; each half starts with a norm": "+" in first and "norm" not in second,
+        }
+        for fault, found in faults.items():
+            expect(not found, f"{second} right after {first} {fault}")
     expect(("y = norm1(x)", "y = attention(y)") in steps, "norm1 belongs to the attention, norm2 to the MLP")
     raise Mistake("the attention comes before the MLP")
 
 
 def _computes_a_block(lines: list[str]) -> bool:
-    """Whether these lines of ``PRE_NORM_LINES``, executed, give what ``EncoderBlock`` gives."""
+    """Return whether these lines of ``PRE_NORM_LINES``, executed, give what ``EncoderBlock`` gives."""
     with torch.random.fork_rng(devices=[]):
         block = EncoderBlock(8, 2, 16).eval()
         for parameter in block.parameters():

@@ -4,6 +4,7 @@ import copy
 import math
 import random
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,8 +18,10 @@ from .frame import (
     NotAttempted,
     answer,
     close,
+    compare,
     exercise,
     expect,
+    expect_tensor,
     is_stub,
     number_answer,
     unchanged,
@@ -27,8 +30,7 @@ from .frame import (
 
 @exercise("split")
 def split(learners: Callable) -> None:
-    """Of ``split(count, fraction, seed) -> (training, validation)``: indices, together 0 to count - 1, as
-    tensors, arrays or lists."""
+    """Of ``split(count, fraction, seed) -> (training, validation)``: indices, together 0 to count - 1."""
     for count, fraction in ((103, 0.2), (60, 0.15)):  # a size that has to be rounded, and one that has not
         seed, *other_seeds = torch.randperm(1000)[:3].tolist()
         training, validation = drawn = _two_parts(learners, count, fraction, seed)
@@ -38,28 +40,15 @@ def split(learners: Callable) -> None:
             f"for {count} images the indices run from 0 to {count - 1}, but yours from {min(together)} to "
             f"{max(together)}; torch.randperm(count) has each of them once",
         )
-        expect(
-            all(len(set(part)) == len(part) for part in drawn),
-            "an image stands twice in the same part: these are draws with replacement; shuffle with torch.randperm",
-        )
-        both = len(set(training) & set(validation))
-        expect(
-            not both,
-            f"{both} of {count} images are in both parts, so the model is validated on what it has learnt; cut one "
-            "order in two, at one place",
-        )
-        lost = count - len(together)
+        once = all(len(set(part)) == len(part) for part in drawn)
+        expect(once, "an image stands twice in the same part: you drew with replacement; shuffle with torch.randperm")
+        both, lost = len(set(training) & set(validation)), count - len(together)
+        expect(not both, f"{both} of {count} images are in both parts; cut one order in two, at one place")
         expect(not lost, f"{lost} of {count} images are in neither part; cut one order in two, at one place")
-        wanted = fraction * count
-        expect(
-            abs(len(training) - wanted) >= 1,
-            f"the validation part has {len(validation)} of {count} images for the fraction {fraction}; the fraction "
-            "is that of the second part, so the first has 1 - fraction of the images",
-        )
-        expect(
-            abs(len(validation) - wanted) < 1,
-            f"the validation part has {len(validation)} images, but {fraction} of {count} is {wanted:.1f}",
-        )
+        wanted, size = fraction * count, f"the validation part has {len(validation)} of {count} images"
+        swapped = abs(len(training) - wanted) < 1
+        expect(not swapped, f"{size} for the fraction {fraction}; the fraction is that of the second part")
+        expect(abs(len(validation) - wanted) < 1, f"{size}, but {fraction} of {count} is {wanted:.1f}")
         held_out = set(validation)
         runs = sum((index + 1) % count not in held_out for index in validation)  # a shuffle breaks it into many
         expect(
@@ -79,18 +68,14 @@ def _two_parts(learners: Callable, count: int, fraction: float, seed: int) -> tu
 
 
 def _indices(part) -> list[int]:
-    """The whole numbers of a tensor, an array, a list, a tuple or a range."""
+    """Return the whole numbers of a tensor, an array, a list, a tuple or a range."""
     expect(part is not Ellipsis and part is not None, "one of the two parts is still missing")
     try:
         numbers = torch.as_tensor(list(part) if isinstance(part, range) else part)
     except (TypeError, ValueError, RuntimeError):
-        raise Mistake(
-            f"each part should be a tensor or a list of indices, but a {type(part).__name__} came back"
-        ) from None
-    expect(
-        numbers.dtype != torch.bool,
-        "a part is a mask of True and False; torch.nonzero(mask).flatten() gives the indices",
-    )
+        raise Mistake(f"each part should be a tensor or list of indices, but one is a {type(part).__name__}") from None
+    is_mask = numbers.dtype == torch.bool
+    expect(not is_mask, "a part is a mask of True and False; torch.nonzero(mask).flatten() gives the indices")
     whole = not numbers.is_floating_point() and not numbers.is_complex() and numbers.ndim == 1
     kind = f"{str(numbers.dtype).removeprefix('torch.')} {list(numbers.shape)}"
     expect(whole, f"each part should be a row of whole numbers, [n], but one is {kind}")
@@ -98,27 +83,22 @@ def _indices(part) -> list[int]:
 
 
 def _expect_own_seed(learners: Callable, count: int, fraction: float, seed: int, other_seeds: list, drawn) -> None:
-    """The seed, and nothing but the seed, decides the split ``drawn``; and drawing it moves no shared generator."""
+    """Raise :class:`Mistake` unless the seed alone decides the split ``drawn``, and no shared generator moves."""
     before = _shared_generators()
-    again = _two_parts(learners, count, fraction, seed)
     expect(
-        again == drawn,
-        "the same seed gave two different splits, so the validation images of one run are trained on in the next; draw "
-        "with torch.randperm(count, generator=...), a generator seeded with seed",
+        _two_parts(learners, count, fraction, seed) == drawn,
+        "the same seed gave two different splits; draw with torch.randperm(count, generator=...), seeded with seed",
     )
-    expect(
-        not all(_two_parts(learners, count, fraction, other) == drawn for other in other_seeds),
-        "another seed gives the same split; seed your generator with seed",
-    )
+    same = all(_two_parts(learners, count, fraction, other) == drawn for other in other_seeds)
+    expect(not same, "another seed gives the same split; seed your generator with seed")
     expect(
         _shared_generators() == before,
-        "your split moves the random numbers that the rest of the program draws too; torch.Generator() is one of "
-        "your own",
+        "your split moves the random numbers that the rest of the program draws; use a torch.Generator() of your own",
     )
 
 
 def _shared_generators() -> tuple:
-    """The states of the generators that everything in a program draws from."""
+    """Return the states of the generators that everything in a program draws from."""
     _, keys, position, *_ = np.random.get_state()
     return torch.get_rng_state().tolist(), random.getstate(), keys.tolist(), position
 
@@ -127,26 +107,19 @@ def _shared_generators() -> tuple:
 def first_loss(learners: Callable) -> None:
     """Of ``first_loss(num_classes)``: the cross-entropy, in nats, of a model that gives all classes the same share."""
     for num_classes in (*torch.randint(20, 1000, (3,)).tolist(), 2):
-        given = number_answer(learners, num_classes)
-        right = math.log(num_classes)
+        given, right = number_answer(learners, num_classes), math.log(num_classes)
         slips = {
-            -right: "the sign is wrong; a loss is minus the logarithm of a probability, so it is positive",
-            math.log2(num_classes): (
-                "that is the logarithm to base 2 (bits); PyTorch's cross-entropy is in nats, base e"
-            ),
-            math.log10(num_classes): "that is the logarithm to base 10; PyTorch's cross-entropy uses base e",
-            1 / num_classes: "that is the probability of each class; the loss is minus its logarithm",
-            1 - 1 / num_classes: "that is how often a guess is wrong; the loss is minus the logarithm of a probability",
-            right / num_classes: (
-                "that is divided by the number of classes; only the right class counts, -log(p) of its probability p"
+            "the sign is wrong; a loss is minus the logarithm of a probability, so it is positive": -right,
+            "that is the logarithm to base 2 (bits); PyTorch's cross-entropy is in nats, base e": right / math.log(2),
+            "that is the logarithm to base 10; PyTorch's cross-entropy uses base e": right / math.log(10),
+            "that is the probability of each class; the loss is minus its logarithm": 1 / num_classes,
+            "that is how often a guess is wrong; the loss is minus the logarithm of a probability": 1 - 1 / num_classes,
+            "that is divided by the number of classes; only the right class counts, -log(p) of its probability p": (
+                right / num_classes
             ),
         }
-        for wrong, mistake in slips.items():
-            expect(not math.isclose(given, wrong, rel_tol=1e-3), mistake)
-        expect(
-            math.isclose(given, right, rel_tol=1e-3),
-            f"{given:.3g} for {num_classes} classes; think of what -log(p) is when all classes are equally likely",
-        )
+        otherwise = f"{given:.3g} for {num_classes} classes; what is -log(p) if all classes are equally likely?"
+        compare(given, right, slips, otherwise, same=partial(math.isclose, rel_tol=1e-3))
 
 
 @exercise("sound model")
@@ -161,7 +134,7 @@ def sound_model(learners: Callable) -> None:
         _expect_logits(model, images, labels, num_classes)
     model = copy.deepcopy(model)  # what follows changes it
     with torch.no_grad():
-        for parameter in model.parameters():  # a head may start at zero, and lets nothing through before a step
+        for parameter in model.parameters():  # a head may start at zero, which would let nothing through
             parameter += 0.02 * torch.randn_like(parameter)
     _expect_gradients(model, images, labels)
     model.eval()
@@ -173,79 +146,66 @@ def sound_model(learners: Callable) -> None:
     seen = (pixels.grad != 0).any(1).float().mean().item()
     expect(
         seen > 0.99,
-        f"does every patch matter? Only {seen:.0%} of the pixels have an influence on the logits; an index leaves out "
-        "the tokens of the others",
+        f"does every patch matter? Only {seen:.0%} of the pixels have an influence; an index leaves out some tokens",
     )
     if isinstance(model, ViTModel):
         expect(
             close(logits, ViTModel.forward(model, images), 1e-4),
-            "the answers are yes, but these are not the logits of equations 1 to 4; something is left out of your "
-            "forward pass or added to it: compare it with the lines above the exercise",
+            "the answers are yes, but these are not the logits of equations 1 to 4: something is left out or added",
         )
 
 
 def _expect_logits(model: nn.Module, images: Tensor, labels: Tensor, num_classes: int) -> None:
     logits = answer(model, images)
-    expect(isinstance(logits, Tensor), f"one logit for each class? A {type(logits).__name__} came back, not a tensor")
+    asked = "one logit for each class?"
+    expect(isinstance(logits, Tensor), f"{asked} A {type(logits).__name__} came back, not a tensor")
     shape = [len(images), num_classes]
+    found = list(logits.shape)
+    expect(found == shape, f"{asked} The logits are {found}, but should be [B, num_classes] = {shape}")
+    all_ones = torch.ones(len(images))
+    probabilities = logits.min() >= 0 and close(logits.sum(1), all_ones, 1e-4)
     expect(
-        list(logits.shape) == shape,
-        f"one logit for each class? The logits are {list(logits.shape)}, but should be [B, num_classes] = {shape}",
+        not probabilities, f"{asked} Yours are probabilities, they sum to 1; cross-entropy applies the softmax itself"
     )
-    expect(
-        logits.min() < 0 or not close(logits.sum(1), torch.ones(len(images)), 1e-4),
-        "one logit for each class? Yours are probabilities, they sum to 1; cross-entropy applies the softmax itself",
-    )
-    one_sign = logits.max() <= 0 and logits.min() < 0
-    expect(
-        not one_sign or not close(logits.exp().sum(1), torch.ones(len(images)), 1e-4),
-        "one logit for each class? Yours are logarithms of probabilities; return what the head gives",
-    )
+    logarithms = logits.max() <= 0 and logits.min() < 0 and close(logits.exp().sum(1), all_ones, 1e-4)
+    expect(not logarithms, f"{asked} Yours are logarithms of probabilities; return what the head gives")
     loss, right = F.cross_entropy(logits, labels).item(), math.log(num_classes)
     expect(
         abs(loss - right) < 0.7,
         f"is the first loss near ln C? It is {loss:.3g}, but ln {num_classes} is {right:.2f}; the head's weights start "
-        "too large, or what it sees is not normalised",
+        "too large, or its input is not normalised",
     )
 
 
 def _expect_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> None:
-    logits = model.train()(images)
-    expect(
-        logits.requires_grad,
-        "do gradients reach every parameter? They reach none; look for detach(), no_grad() or .data behind the head",
-    )
+    logits, asked = model.train()(images), "do gradients reach every parameter?"
+    expect(logits.requires_grad, f"{asked} They reach none; look for detach(), no_grad() or .data behind the head")
     model.zero_grad()
     F.cross_entropy(logits, labels).backward()
     without = [name for name, part in model.named_parameters() if part.grad is None or not part.grad.any()]
     named = ", ".join(without[:2]) + (f" and {len(without) - 2} others" if len(without) > 2 else "")
     expect(
         not without,
-        f"do gradients reach every parameter? None reaches {named}; somewhere behind them the way to the loss is cut, "
-        "by detach(), no_grad() or an index that leaves out too much",
+        f"{asked} None reaches {named}; somewhere behind them the way to the loss is cut, by detach(), no_grad() or "
+        "an index that leaves out too much",
     )
     for name, part in model.named_parameters():
         if part.ndim == 3 and part.shape[1] > 1:  # the positions, a row for each token
-            rows = (part.grad != 0).any(2).sum().item()
-            expect(
-                rows == part.shape[1],
-                f"do gradients reach every parameter? Only {rows} of the {part.shape[1]} rows of {name} get one; an "
-                "index leaves out the tokens of the others",
-            )
+            rows, all_rows = (part.grad != 0).any(2).sum().item(), part.shape[1]
+            some = f"Only {rows} of the {all_rows} rows of {name} get one; an index leaves out the other tokens"
+            expect(rows == all_rows, f"{asked} {some}")
 
 
 def _expect_images_apart(model: nn.Module, images: Tensor) -> None:
-    """Of a model in eval mode: each image has logits of its own, the same in every pass and in every batch."""
+    """Expect of a model in eval mode that each image has its own logits, the same in every pass and every batch."""
     first, second = model(images).clone(), model(images).clone()
     expect(
         not close(first, first[:1].expand_as(first)),
-        "do different images give different logits? They are the same for all; an index or a mean over the batch "
-        "leaves one image of all",
+        "do different images give different logits? No; an index or a mean over the batch leaves one image of all",
     )
     expect(
         close(first, second),
-        "do two eval passes agree? No: something random is on in eval mode; nn.Dropout knows the mode, F.dropout has "
-        "to be told with training=self.training",
+        "do two eval passes agree? No: something random is on in eval mode; F.dropout needs training=self.training",
     )
     changed = images.clone()
     changed[0] = 3 * torch.randn_like(changed[0])
@@ -259,36 +219,31 @@ def _expect_images_apart(model: nn.Module, images: Tensor) -> None:
 @exercise("top-1 accuracy")
 def top1(learners: Callable) -> None:
     """Of ``top1(logits [B, C], labels [B])``: the share of images whose highest logit is that of the right class."""
-    for batch, num_classes in (
-        (60, 60),
-        (60, 7),
-        (53, 130),
-    ):  # the first, so that an argmax over the wrong axis has an answer
+    # as many classes as images first, so that an argmax over the wrong axis has an answer
+    for batch, num_classes in ((60, 60), (60, 7), (53, 130)):
         hits = torch.randint(35, 49, ()).item()
         labels = torch.randint(num_classes, (batch,))
         winners = torch.where(torch.arange(batch) < hits, labels, (labels + 1) % num_classes)
         logits = torch.randn(batch, num_classes)
         for ahead, chosen in ((0.5, labels), (1.0, winners)):  # where the right class does not win, it comes second
             logits[torch.arange(batch), chosen] = logits.amax(1) + ahead
-        given, right = number_answer(learners, logits.clone(), labels.clone()), hits / batch
-        if math.isclose(given, right, rel_tol=1e-4):
-            continue
+        given, right = number_answer(learners, logits, labels), hits / batch
         whole = isinstance(given, int) and given == 0
         expect(not whole, "that is 0 although some are right; // rounds a share down to 0, so divide with /")
         probabilities = logits.softmax(1)[torch.arange(batch), labels]
-        slips = (
-            (probabilities.mean().item(), "that is the mean probability of the right class; top-1 asks only whether it "
-             "is the highest"),
-            ((logits.argmax(0) == labels[:num_classes]).float().mean().item(), "your argmax runs over the images; the "
-             "classes are the last axis of the logits"),
-            (hits, "that counts the right answers; divide by the number of images"),
-            (100 * right, "that is in percent; give a share from 0 to 1"),
-            (1 - right, "that is the share of wrong answers"),
-            (hits / num_classes, "that divides by the number of classes; divide by the number of images"),
-        )  # fmt: skip
-        for wrong, mistake in slips:
-            expect(not math.isclose(given, wrong, rel_tol=1e-4), mistake)
-        raise Mistake(f"{given:.3g} where {right:.3g} is right; count the images whose highest logit is their label's")
+        over_images = (logits.argmax(0)[:batch] == labels[:num_classes]).float()
+        slips = {
+            "that is the mean probability of the right class; top-1 asks only whether it is the highest": (
+                probabilities.mean().item()
+            ),
+            "your argmax runs over the images; the classes are the last axis of the logits": over_images.mean().item(),
+            "that counts the right answers; divide by the number of images": hits,
+            "that is in percent; give a share from 0 to 1": 100 * right,
+            "that is the share of wrong answers": 1 - right,
+            "that divides by the number of classes; divide by the number of images": hits / num_classes,
+        }
+        otherwise = f"{given:.3g} where {right:.3g} is right; count the images whose highest logit is their label's"
+        compare(given, right, slips, otherwise, same=partial(math.isclose, rel_tol=1e-4))
 
 
 @exercise("evaluation")
@@ -305,32 +260,20 @@ def evaluation(learners: Callable) -> None:
         model[0].register_forward_hook(lambda *_, log=recorded: log.append(torch.is_grad_enabled()))
         with unchanged(model, images):
             first, second = (_logits(learners, model, images, right) for _ in range(2))
-            expect(
-                close(first, second) and not (first == 0).all(),
-                "two calls on the same images give different logits: dropout is still on; call model.eval() first",
-            )
-            expect(
-                not first.requires_grad and not any(recorded),
-                "gradients are recorded, which costs memory and time; call the model within torch.no_grad()",
-            )
-            expect(
-                model.training,
-                "the model is left in eval mode, so the next epoch would train without dropout; put it back",
-            )
+            same = close(first, second) and not (first == 0).all()
+            expect(same, "two calls give different logits: dropout is still on; call model.eval() first")
+            recorded_none = not first.requires_grad and not any(recorded)
+            expect(recorded_none, "gradients are recorded, which costs memory; call the model within torch.no_grad()")
+            expect(model.training, "the model is left in eval mode, so the next epoch has no dropout; put it back")
             expect(close(first, right), "these are not the logits of the model in eval mode; return them unchanged")
         model.eval()
         with unchanged(model, images):
-            expect(
-                close(_logits(learners, model, images, right), right), "a model that is in eval mode gets other logits"
-            )
-            expect(
-                not model.training,
-                "a model that came in eval mode goes out in train mode; remember model.training before you change it",
-            )
+            same = close(_logits(learners, model, images, right), right)
+            expect(same, "a model that is in eval mode gets other logits")
+            kept = "a model that came in eval mode goes out in train mode; remember model.training before you change it"
+            expect(not model.training, kept)
 
 
 def _logits(learners: Callable, model: nn.Module, images: Tensor, right: Tensor) -> Tensor:
     given = answer(learners, model, images, may_change=True)  # what has changed is looked at after the logits
-    expect(isinstance(given, Tensor), f"a tensor is wanted, but a {type(given).__name__} came back")
-    expect(given.shape == right.shape, f"the shape is {list(given.shape)}, but should be {list(right.shape)}")
-    return given
+    return expect_tensor(given, right.shape)

@@ -1,7 +1,9 @@
 """Checks of chapter 04: fine-tuning."""
 
-import statistics
+import operator
 from collections.abc import Callable, Sequence
+from functools import partial
+from statistics import fmean, stdev
 
 import numpy as np
 import torch
@@ -12,7 +14,19 @@ from vitlib.data.images import channel_statistics
 from vitlib.model import ViTModel
 from vitlib.weights.checkpoint import ModelCard
 
-from .frame import Mistake, NotAttempted, answer, as_number, call, close, compare, exercise, expect, number_answer
+from .frame import (
+    Mistake,
+    NotAttempted,
+    answer,
+    as_number,
+    call,
+    close,
+    compare,
+    exercise,
+    expect,
+    expect_tensor,
+    number_answer,
+)
 
 
 @exercise("transfer")
@@ -25,34 +39,28 @@ def transfer(learners: Callable) -> None:
 def _judge_transfer(learners: Callable, pretrained: ViTModel, classes: int) -> None:
     config = dict(pretrained.config)
     before = {name: tensor.clone() for name, tensor in pretrained.state_dict().items()}
-    old_head = pretrained.linear_classifier
+    old_classes = pretrained.linear_classifier.out_features
     model = answer(learners, pretrained, classes)
     expect(pretrained.config == config, "your function changes `pretrained.config`; make a new dict for the new model")
     expect(isinstance(model, ViTModel), f"a ViTModel is wanted, but a {type(model).__name__} came back")
     expect(model is not pretrained, "that is the pretrained model itself; build a new one and copy the encoder into it")
     head = model.linear_classifier
     expect(isinstance(head, nn.Linear), f"the new head should be one linear layer, but is {type(head).__name__}")
-    rows = head.out_features
+    rows = f"the head has {head.out_features} rows for {classes} classes"
+    expect(head.out_features != old_classes, f"{rows}, those of the upstream task")
+    expect(head.out_features == classes, f"{rows}: its size must come from num_classes")
     expect(
-        rows != old_head.out_features,
-        f"the head still has {rows} rows for {classes} classes, those of the upstream task",
-    )
-    expect(rows == classes, f"the head has {rows} rows for {classes} classes: its size must come from num_classes")
-    others = {name: value for name, value in model.config.items() if name != "num_classes"}
-    expect(
-        others == {name: value for name, value in config.items() if name != "num_classes"},
+        model.config | {"num_classes": 0} == config | {"num_classes": 0},
         "the new model differs from `pretrained` in more than its head; take all else from pretrained.config",
     )
     encoder = model.vit_encoder.state_dict()
     same = [_identical(tensor, before[f"vit_encoder.{name}"]) for name, tensor in encoder.items()]
     expect(any(same), "the encoder is a fresh one; load the pretrained encoder's state_dict into it")
     expect(all(same), "only some of the encoder's tensors are those of the checkpoint")
-    old_rows = (head.weight[:, None] == before["linear_classifier.weight"]).all(dim=2).any()
-    expect(not old_rows, "rows of the old head are in the new one; they belong to upstream classes, so start afresh")
-    expect(
-        not torch.isin(head.bias, before["linear_classifier.bias"]).any(),
-        "biases of the old head are in the new one; they belong to upstream classes, so start afresh",
-    )
+    kept_rows = (head.weight[:, None] == before["linear_classifier.weight"]).all(dim=2).any()
+    kept_biases = torch.isin(head.bias, before["linear_classifier.bias"]).any()
+    for name, kept in {"rows": kept_rows, "biases": kept_biases}.items():
+        expect(not kept, f"{name} of the old head are in the new one; they belong to upstream classes, so start afresh")
     trained = all(parameter.requires_grad for parameter in model.parameters())
     expect(trained, "some weights of the new model are frozen (requires_grad is False); fine-tuning trains all of them")
     with torch.no_grad():
@@ -90,10 +98,8 @@ def linear_probe(learners: Callable) -> None:
     model = _tiny_vit(num_classes=3).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     result = call(learners, model)
-    expect(
-        all(_identical(tensor, before[name]) for name, tensor in model.state_dict().items()),
-        "your function changes the model's weights; freeze them as they are",
-    )
+    kept = all(_identical(tensor, before[name]) for name, tensor in model.state_dict().items())
+    expect(kept, "your function changes the model's weights; freeze them as they are")
     encoder = list(model.vit_encoder.named_parameters())
     moved = _moved_by_a_step(model)
     head = {"linear_classifier.weight", "linear_classifier.bias"}
@@ -102,18 +108,15 @@ def linear_probe(learners: Callable) -> None:
     if moved > head and len(moved - head) == len(encoder):  # nothing is frozen
         expect(
             not any("requires_grad" in vars(part) for part in model.modules()),
-            "`requires_grad = False` on a module only gives it an attribute of that name; its parameters do not see "
-            "it: call requires_grad_(False), with the underscore, or set it on each of parameters()",
+            "`requires_grad = False` on a module only gives it an attribute of that name: call requires_grad_(False), "
+            "with the underscore, or set it on each of parameters()",
         )
         expect(
             not isinstance(result, torch.optim.Optimizer),
-            "an optimiser of the head alone trains a probe too, but the model is not set up: another optimiser would "
-            "train its encoder; freeze the encoder's parameters",
+            "an optimiser of the head trains a probe, but the model is not set up: freeze the encoder's parameters",
         )
-        expect(
-            not isinstance(result, ViTModel) or result is model,
-            "the model that came back is another one; freeze the encoder of the one that was given",
-        )
+        another = isinstance(result, ViTModel) and result is not model
+        expect(not another, "the model that came back is another one; freeze the encoder of the one that was given")
         expect(model.vit_encoder.training, "eval() switches dropout off, but training still changes the encoder")
         raise Mistake("nothing is frozen: a training step still changes every weight of the encoder")
     expect(moved & head or not moved, "the head is frozen and the encoder trained; a probe does it the other way round")
@@ -124,7 +127,7 @@ def linear_probe(learners: Callable) -> None:
 
 
 def _moved_by_a_step(model: ViTModel) -> set[str]:
-    """The names of the tensors that a training step changes. Weight decay moves what only has a gradient of 0."""
+    """Return the names of the tensors that a training step changes; weight decay moves what has a gradient of 0."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     if any(parameter.requires_grad for parameter in model.parameters()):
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
@@ -152,33 +155,22 @@ _RULES: dict[str, Callable] = {
     "each run is compared with the control's run of the same place in the list alone; compare it with all of them": (
         lambda ours, control: all(a > b for a, b in zip(ours, control, strict=True))
     ),
-    "only the best runs are compared; the worst of ours must beat the best of the control": (
-        lambda ours, control: max(ours) > max(control)
+    "only the best runs are compared; our worst must beat the control's best": lambda a, b: max(a) > max(b),
+    "only the worst runs are compared; our worst must beat the control's best": lambda a, b: min(a) > min(b),
+    "the means are compared; a higher mean does not say that every run is higher": lambda a, b: sum(a) > sum(b),
+    "one winning run is enough for you; our worst must beat the control's best": lambda a, b: max(a) > min(b),
+    "a run that is level with the control's best does not beat it; use > and not >=": lambda a, b: min(a) >= max(b),
+    "you ask whether the means differ by more than the spread; our worst must beat the control's best": (
+        lambda a, b: fmean(a) - fmean(b) > 2 * max(stdev(a), stdev(b))
     ),
-    "only the worst runs are compared; the worst of ours must beat the best of the control": (
-        lambda ours, control: min(ours) > min(control)
-    ),
-    "the means are compared; a higher mean does not say that every run is higher": (
-        lambda ours, control: sum(ours) > sum(control)
-    ),
-    "one winning run is enough for you; every run of ours must beat every run of the control": (
-        lambda ours, control: max(ours) > min(control)
-    ),
-    "a run that is level with the control's best does not beat it; use > and not >=": (
-        lambda ours, control: min(ours) >= max(control)
-    ),
-    "you ask whether the means differ by more than the spread; every single run of ours must beat every run of the "
-    "control": lambda ours, control: (
-        statistics.mean(ours) - statistics.mean(control) > 2 * max(statistics.stdev(ours), statistics.stdev(control))
-    ),
-    "the order is swapped: you ask whether the control beats ours": lambda ours, control: max(ours) < min(control),
+    "the order is swapped: you ask whether the control beats ours": lambda a, b: max(a) < min(b),
 }
 
 
 @exercise("fair comparison")
 def fair_comparison(learners: Callable) -> None:
-    """Of ``compare_arms(ours, control)``: the gain in mean accuracy, and whether every run beats every run of the
-    control. Both are lists of accuracies, one per seed."""
+    """Of ``compare_arms(ours, control)``, lists of accuracies, one per seed: the gain in mean accuracy, and whether
+    every run beats every run of the control."""
     scale, shift = torch.rand(2).tolist()
     runs = [
         [[(0.5 + 0.1 * scale) * share + 0.3 * shift for share in arm] for arm in (ours, control)]
@@ -192,39 +184,34 @@ def fair_comparison(learners: Callable) -> None:
             raise NotAttempted
         expect(result[1] in (True, False), "the second value says whether every run is beaten: True or False")
     _judge_gains([as_number(gain) for gain, _ in results], runs)
-    verdicts = [bool(beaten) for _, beaten in results]
-    if verdicts == [min(ours) > max(control) for ours, control in runs]:
-        return
-    for mistake, rule in _RULES.items():
-        expect(verdicts != [rule(ours, control) for ours, control in runs], mistake)
-    raise Mistake("the second value is not whether each run of ours is higher than each run of the control")
+    right = [min(ours) > max(control) for ours, control in runs]
+    slips = {mistake: [rule(ours, control) for ours, control in runs] for mistake, rule in _RULES.items()}
+    otherwise = "the second value is not whether each run of ours is higher than each run of the control"
+    compare([bool(beaten) for _, beaten in results], right, slips, otherwise, same=operator.eq)
 
 
 def _judge_gains(gains: Sequence[float], runs: Sequence) -> None:
-    pairs = [(torch.tensor(ours).double(), torch.tensor(control).double()) for ours, control in runs]
-    right = torch.stack([ours.mean() - control.mean() for ours, control in pairs])
+    runs = torch.tensor(runs, dtype=torch.float64)
+    (ours, control), (best, best_control) = runs.mean(2).T, runs.amax(2).T
+    right = ours - control
     slips = {
         "the order is swapped: a gain is ours minus the control, positive when ours is better": -right,
         "that is in percent; give a share, so that 0.05 are five points": 100 * right,
         "that is the mean of the differences' sizes; where the control wins, the difference counts as a loss": (
-            torch.stack([(ours - control).abs().mean() for ours, control in pairs])
+            (runs[:, 0] - runs[:, 1]).abs().mean(1)
         ),
         "a loss is a gain below 0; keep its sign": right.abs(),
-        "only the best runs are compared; take the mean of each arm": (
-            torch.stack([ours.max() - control.max() for ours, control in pairs])
-        ),
-        "that is the smallest gain, our worst run minus the control's best; take the mean of each arm": (
-            torch.stack([ours.min() - control.max() for ours, control in pairs])
+        "only the best runs are compared; take the mean of each arm": best - best_control,
+        "that is our worst run minus the control's best; take the mean of each arm": (
+            runs[:, 0].amin(1) - best_control
         ),
         "that is the sum over the seeds; divide by their number": 3 * right,
-        "that is the ratio of the two means; a gain is their difference": (
-            torch.stack([ours.mean() / control.mean() for ours, control in pairs])
-        ),
-        "that is the mean of ours; the control's has to be taken off": torch.stack([ours.mean() for ours, _ in pairs]),
+        "that is the ratio of the two means; a gain is their difference": ours / control,
+        "that is the mean of ours; the control's has to be taken off": ours,
     }
     otherwise = "the gain is the mean of ours minus the mean of the control, and that is not what came back"
-    if not close(torch.tensor(gains), right, tolerance=6e-4):  # rounded to three digits is right too
-        compare(torch.tensor(gains), right, slips, otherwise)
+    rounded = partial(close, tolerance=6e-4)  # to three digits
+    compare(torch.tensor(gains), right, slips, otherwise, same=rounded)
 
 
 @exercise("normalisation")
@@ -232,31 +219,23 @@ def normalisation(learners: Callable) -> None:
     """Of ``normalisation(images, card)``: downstream images as the encoder with this card expects them."""
     for shape in ((4, 3, 8, 8), (2, 3, 5, 5), (1, 3, 6, 6)):
         images = torch.randint(0, 256, shape, dtype=torch.uint8)
-        numbers = (0.3 + 0.3 * torch.rand(2, 3)).tolist()  # for mean and std
-        _judge_normalisation(learners, images, ModelCard(("a", "b"), mean=tuple(numbers[0]), std=tuple(numbers[1])))
+        mean, std = (0.3 + 0.3 * torch.rand(2, 3)).tolist()
+        _judge_normalisation(learners, images, ModelCard(("a", "b"), mean=tuple(mean), std=tuple(std)))
 
 
 def _judge_normalisation(learners: Callable, images: Tensor, card: ModelCard) -> None:
     given = answer(learners, images, card)
-    given = torch.from_numpy(given) if isinstance(given, np.ndarray) else given
-    expect(isinstance(given, Tensor), f"a tensor is wanted, but a {type(given).__name__} came back")
-    expect(
-        given.shape == images.shape, f"the shape is {list(given.shape)}, but should be {list(images.shape)}, as before"
-    )
+    given = expect_tensor(torch.from_numpy(given) if isinstance(given, np.ndarray) else given, images.shape)
     mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (card.mean, card.std))
     own_mean, own_std = channel_statistics(images)
     shares = images.float() / 255
-    own = torch.stack([normalise(image[None], *channel_statistics(image[None]))[0] for image in images])
+    own = torch.cat([normalise(image, *channel_statistics(image)) for image in images.split(1)])
     slips = {
         "those are the statistics of the images themselves; the encoder has only seen images normalised with its "
         "card's": normalise(images, own_mean, own_std),
         "each image is normalised with its own statistics, so its brightness is lost; use the card's": own,
-        "the mean is that of these images and the std that of the card; both must be the card's": (
-            normalise(images, own_mean, card.std)
-        ),
-        "the mean is that of the card and the std that of these images; both must be the card's": (
-            normalise(images, card.mean, own_std)
-        ),
+        "the mean is that of these images; mean and std must both be the card's": normalise(images, own_mean, card.std),
+        "the std is that of these images; mean and std must both be the card's": normalise(images, card.mean, own_std),
         "the images are still in 0 to 255, but mean and std are in 0 to 1; divide by 255 first": (images - mean) / std,
         "that only divides by 255; subtract the mean, divide by the std": shares,
         "the images are as they were; divide by 255, subtract the mean, divide by the std": images.float(),
@@ -279,18 +258,10 @@ def _judge_normalisation(learners: Callable, images: Tensor, card: ModelCard) ->
 
 
 def _tiny_vit(num_classes: int) -> ViTModel:
-    """A small ViT of random width and depth, for images of 8 x 8 pixels."""
-    layers, heads, factor = (torch.randint(1, 3, (3,))).tolist()
-    model = ViTModel(
-        num_classes,
-        num_layers=layers,
-        image_size=8,
-        patch_size=4,
-        em_dim=16,
-        num_heads=heads,
-        ff_dim=8 * factor,
-        drop=0.0,
-    )
+    """Return a small ViT of random width and depth, for images of 8 x 8 pixels."""
+    layers, heads, factor = torch.randint(1, 3, (3,)).tolist()
+    sizes = {"image_size": 8, "patch_size": 4, "num_layers": layers, "em_dim": 16, "num_heads": heads}
+    model = ViTModel(num_classes, **sizes, ff_dim=8 * factor, drop=0.0)
     with torch.no_grad():  # no tensor keeps its usual starting value, so that a fresh one can be told apart
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -13,7 +13,7 @@ from vitlib.data.shapes import draw_shapes
 from vitlib.model import ViTModel
 from vitlib.weights.checkpoint import load_pretrained
 
-from .frame import Mistake, answer, close, compare, exercise, expect, number_answer, tensor_answer
+from .frame import Mistake, answer, close, compare, exercise, expect, expect_tensor, number_answer, tensor_answer
 
 
 @exercise("attention distance")
@@ -23,59 +23,45 @@ def distance(learners: Callable) -> None:
         weights = torch.randn(grid**2 + 1, grid**2 + 1).softmax(dim=1)
         weights[:, 0] = 0.3 * torch.rand(grid**2 + 1) + 0.2  # a share for CLS that differs from row to row
         weights[:, 1:] *= ((1 - weights[:, 0]) / weights[:, 1:].sum(1))[:, None]
-        given = torch.tensor(number_answer(learners, weights.clone(), patch_size))
-        right = _mean_distance(weights[1:, 1:], grid, patch_size)
-        left_over = (weights[1:, 1:] * _all_distances(grid) * patch_size).sum() / grid**2  # rows sum to less than 1
-        city = _mean_distance(weights[1:, 1:], grid, patch_size, power=1)
-        among, apart = weights[1:, 1:], _all_distances(grid) * patch_size
-        shares = among / among.sum(dim=1, keepdim=True)
+        given = torch.tensor(number_answer(learners, weights, patch_size))
+        among, apart = weights[1:, 1:], _distances(grid) * patch_size
+        rows, columns = among.sum(dim=1, keepdim=True), among.sum(dim=0, keepdim=True)
+
+        def mean(shares: Tensor, distances: Tensor = apart) -> Tensor:
+            return (shares * distances).sum(dim=1).mean()
+
+        right = mean(among / rows)
         slips = {
             "that is in patches; a patch is patch_size pixels wide": right / patch_size,
-            "without CLS each row sums to less than 1; divide it by its sum": left_over,
+            "without CLS each row sums to less than 1; divide it by its sum": mean(among),
             "that is the sum of the queries' distances; take their mean": right * grid**2,
-            "rows and columns are added up; the distance is the square root of the sum of squares": city,
-            "every patch counts the same in that mean; weight the distances by the attention": (
-                _mean_distance(torch.ones(grid**2, grid**2), grid, patch_size)
+            "rows and columns are added up; the distance is the square root of the sum of squares": (
+                mean(among / rows, _distances(grid, power=1) * patch_size)
             ),
-            "that weighs the queries by their keys: normalise the rows, not the columns": (
-                _mean_distance(weights[1:, 1:].T, grid, patch_size)
-            ),
+            "every patch counts the same in that mean; weight the distances by the attention": apart.mean(),
+            "the columns are divided by their sums: normalise the rows, not the columns": mean(among / columns),
             "the sums have lost their axis, so each column is divided by another row's sum: keepdim=True": (
-                (among / among.sum(dim=1) * apart).sum(dim=1).mean()
-            ),
-            "the columns are divided by their sums; it is the rows that sum to 1": (
-                (among / among.sum(dim=0, keepdim=True) * apart).sum(dim=1).mean()
+                mean(among / rows.T)
             ),
             "that is the distance to the patch with the largest weight alone; take the mean over all": (
                 apart.gather(1, among.argmax(dim=1, keepdim=True)).mean()
             ),
-            "that is the mean over the pairs; sum over the keys, and take the mean over the queries": (
-                (shares * apart).mean()
-            ),
-            "a second softmax evens the weights out; divide each row by its sum": (
-                (among.softmax(dim=1) * apart).sum(dim=1).mean()
-            ),
-            "the distances are squared; weight the distances themselves": (
-                (shares * _all_distances(grid).square() * patch_size).sum(dim=1).mean()
-            ),
+            "that is the mean over the pairs; sum over the keys, and take the mean over the queries": right / grid**2,
+            "a second softmax evens the weights out; divide each row by its sum": mean(among.softmax(dim=1)),
+            "the distances are squared; weight the distances themselves": mean(among / rows, apart**2 / patch_size),
             "that is the distance of the first patch alone; take the mean over all queries": (
-                (shares * apart).sum(dim=1)[0]
+                (among / rows * apart)[0].sum()
             ),
         }
-        compare(given, right, slips, "that is not the mean over the "
-                "queries of the distances to all patches, weighted by the attention")  # fmt: skip
+        otherwise = "that is not the mean over the queries of the distances to all patches, weighted by the attention"
+        compare(given, right, slips, otherwise)
 
 
-def _all_distances(grid: int, power: float = 2) -> torch.Tensor:
-    """Distances of all pairs of patches, in patches, with plain loops: independent of vitlib.explain."""
+def _distances(grid: int, power: float = 2) -> Tensor:
+    """Return the distances of all pairs of patches, in patches, with plain loops: independent of vitlib.explain."""
     places = [(row, column) for row in range(grid) for column in range(grid)]
     pairs = [[(abs(a - c) ** power + abs(b - d) ** power) ** (1 / power) for c, d in places] for a, b in places]
     return torch.tensor(pairs)
-
-
-def _mean_distance(weights: torch.Tensor, grid: int, patch_size: int, power: float = 2) -> torch.Tensor:
-    shares = weights / weights.sum(dim=1, keepdim=True)
-    return (shares * _all_distances(grid, power)).sum(dim=1).mean() * patch_size
 
 
 @exercise("rollout")
@@ -84,51 +70,42 @@ def rollout(learners: Callable) -> None:
     layers, heads, tokens = torch.randint(2, 5, (3,)).tolist()
     tokens += 2
     attention = (2 * torch.randn(layers, heads, tokens, tokens)).softmax(dim=-1)
-    given = tensor_answer(learners, attention.clone(), shape=(tokens, tokens))
+    given = tensor_answer(learners, attention, shape=(tokens, tokens))
     means, itself = attention.mean(dim=1), torch.eye(tokens)
 
-    def product(matrices) -> torch.Tensor:
-        return torch.linalg.multi_dot(list(matrices))
+    def product(matrices: Tensor) -> Tensor:
+        return torch.linalg.multi_dot(list(matrices)) if len(matrices) > 1 else matrices[0]
 
-    halves = (means + itself) / 2
+    halves, firsts = (means + itself) / 2, (attention[:, 0] + itself) / 2
+    both = "two faults are left: "
     slips = {
         "the first layer stands on the left; what happens later is multiplied from the left": product(halves),
         "the residual connection is left out: half of each token is itself": product(means.flip(0)),
-        "each layer adds the identity but is not halved, so the rows sum to 2 and more": product(
-            (means + itself).flip(0)
-        ),
+        "each layer adds the identity but is not halved, so the rows sum to 2 and more": product(2 * halves.flip(0)),
         "that is the last layer alone; multiply the matrices of all layers": halves[-1],
         "that is the sum of the layers; what passes through one after the other is a product": halves.sum(0),
         "that is the mean of the layers; what passes through one after the other is a product": halves.mean(0),
         "numbers are multiplied place by place (*); tokens are mixed by matrix products (@)": halves.prod(0),
-        "only one head takes part; take the mean of the heads": product(((attention[:, 0] + itself) / 2).flip(0)),
+        "only one head takes part; take the mean of the heads": product(firsts.flip(0)),
         "the result is transposed: a row should say where a token comes from": product(halves.flip(0)).T,
-    }
-    firsts, both = (attention[:, 0] + itself) / 2, "two faults are left: "
-    slips |= {
-        both + "one head alone, and nothing is halved": product((2 * firsts).flip(0)),
+        both + "one head alone, and nothing is halved": product(2 * firsts.flip(0)),
         both + "one head alone, and the first layer on the left": product(firsts),
-        both + "nothing is halved, and the first layer stands on the left": product(means + itself),
-        "one head alone, nothing halved, and the first layer on the left: all three faults are left": product(
-            2 * firsts
-        ),
+        both + "nothing is halved, and the first layer stands on the left": product(2 * halves),
+        "all three faults are left: one head alone, nothing halved, the first layer on the left": product(2 * firsts),
         "the identity is added once, at the end; each layer has a residual connection": (
             (product(means.flip(0)) + itself) / 2
         ),
-        "the first layer is left out": product(halves[1:].flip(0)) if layers > 2 else halves[1],
-        "the last layer is left out": product(halves[:-1].flip(0)) if layers > 2 else halves[0],
+        "the first layer is left out": product(halves[1:].flip(0)),
+        "the last layer is left out": product(halves[:-1].flip(0)),
         "the heads are added up; take their mean": product(((attention.sum(1) + itself) / 2).flip(0)),
         "the largest head is taken at each place; take the mean of the heads": (
             product(((attention.amax(1) + itself) / 2).flip(0))
         ),
     }
     right = product(halves.flip(0))
-    sums = given.float().sum(dim=1)
-    otherwise = (
-        "rows sum to 1, but it is not the product of (mean of the heads + identity) / 2 over the layers"
-        if close(sums, torch.ones(tokens))
-        else "the rows do not sum to 1, so they are no shares"
-    )
+    otherwise = "rows sum to 1, but it is not the product of (mean of the heads + identity) / 2 over the layers"
+    if not close(given.float().sum(dim=1), torch.ones(tokens)):
+        otherwise = "the rows do not sum to 1, so they are no shares"
     compare(given, right, slips, otherwise)
 
 
@@ -159,51 +136,48 @@ def _judge_deletion(learners: Callable, images: Tensor, relevance: Tensor, count
     N, grid = tokens - 1, images.shape[-1] // patch_size
     given = tensor_answer(learners, images, relevance, count, patch_size, shape=tuple(images.shape))
 
-    def without(orders) -> Tensor:
-        """``orders``: for each image the numbers of the patches that go; others than those of patches are ignored."""
+    def without(orders: Tensor) -> Tensor:
+        """Set the patches of these numbers ``[B, n]`` to 0; numbers that no patch has are ignored."""
         result = images.clone()
-        for image, patches in zip(result, orders, strict=True):
+        for image, patches in zip(result, orders.tolist(), strict=True):
             for patch in patches:
                 if 0 <= patch < N:
                     top, left = patch // grid * patch_size, patch % grid * patch_size
                     image[:, top : top + patch_size, left : left + patch_size] = 0
         return result
 
-    best = relevance[:, 1:].argsort(dim=1, descending=True)
+    order = relevance[:, 1:].argsort(dim=1, descending=True)
+    best = order[:, :count]
     with_cls = relevance.argsort(dim=1, descending=True)
-    transposed = best % grid * grid + best // grid
-    without_first = (with_cls[:, 1 : count + 1] - 1).tolist()
     slips = {
-        "the least relevant patches are gone; sort in descending order": without(best.flip(1)[:, :count].tolist()),
+        "the least relevant patches are gone; sort in descending order": without(order.flip(1)[:, :count]),
         "the patches behind the right ones are gone: token 0 is CLS, so token i is patch i - 1": (
-            without(with_cls[:, :count].tolist())
+            without(with_cls[:, :count])
         ),
         "the patches behind the right ones are gone, and the last in place of none: token i is patch i - 1": (
-            without(with_cls[:, :count].clamp(max=N - 1).tolist())
+            without(with_cls[:, :count].clamp(max=N - 1))
         ),
-        "the patches behind the right ones are gone; token i is patch i - 1": without((best[:, :count] + 1).tolist()),
+        "the patches behind the right ones are gone; token i is patch i - 1": without(best + 1),
         "one patch too few is gone where CLS is among the most relevant tokens; leave it out before you sort": (
-            without((with_cls[:, :count] - 1).tolist())
+            without(with_cls[:, :count] - 1)
         ),
-        "one patch too few is gone": without(best[:, : max(count - 1, 0)].tolist()),
-        "the first of the order is left out as if it were always CLS; CLS is the first token, not the first of the "
-        "order": without(without_first),
+        "one patch too few is gone": without(best[:, :-1]),
+        "the first of the order is left out; CLS is the first token, not the first of the order": (
+            without(with_cls[:, 1 : count + 1] - 1)
+        ),
         "in every image the patches of the first one are gone; each image has an order of its own": (
-            without(best[:1, :count].expand(batch, -1).tolist())
+            without(best[:1].expand(batch, -1))
         ),
-        "rows and columns of the grid are swapped": without(transposed[:, :count].tolist()),
-        "only the patches that should go are left; the others should be": images - without(best[:, :count].tolist()),
+        "rows and columns of the grid are swapped": without(best % grid * grid + best // grid),
+        "only the patches that should go are left; the others should be": images - without(best),
         "nothing is deleted": images,
         "everything is deleted": torch.zeros_like(images),
     }
-    right = without(best[:, :count].tolist())
-    gone = (given == 0).all(dim=1).sum(dim=(1, 2))
-    otherwise = (
-        f"each image should have lost {count * patch_size**2} pixels, but they have lost {gone.tolist()}"
-        if gone.tolist() != [count * patch_size**2] * batch
-        else "as many pixels are 0 as should be, but not those of the most relevant patches"
-    )
-    compare(given, right, slips, otherwise)
+    gone, pixels = (given == 0).all(dim=1).sum(dim=(1, 2)).tolist(), count * patch_size**2
+    otherwise = "as many pixels are 0 as should be, but not those of the most relevant patches"
+    if gone != [pixels] * batch:
+        otherwise = f"each image should have lost {pixels} pixels, but they have lost {gone}"
+    compare(given, without(best), slips, otherwise)
 
 
 @exercise("a map without a model")
@@ -225,17 +199,13 @@ def without_a_model(learners: Callable) -> None:
 def _map(learners: Callable, images: Tensor, patch_size: int) -> Tensor:
     given = answer(learners, images, patch_size)
     given = torch.from_numpy(given) if isinstance(given, np.ndarray) else given
-    expect(isinstance(given, Tensor), f"a tensor is wanted, but a {type(given).__name__} came back")
     shape = (len(images), (images.shape[-1] // patch_size) ** 2)
-    expect(
-        given.shape == shape, f"the shape is {list(given.shape)}, but should be {list(shape)}: a number for each patch"
-    )
-    return given.detach().float()
+    return expect_tensor(given, shape, "a number for each patch, [B, N]").detach().float()
 
 
 @cache
 def _rollout_on_drawn_images() -> tuple[ViTModel, Tensor, float]:
-    """The shipped model, 40 normalised test images, and rollout's area under their deletion curve."""
+    """Return the shipped model, 40 normalised test images, and rollout's area under their deletion curve."""
     model, card = load_pretrained("shapes100-mini")
     model.eval()
     images = normalise(draw_shapes("shapes100", "test").images[:40], card.mean, card.std)
@@ -253,37 +223,32 @@ def share_on_object(learners: Callable) -> None:
     for grid, patch_size in ((4, 3), (3, 4), (5, 2)):
         relevance = torch.rand(grid**2) + 0.1  # does not sum to 1
         mask = _object(grid, patch_size)
-        given = torch.tensor(number_answer(learners, relevance.clone(), mask.clone(), patch_size))
-        covered = torch.stack(
-            [part.float().mean() for row in mask.split(patch_size) for part in row.split(patch_size, 1)]
-        )
-        right = (relevance * covered).sum() / relevance.sum()
+        given = torch.tensor(number_answer(learners, relevance, mask, patch_size))
+        blocks = mask.float().unflatten(1, (grid, patch_size)).unflatten(0, (grid, patch_size))  # [row, P, column, P]
+        by_place = blocks.mean(dim=(1, 3))  # [row, column]
+        covered, total = by_place.flatten(), relevance.sum()
+        right = (relevance * covered).sum() / total
         slips = {
-            "the relevance of the patches does not sum to 1; divide by its sum": (relevance * covered).sum(),
+            "the relevance of the patches does not sum to 1; divide by its sum": right * total,
             "a patch that the object only touches counts in full; count the part that is covered": (
-                (relevance * (covered > 0)).sum() / relevance.sum()
+                (relevance * (covered > 0)).sum() / total
             ),
             "a patch counts only where the object covers at least half of it; count the part that is covered": (
-                (relevance * (covered >= 0.5)).sum() / relevance.sum()
+                (relevance * (covered >= 0.5)).sum() / total
             ),
             "that is the share of the background; the mask is True on the object": 1 - right,
             "that is the share of the image that the object covers; the relevance plays no part in it": covered.mean(),
             "that is divided by the size of the object; divide by the relevance of the whole image": (
                 (relevance * covered).sum() / covered.sum()
             ),
-            "rows and columns of the mask are swapped": (
-                (relevance * covered.view(grid, grid).T.flatten()).sum() / relevance.sum()
-            ),
+            "rows and columns of the mask are swapped": (relevance * by_place.T.flatten()).sum() / total,
         }
-        otherwise = (
-            f"{given:.3f} where {right:.3f} is right; weight each patch's relevance by the share of its pixels on the "
-            "object"
-        )
+        otherwise = f"{given:.3f} where {right:.3f} is right; weight each patch by the share of it on the object"
         compare(given, right, slips, otherwise)
 
 
-def _object(grid: int, patch_size: int) -> torch.Tensor:
-    """A mask bool ``[S, S]``: a rectangle somewhere, and a single pixel, so that one patch is hardly covered."""
+def _object(grid: int, patch_size: int) -> Tensor:
+    """Return a mask bool ``[S, S]``: a rectangle, and a single pixel, so that one patch is hardly covered."""
     mask = torch.zeros(grid * patch_size, grid * patch_size, dtype=torch.bool)
     top, left = torch.randint(patch_size, patch_size + 3, (2,)).tolist()
     height, width = torch.randint(4, 7, (2,)).tolist()

@@ -3,18 +3,18 @@
 import math
 import random
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .frame import Mistake, answer, compare, exercise, expect, number_answer, tensor_answer
+from .frame import answer, compare, exercise, expect, number_answer, tensor_answer
 
 
 @exercise("parameters by hand")
 def parameters(learners: Callable) -> None:
-    """Of ``parameters(image_size, patch_size, num_layers, em_dim, ff_dim, num_classes) -> int``, for RGB images and a
-    patch embedding with bias."""
+    """Of ``parameters(image_size, patch_size, num_layers, em_dim, ff_dim, num_classes) -> int``, for RGB images."""
     for _ in range(3):
         sizes, right, slips = _sizes()
         given = number_answer(learners, *sizes.values())
@@ -23,8 +23,7 @@ def parameters(learners: Callable) -> None:
 
 
 def _sizes() -> tuple[dict[str, int], int, dict[int, str]]:
-    """A random configuration, its number of parameters, and by their numbers what is likely to have been left out;
-    drawn until no two of these are the same."""
+    """Return a random configuration, its number of parameters, and the mistakes by their numbers, no two the same."""
     while True:
         P, L, C = random.randint(2, 5), random.randint(2, 5), random.randint(11, 99)
         S, D, M = P * random.randint(3, 6), 8 * random.randint(3, 9), 8 * random.randint(20, 30)
@@ -36,11 +35,10 @@ def _sizes() -> tuple[dict[str, int], int, dict[int, str]]:
             "3 D are missing: the CLS token, its row of the positions and the bias of the patch embedding": 3 * D,
             "the positions are missing: N + 1 rows of D numbers, all of them trained": (N + 1) * D,
             "the image is cut along both sides: N is the square of S / P": (N - S // P) * D,
-            "4 D a block are missing: its two layer norms, each with a scale and a shift, or the biases of the "
-            "four layers of its attention": L * 4 * D,
-            "all layer norms are missing: two in each block and a final one, each with a scale and a shift": (
-                L * 4 * D + 2 * D
-            ),
+            "4 D a block are missing: its two layer norms, or the biases of the four layers of its attention": L
+            * 4
+            * D,
+            "all layer norms are missing: two in each block and a final one": L * 4 * D + 2 * D,
             "all layer norms lack their shift, D numbers each": L * 2 * D + D,
             "a block has two layer norms, and each has a scale and a shift": L * 2 * D,
             "queries, keys and values have a D x D matrix each": L * 2 * D * D,
@@ -60,14 +58,13 @@ def _sizes() -> tuple[dict[str, int], int, dict[int, str]]:
             "that is one block; there are num_layers of them": (L - 1) * block,
         }
         if len(set(missing.values())) == len(missing):
-            sizes = {
-                "image_size": S, "patch_size": P, "num_layers": L, "em_dim": D, "ff_dim": M, "num_classes": C,
-            }  # fmt: skip
+            names = ("image_size", "patch_size", "num_layers", "em_dim", "ff_dim", "num_classes")
+            sizes = dict(zip(names, (S, P, L, D, M, C), strict=True))
             return sizes, right, {right - number: mistake for mistake, number in missing.items()}
 
 
 def _parameters(S: int, P: int, L: int, D: int, M: int, C: int) -> int:
-    """Written out, part by part: independent of vitlib.costs."""
+    """Return the number of parameters, part by part: independent of vitlib.costs."""
     embedding = 3 * P * P * D + D + D + ((S // P) ** 2 + 1) * D  # patches, their bias, CLS, positions
     block = 3 * (D * D + D) + (D * D + D) + (D * M + M) + (M * D + D) + 2 * 2 * D
     return embedding + L * block + 2 * D + D * C + C
@@ -78,24 +75,22 @@ def attention_flops(learners: Callable) -> None:
     """Of ``attention_flops(tokens, em_dim) -> int``: both products among the tokens, of one layer and one image."""
     for _ in range(3):
         T, D = 2 * random.randint(10, 150) + 1, 8 * random.randint(50, 99)  # T is odd: no two mistakes give one number
-        given = number_answer(learners, T, D)
-        if math.isclose(given, right := 4 * T * T * D, rel_tol=1e-6):  # D / H is a fraction for some H
-            continue
+        given, right = number_answer(learners, T, D), 4 * T * T * D
         slips = {
-            right // 2: "that is half of it: there are two products, and a multiply-add counts as two operations",
-            right // 4: "that is a quarter of it: two products, and a multiply-add counts as two operations",
-            4 * T * D * D: "that grows with D squared, as projections do; here every token meets every token",
-            8 * T * D * D: "those are the four projections; the products among the tokens grow with T squared",
-            right + 8 * T * D * D: "the four projections are counted too; leave them out",
-            4 * T * D: "every token meets every token: T squared",
-            4 * T * T: "each of the T x T numbers is a sum over the width of a token: D is missing",
-            2 * T * T: "each of the T x T numbers is a sum over the width of a token: D is missing",
-            2 * right: "that is twice too much: the heads share the width D among them, T x T x D in each product",
-            4 * T**3: "both products have a side of D: T x D x T and T x T x D",
+            "that is half of it: there are two products, and a multiply-add counts as two operations": right // 2,
+            "that is a quarter of it: two products, and a multiply-add counts as two operations": right // 4,
+            "that grows with D squared, as projections do; here every token meets every token": 4 * T * D * D,
+            "those are the four projections; the products among the tokens grow with T squared": 8 * T * D * D,
+            "the four projections are counted too; leave them out": right + 8 * T * D * D,
+            "every token meets every token: T squared": 4 * T * D,
+            "each of the T x T numbers is a sum over the width of a token: D is missing": 4 * T * T,
+            "D is missing, since each of the T x T numbers is a sum; so is a factor of 2": 2 * T * T,
+            "that is twice too much: the heads share the width D among them, T x T x D in each product": 2 * right,
+            "both products have a side of D: T x D x T and T x T x D": 4 * T**3,
         }
         otherwise = f"{given:,} where {right:,} are right, for {T} tokens of width {D}"
-        named = (mistake for wrong, mistake in slips.items() if math.isclose(given, wrong, rel_tol=1e-6))
-        raise Mistake(next(named, otherwise))
+        same = partial(math.isclose, rel_tol=1e-6)  # D / H is a fraction for some H
+        compare(given, right, slips, otherwise, same)
 
 
 @exercise("a kernel of Google's")
@@ -104,16 +99,14 @@ def google_kernel(learners: Callable) -> None:
     heads, width = random.choice([(3, 4), (2, 5), (5, 3), (4, 2)])
     size = heads * width
     kernel = torch.randn(size, heads, width)
-    given = tensor_answer(learners, kernel.clone(), shape=(size, size))
-    flat = kernel.reshape(size, size)
+    given = tensor_answer(learners, kernel, shape=(size, size))
+    flat, mixed = kernel.reshape(size, size), kernel.mT.reshape(size, size)
     slips = {
         "the matrix is transposed: flax computes x @ kernel, nn.Linear computes x @ weight.T": flat,
-        "the numbers of the heads are mixed: head 0 comes first, with all its K numbers": (
-            kernel.permute(0, 2, 1).reshape(size, size).T
-        ),
-        "transposed, and the numbers of the heads are mixed": kernel.permute(0, 2, 1).reshape(size, size),
+        "the numbers of the heads are mixed: head 0 comes first, with all its K numbers": mixed.T,
+        "transposed, and the numbers of the heads are mixed": mixed,
         "reshape keeps the order of the numbers in memory; turn the axes around (.T) after flattening": (
-            kernel.permute(1, 0, 2).reshape(size, size)
+            kernel.transpose(0, 1).reshape(size, size)
         ),
         "the heads stand in each other's place: their order is kept": kernel.flip(1).reshape(size, size).T,
     }
@@ -130,15 +123,14 @@ def confident_mistakes(learners: Callable) -> None:
         compare(given, right, slips, f"image {right[0]} is the surest mistake here ({surest:.0%}), and others follow")
     found = int((logits.argmax(1) != labels).sum())
     few = _numbers(learners, logits, labels, found + 3)
-    expect(
-        len(few) == found, f"asked for {found + 3} of {found} mistakes, it gave {len(few)}; give those that there are"
-    )
+    asked = f"asked for {found + 3} of {found} mistakes"
+    expect(len(few) == found, f"{asked}, it gave {len(few)}; give those that there are")
     none = _numbers(learners, logits, logits.argmax(1), 3)
     expect(len(none) == 0, f"where every answer is right, it gave {len(none)} images; give none")
 
 
 def _numbers(learners: Callable, logits: Tensor, labels: Tensor, count: int) -> Tensor:
-    """The numbers of images that come back, as a tensor: a list or an array of them is as good."""
+    """Return the learner's numbers of images as a tensor; a list or an array of them is as good."""
     given = answer(learners, logits, labels, count)
     expect(isinstance(given, Tensor | np.ndarray | list | tuple), f"a {type(given).__name__} came back; give a tensor")
     given = torch.as_tensor(given)
@@ -149,7 +141,7 @@ def _numbers(learners: Callable, logits: Tensor, labels: Tensor, count: int) -> 
 
 
 def _opinions(count: int, classes: int, images: int = 40) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """Logits and labels, the right answer and the typical wrong ones; drawn until no two of these are the same."""
+    """Return logits and labels, the right answer and the typical wrong ones, no two of which are the same."""
     while True:
         # a number added to a whole row changes no probability, but the largest logit
         logits = torch.randn(images, classes) * (0.5 + 2 * torch.rand(images, 1)) + 4 * torch.randn(images, 1)
@@ -166,21 +158,18 @@ def _opinions(count: int, classes: int, images: int = 40) -> tuple[Tensor, Tenso
             return numbers[scores[numbers].argsort(descending=True)][:count]  # noqa: B023 (used at once)
 
         right = order(surest, wrong)
+        by, instead = "these are sorted by", "take the answer's probability"
         slips = {
             "right answers are among them; keep the wrong ones only": order(surest, torch.ones_like(wrong)),
             "these are right answers": order(surest, ~wrong),
             "the least sure come first; sort in descending order": order(-surest, wrong),
             "the largest logit is no confidence: take the softmax first": order(top, wrong),
             "these are sorted by the probability of the true class, not of the answer": order(-true_class, wrong),
-            "these are sorted by how far the answer is ahead of the true class; take the answer's probability": (
-                order(surest - true_class, wrong)
-            ),
-            "these are sorted by how far the answer is ahead of the second; take the answer's probability": (
-                order(surest - second, wrong)
-            ),
-            "these are sorted by the gap of the logits; take the answer's probability": order(top - next_logit, wrong),
-            "these are sorted by entropy; take the answer's probability": order(-entropy, wrong),
-            "these are sorted by the spread of the logits; take the answer's probability": order(logits.std(1), wrong),
+            f"{by} how far the answer is ahead of the true class; {instead}": order(surest - true_class, wrong),
+            f"{by} how far the answer is ahead of the second; {instead}": order(surest - second, wrong),
+            f"{by} the gap of the logits; {instead}": order(top - next_logit, wrong),
+            f"{by} entropy; {instead}": order(-entropy, wrong),
+            f"{by} the spread of the logits; {instead}": order(logits.std(1), wrong),
             "these are the first wrong ones, not the surest": wrong.nonzero().flatten()[:count],
             "these number the wrong images only; give their numbers among all images": (
                 surest[wrong].argsort(descending=True)[:count]

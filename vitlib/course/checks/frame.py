@@ -5,24 +5,18 @@ import inspect
 import math
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 VERDICT = "application/vnd.vitlib.verdict+json"
 CORRECT, NOT_YET, NOT_ATTEMPTED = "correct", "not yet", "not attempted yet"
-STUBS = (
-    "...",
-    "pass",
-    "return",
-    "return ...",
-    "return None",
-    "raise NotImplementedError",
-    "raise NotImplementedError()",
-)
+STUBS = ["...", "pass", "return", "return ...", "return None"]
+STUBS += ["raise NotImplementedError", "raise NotImplementedError()"]
 DRAWS = 3  # times that an answer is tried, on fresh random numbers
 
 ALL: dict[str, Callable] = {}  # every check of the course by its name, in the order of the chapters
@@ -51,7 +45,7 @@ def expect(condition, mistake: str) -> None:
 
 
 def is_stub(function) -> bool:
-    """Return True for a function whose only line, below its docstring, is one of :data:`STUBS`."""
+    """Return whether the function has no line, below its docstring, but one of :data:`STUBS`."""
     try:
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
         lines = [ast.unparse(line) for line in definition.body]
@@ -59,7 +53,9 @@ def is_stub(function) -> bool:
         return False
     if not isinstance(definition, ast.FunctionDef):
         return False
-    return lines[ast.get_docstring(definition) is not None :] in ([], *([line] for line in STUBS))
+    if ast.get_docstring(definition) is not None:
+        del lines[0]
+    return len(lines) <= 1 and all(line in STUBS for line in lines)
 
 
 def call(function: Callable, *args):
@@ -67,8 +63,7 @@ def call(function: Callable, *args):
 
     Raises:
         NotAttempted: for an untouched stub, and for ``...`` or None in place of the function.
-        Mistake: for an object that cannot be called, for anything that the function raises, and if it leaves
-            gradients switched off.
+        Mistake: if it cannot be called, raises anything, or leaves gradients switched off.
     """
     if function is None or function is Ellipsis or is_stub(function):
         raise NotAttempted
@@ -80,15 +75,10 @@ def call(function: Callable, *args):
     except BaseException as error:  # SystemExit too: a learner's exit() must not take the notebook along
         # PyTorch raises NotImplementedError as well, with a text; a stub raises the bare class
         left_over = isinstance(error, NotImplementedError) and not error.args
-        expect(
-            not left_over, "the line `raise NotImplementedError` is still there; take it away, so that your code runs"
-        )
+        expect(not left_over, "the line `raise NotImplementedError` is still there; delete it")
         raise Mistake(f"your code stopped with {_in_words(error)}") from None
-    expect(
-        torch.is_grad_enabled(),
-        "gradients stay switched off after your function, so nothing could be trained any more; use `with "
-        "torch.no_grad():`, which ends by itself",
-    )
+    left_off = "gradients stay switched off after your function; use `with torch.no_grad():`, which ends by itself"
+    expect(torch.is_grad_enabled(), left_off)
     return result
 
 
@@ -98,11 +88,9 @@ def unchanged(*args):
     before = [_state(arg) for arg in args]
     yield
     for number, (old, arg) in enumerate(zip(before, args, strict=True), start=1):
-        changed = (
-            "the model that it is given; leave its weights, gradients, modes and attributes as they were"
-            if isinstance(arg, nn.Module)
-            else f"its input number {number}; write x = x + y for x += y, and no methods with a trailing underscore"
-        )
+        changed = f"its input number {number}; write x = x + y for x += y, and no methods with a trailing underscore"
+        if isinstance(arg, nn.Module):
+            changed = "the model that it is given; leave its weights, gradients, modes and attributes as they were"
         expect(_state(arg) == old, f"your function changes {changed}")
 
 
@@ -110,26 +98,40 @@ def answer(function: Callable, *args, may_change: bool = False):
     """As :func:`call`, for a function that must return something, and change its arguments only if it may."""
     with nullcontext() if may_change else unchanged(*args):
         result = call(function, *args)
-        expect(
-            result is not None, "nothing came back: end the function with `return` and your result; print only shows it"
-        )
+        expect(result is not None, "nothing came back: end the function with `return` and your result")
         expect(result is not Ellipsis, "`...` came back: put your result in its place, behind `return`")
     return result
 
 
-def tensor_answer(function: Callable, *args, shape: tuple[int, ...] | None = None) -> Tensor:
-    """As :func:`answer`, for a function that must return a tensor, of a known shape unless the check looks at that.
+def expect_tensor(
+    given, shape: Sequence[int] | None = None, letters: str = "", hints: dict[tuple[int, ...], str] | None = None
+) -> Tensor:
+    """Return ``given``, or raise :class:`Mistake` unless it is a tensor of this shape.
+
+    Args:
+        shape: None allows any.
+        letters: what the sentence calls the shape, such as ``[B, N, D]``.
+        hints: what to say of a typical wrong shape.
+    """
+    expect(isinstance(given, Tensor), f"a tensor is wanted, but a {type(given).__name__} came back")
+    found = tuple(given.shape)
+    if shape is not None and found != tuple(shape):
+        wanted = f"{letters} = {list(shape)}" if letters else f"{list(shape)}"
+        hint = f": {hints[found]}" if hints and found in hints else ""
+        raise Mistake(f"the shape is {list(found)}, but should be {wanted}{hint}")
+    return given
+
+
+def tensor_answer(function: Callable, *args, **wanted) -> Tensor:
+    """As :func:`answer`, for a function that must return a tensor; ``wanted`` goes to :func:`expect_tensor`.
 
     Floats that come back must be of the type of the first tensor that goes in, if that has floats too.
     """
-    result = answer(function, *args)
-    expect(isinstance(result, Tensor), f"a tensor is wanted, but a {type(result).__name__} came back")
-    wanted = next((arg.dtype for arg in args if isinstance(arg, Tensor)), result.dtype)
-    types = [str(dtype).removeprefix("torch.") for dtype in (result.dtype, wanted)]
-    kept = result.dtype == wanted or not (result.is_floating_point() and wanted.is_floating_point)
+    result = expect_tensor(answer(function, *args), **wanted)
+    went_in = next((arg.dtype for arg in args if isinstance(arg, Tensor)), result.dtype)
+    types = [str(dtype).removeprefix("torch.") for dtype in (result.dtype, went_in)]
+    kept = result.dtype == went_in or not (result.is_floating_point() and went_in.is_floating_point)
     expect(kept, f"the numbers that come back are {types[0]}, but {types[1]} went in; keep the type")
-    if shape is not None:
-        expect(tuple(result.shape) == shape, f"the shape is {list(result.shape)}, but should be {list(shape)}")
     return result
 
 
@@ -144,8 +146,8 @@ def expect_gradients(function: Callable, *args) -> None:
     missing = [number for number, grad in enumerate(reached, start=1) if grad is None]
     expect(
         not missing,
-        f"the numbers are right, but no gradient comes back to tensor {missing[0] if missing else 1}, so nothing "
-        "before it could be trained; detach(), no_grad(), .data, numpy and lists of numbers cut the way",
+        f"the numbers are right, but no gradient comes back to tensor {missing[0] if missing else 1}; detach(), "
+        "no_grad(), .data, numpy and lists of numbers cut the way",
     )
 
 
@@ -172,12 +174,12 @@ def close(first: Tensor, second: Tensor, tolerance: float = 1e-5) -> bool:
     return torch.allclose(first.double(), second.double(), rtol=0, atol=tolerance)
 
 
-def compare(given: Tensor, right: Tensor, slips: dict[str, Tensor], otherwise: str) -> None:
+def compare(given, right, slips: dict[str, Any], otherwise: str, same: Callable[..., bool] = close) -> None:
     """Return if ``given`` is right; else raise the sentence of the typical wrong answer that it equals."""
-    if close(given, right):
+    if same(given, right):
         return
     for mistake, wrong in slips.items():
-        expect(not close(given, wrong), mistake)
+        expect(not same(given, wrong), mistake)
     raise Mistake(otherwise)
 
 
