@@ -7,10 +7,10 @@ import re
 import runpy
 import unicodedata
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from click.testing import CliRunner
 from conftest import ROOT
 from safetensors import safe_open
@@ -19,7 +19,6 @@ from torch import distributed, nn
 
 from vitlib.__main__ import main
 from vitlib.model import ViTModel, interpolate_positions
-from vitlib.utils import atomic_write
 from vitlib.weights import checkpoint
 from vitlib.weights.checkpoint import (
     ModelCard,
@@ -35,7 +34,7 @@ from vitlib.weights.checkpoint import (
 )
 
 TINY = {"num_layers": 1, "image_size": 8, "patch_size": 4, "em_dim": 16, "num_heads": 2, "ff_dim": 32, "drop": 0.0}
-CARD = ModelCard(("cat", "dog", "Übergröße"), (0.5, 0.4, 0.3), (0.2, 0.2, 0.1), None, {"seed": 3, "epochs": [1.5]})
+CARD = ModelCard(("cat", "dog", "Übergröße"), (0.5, 0.4, 0.3), (0.2, 0.2, 0.1), None, {"seed": 3, "source": "pets"})
 
 
 @pytest.fixture
@@ -47,30 +46,21 @@ def model():
 
 
 def test_round_trip_keeps_weights_configuration_and_card(model, tmp_path):
-    save_checkpoint(tmp_path / "a.safetensors", model, CARD)
+    card = replace(CARD, record=CARD.record | {"source": tmp_path / "pets"})  # JSON has no paths
+    card = replace(card, classes=[unicodedata.normalize("NFD", name) for name in card.classes])
+    save_checkpoint(tmp_path / "a.safetensors", model, card)
     loaded, card = load_checkpoint(tmp_path / "a.safetensors")
-    assert card == CARD and loaded.config == model.config and not loaded.training
+    assert card == replace(CARD, record=CARD.record | {"source": str(tmp_path / "pets")})
+    assert loaded.config == model.config and not loaded.training
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
 
 
-def test_half_precision_halves_the_file(model, tmp_path):
-    save_checkpoint(tmp_path / "whole.safetensors", model, CARD)
+def test_half_precision_loads_as_float32(model, tmp_path):
     save_checkpoint(tmp_path / "half.safetensors", model, CARD, torch.float16)
+    with safe_open(tmp_path / "half.safetensors", framework="pt") as file:
+        assert {file.get_tensor(name).dtype for name in [*file.keys()]} == {torch.float16}
     loaded, _ = load_checkpoint(tmp_path / "half.safetensors")
-    assert (tmp_path / "half.safetensors").stat().st_size < 0.75 * (tmp_path / "whole.safetensors").stat().st_size
-    assert all(p.dtype == torch.float32 for p in loaded.parameters())
-    images = torch.randn(2, 3, 8, 8)
-    torch.testing.assert_close(loaded(images), model(images), rtol=0, atol=1e-3)
-
-
-def test_a_failed_write_leaves_the_earlier_file(model, tmp_path):
-    path = tmp_path / "a.safetensors"
-    save_checkpoint(path, model, CARD)
-    before = path.read_bytes()
-    with pytest.raises(KeyboardInterrupt), atomic_write(path) as temporary:
-        temporary.write_text("half")
-        raise KeyboardInterrupt
-    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+    torch.testing.assert_close(dict(loaded.named_parameters()), dict(model.named_parameters()), rtol=1e-3, atol=1e-4)
 
 
 def refusal(path) -> str:
@@ -81,7 +71,7 @@ def refusal(path) -> str:
     return message
 
 
-@pytest.mark.parametrize("left", [0, 9, -100])
+@pytest.mark.parametrize("left", [0, -100])
 def test_a_truncated_file_is_called_damaged(model, tmp_path, left):
     path = tmp_path / "a.safetensors"
     save_checkpoint(path, model, CARD)
@@ -108,24 +98,16 @@ def test_weights_without_a_card_are_called_that(model, tmp_path):
 
 
 def test_a_missing_file_says_what_to_do(tmp_path):
-    for name in ("nothing.safetensors", "nothing.pth"):
-        with pytest.raises(FileNotFoundError, match="no checkpoint at .*train one first"):
-            load_weights(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="no checkpoint at .*train one first"):
+        load_weights(tmp_path / "nothing.pth")
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_weights_that_are_not_finite_are_refused(model, tmp_path, value):
+def test_weights_that_are_not_finite_are_refused(model, tmp_path):
     with torch.no_grad():
-        model.linear_classifier.bias[1] = value
+        model.linear_classifier.bias[1] = math.nan
     save_checkpoint(tmp_path / "a.safetensors", model, CARD)
     with pytest.raises(ValueError, match=r"a.safetensors has weights that are not finite.* lower learning rate\.$"):
         load_checkpoint(tmp_path / "a.safetensors")
-
-
-def test_a_source_may_be_a_path(model, tmp_path):
-    card = replace(CARD, record={"source": tmp_path / "pets"})
-    save_checkpoint(tmp_path / "a.safetensors", model, card)
-    assert load_checkpoint(tmp_path / "a.safetensors")[1].origin == card.origin == "trained on pets"
 
 
 def test_the_home_folder_can_be_written_as_tilde(model, tmp_path, monkeypatch):
@@ -163,29 +145,21 @@ def test_a_checkpoint_that_would_run_code_is_not_run(tmp_path, kind, name):
     assert not (tmp_path / "sprung").exists()
 
 
-def test_the_traps_work(tmp_path):
-    TRAPS["by torch"](tmp_path / "file", Trap(tmp_path / "sprung"))
-    torch.load(tmp_path / "file", weights_only=False)
-    assert (tmp_path / "sprung").is_dir()
-
-
 @pytest.mark.parametrize("words", [["predict", "FILE", "image.png"], ["export", "FILE", "out.onnx"]])
 def test_the_commands_refuse_it_in_one_sentence(tmp_path, words):
-    path = tmp_path / "a.pt"
-    TRAPS["by torch"](path, Trap(tmp_path / "sprung"))
+    path, sprung = tmp_path / "a.pt", tmp_path / "sprung"
+    TRAPS["by torch"](path, Trap(sprung))
     result = CliRunner().invoke(main, [str(path) if word == "FILE" else word for word in words])
     assert result.exit_code == 2 and result.stderr.startswith(f"Error: {path} is not a checkpoint of vitlib: ")
-    assert len(result.stderr.splitlines()) == 1 and {file.name for file in tmp_path.iterdir()} == {"a.pt"}
+    assert len(result.stderr.splitlines()) == 1 and not sprung.exists()
+    torch.load(path, weights_only=False)
+    assert sprung.exists(), "the trap of this test must work"
 
 
 def test_no_source_asks_for_pickled_objects():
     """ruff (S301 and its like) finds pickle itself; torch and numpy refuse its objects unless they are asked."""
-    paths = [
-        *(ROOT / "vitlib").rglob("*.py"),
-        *(ROOT / "benchmarks").glob("*.py"),
-        *(ROOT / "notebooks").rglob("*.ipynb"),
-    ]
-    texts = {path: path.read_text() for path in paths}
+    paths = [path for folder in ("vitlib", "benchmarks", "notebooks") for path in (ROOT / folder).rglob("*")]
+    texts = {path: path.read_text() for path in paths if path.suffix in (".py", ".ipynb")}
     assert [p for p, text in texts.items() if "weights_only=False" in text or "allow_pickle=True" in text] == []
 
 
@@ -193,20 +167,15 @@ def test_no_source_asks_for_pickled_objects():
 
 
 @pytest.mark.parametrize(
-    "record, origin",
+    ("record", "origin"),
     [
-        ({}, "trained on unknown data"),
         ({"source": None, "epochs_run": []}, "trained on unknown data"),
-        ({"source": "data/cifar100"}, "trained on cifar100"),
+        ({"source": Path("data/cifar100")}, "trained on cifar100"),
         ({"source": "shapes100", "epochs_run": [{}, {}]}, "trained on shapes100 for 2 epochs"),
     ],
 )
 def test_a_card_without_a_record_has_an_origin(record, origin):
     assert replace(CARD, record=record).origin == origin
-
-
-def test_class_names_are_composed_unicode():
-    assert ModelCard((unicodedata.normalize("NFD", "café"),), (0.5,), (0.5,)).classes == ("caf\u00e9",)
 
 
 # ---- shipped weights
@@ -243,7 +212,7 @@ def test_a_shipped_checkpoint_is_found_by_name(model, tmp_path, monkeypatch):
     for name in ("first", "second"):
         ship(tmp_path / "trained.safetensors", name, note="x")
     for name in ("first", "second"):
-        loaded, card = load_pretrained(name)
+        loaded, card = load_weights(name)
         assert card == replace(CARD, record=CARD.record | {"note": "x"})
         torch.testing.assert_close(loaded.linear_classifier.weight, model.linear_classifier.weight, rtol=0, atol=1e-3)
 
@@ -251,45 +220,30 @@ def test_a_shipped_checkpoint_is_found_by_name(model, tmp_path, monkeypatch):
 # ---- models made of models
 
 
-def test_transfer_moves_the_encoder_and_nothing_else(model):
+def test_transfer_moves_the_encoder_and_nothing_else():
+    model = ViTModel(3, **TINY, pre_logits=7)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     moved = transfer_encoder(model, 10, drop=0.3)
     for name, tensor in moved.vit_encoder.state_dict().items():
         assert torch.equal(tensor, before[f"vit_encoder.{name}"])
-    assert moved.linear_classifier.weight.shape == (10, 16) and not moved.linear_classifier.weight.any()
+    assert moved.config == model.config | {"num_classes": 10, "pre_logits": None, "drop": 0.3}
+    assert torch.equal(moved(torch.randn(4, 3, 8, 8)), torch.zeros(4, 10)), "the first loss is that of guessing"
     with torch.no_grad():
         moved.vit_encoder.layernorm.weight.zero_()
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items()), "weights are shared"
 
 
-def test_transfer_leaves_a_pre_logits_layer_behind(model):
-    moved = transfer_encoder(ViTModel(**{**model.config, "pre_logits": 7}), 3)
-    assert moved.config["pre_logits"] is None
-    assert not [name for name in moved.state_dict() if "pre_logits" in name]
-
-
-def test_first_loss_after_transfer_is_that_of_guessing(model):
-    loss = F.cross_entropy(transfer_encoder(model, 10)(torch.randn(4, 3, 8, 8)), torch.arange(4))
-    assert loss.item() == pytest.approx(math.log(10), abs=1e-6)
-
-
-def test_another_image_size_changes_the_positions_only(model):
-    side, patch = model.config["image_size"], model.config["patch_size"]
-    larger = with_image_size(model, 2 * side)
+def test_another_image_size_changes_the_positions_only(model, tmp_path):
+    save_checkpoint(tmp_path / "model.safetensors", model, CARD)
+    larger, _ = load_weights(tmp_path / "model.safetensors", 16)
+    assert larger.config == model.config | {"image_size": 16} and not larger.training
     ours, theirs = model.state_dict(), larger.state_dict()
     name = "vit_encoder.embedding.position_embedding"
-    assert torch.equal(theirs.pop(name), interpolate_positions(ours.pop(name), 2 * side // patch))
+    assert torch.equal(theirs.pop(name), interpolate_positions(ours.pop(name), 4))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-    assert larger.training == model.training and with_image_size(model, side) is model
-    assert larger(torch.randn(1, model.config["num_channels"], 2 * side, 2 * side)).isfinite().all()
-    with pytest.raises(ValueError, match=f"image_size={side + 1} is not a multiple"):
-        with_image_size(model, side + 1)
-
-
-def test_weights_can_be_loaded_for_another_image_size(model, tmp_path):
-    save_checkpoint(tmp_path / "model.safetensors", model, CARD)
-    loaded, _ = load_weights(tmp_path / "model.safetensors", 16)
-    assert loaded.config == model.config | {"image_size": 16} and not loaded.training
+    assert with_image_size(model, 8) is model and with_image_size(model.train(), 16).training
+    with pytest.raises(ValueError, match="image_size=9 is not a multiple"):
+        with_image_size(model, 9)
 
 
 @pytest.fixture

@@ -2,26 +2,12 @@
 
 import subprocess
 import sys
+from unittest.mock import Mock, call
 
 import pytest
 import torch
 
 from vitlib import utils
-
-MISSING_OPERATOR = "operator torchvision::nms does not exist"
-
-
-class RecordingLibrary:
-    """Stands in for torch.library.Library and notes what is declared."""
-
-    made = []
-
-    def __init__(self, namespace, kind):
-        self.place, self.schemas = (namespace, kind), []
-        self.made.append(self)
-
-    def define(self, schema):
-        self.schemas.append(schema)
 
 
 def torchvision_modules():
@@ -29,27 +15,29 @@ def torchvision_modules():
 
 
 @pytest.fixture
-def fake_torchvision(tmp_path, monkeypatch):
-    """Puts a package named torchvision in the real one's place: call it with the package's source.
+def library(monkeypatch):
+    """Stands in for torch.library.Library and records what is declared."""
+    monkeypatch.setattr(utils, "_declared", [])
+    monkeypatch.setattr(torch.library, "Library", Mock())
+    return torch.library.Library
 
-    The package's module `extension` adds a letter to a file each time it is imported; the call returns that file.
-    The source finds the letters written so far in the variable `imports`.
+
+@pytest.fixture
+def fake_torchvision(tmp_path, monkeypatch, library):
+    """``fake_torchvision(source)`` puts a package of this source in place of the real torchvision.
+
+    It returns a list with an entry for each import of the package's module ``extension``.
     """
     for name in torchvision_modules():
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(RecordingLibrary, "made", [])
-    monkeypatch.setattr(torch.library, "Library", RecordingLibrary)
-    monkeypatch.setattr(utils, "_declared", [])
     monkeypatch.syspath_prepend(tmp_path)
-    log, package = tmp_path / "imports", tmp_path / "torchvision"
+    monkeypatch.setattr(sys, "extension_imports", [], raising=False)
 
     def install(source):
-        package.mkdir()
-        (package / "__init__.py").write_text(f"from .extension import imports\n{source}\n")
-        (package / "extension.py").write_text(
-            f"log = open({str(log)!r}, 'a+')\nlog.write('i')\nlog.seek(0)\nimports = log.read()\nlog.close()\n"
-        )
-        return log
+        (tmp_path / "torchvision").mkdir()
+        (tmp_path / "torchvision" / "__init__.py").write_text(f"import sys\nfrom . import extension\n{source}\n")
+        (tmp_path / "torchvision" / "extension.py").write_text("import sys\nsys.extension_imports.append(1)\n")
+        return sys.extension_imports
 
     yield install
     for name in torchvision_modules():
@@ -58,16 +46,12 @@ def fake_torchvision(tmp_path, monkeypatch):
 
 def test_the_installed_torchvision_imports_and_its_python_parts_work():
     program = """
-import vitlib.utils
-assert "torchvision" not in __import__("sys").modules, "importing vitlib.utils must not import torchvision"
+import sys, torch, vitlib.utils
+assert "torchvision" not in sys.modules, "importing vitlib.utils must not import torchvision"
 torchvision = vitlib.utils.import_torchvision()
-import gc, torch
-gc.collect()
 from torchvision.transforms import v2
 from torchvision import datasets, models
 assert v2.functional.horizontal_flip(torch.arange(3)[None, None])[0, 0].tolist() == [2, 1, 0]
-assert torch.ops.torchvision.nms is not None
-assert vitlib.utils.import_torchvision() is torchvision
 whole = torchvision.extension._has_ops()
 assert (not vitlib.utils._declared) == whole, "operators must be declared exactly where they are missing"
 """
@@ -75,42 +59,38 @@ assert (not vitlib.utils._declared) == whole, "operators must be declared exactl
     assert done.returncode == 0, done.stderr
 
 
-def test_a_whole_torchvision_is_imported_once_and_nothing_is_declared(fake_torchvision):
-    log = fake_torchvision("whole = True")
+def test_a_whole_torchvision_is_imported_once_and_nothing_is_declared(fake_torchvision, library):
+    imports = fake_torchvision("whole = True")
     module = utils.import_torchvision()
-    assert module.whole and module is sys.modules["torchvision"]
-    assert utils.import_torchvision() is module
-    assert log.read_text() == "i"
-    assert RecordingLibrary.made == [] and not utils._declared
+    assert module.whole and module is sys.modules["torchvision"] is utils.import_torchvision()
+    assert len(imports) == 1 and not library.called
 
 
-def test_the_missing_operators_are_declared_kept_and_the_import_starts_afresh(fake_torchvision):
-    log = fake_torchvision(f"if imports == 'i': raise RuntimeError('{MISSING_OPERATOR}')")
-    module = utils.import_torchvision()
-    assert module is sys.modules["torchvision"]
-    assert log.read_text() == "ii", "the half-built torchvision.extension must be imported again"
-    (library,) = RecordingLibrary.made
-    assert utils._declared == [library]
-    assert library.place == ("torchvision", "FRAGMENT")
+def test_the_missing_operators_are_declared_and_the_import_starts_afresh(fake_torchvision, library):
+    missing = "raise RuntimeError('operator torchvision::nms does not exist')"
+    imports = fake_torchvision(f"if len(sys.extension_imports) == 1: {missing}")
+    assert utils.import_torchvision() is sys.modules["torchvision"]
+    assert len(imports) == 2, "the half-built torchvision.extension must be imported again"
     arguments = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-    assert library.schemas == ["nms" + arguments, "qnms" + arguments]
+    declared = [call().define(name + arguments) for name in ("nms", "qnms")]
+    assert library.mock_calls == [call("torchvision", "FRAGMENT"), *declared]
+    assert utils._declared == [library()], "torch forgets the operators with this object"
 
 
-def test_another_runtime_error_is_passed_on_and_nothing_is_declared(fake_torchvision):
-    log = fake_torchvision("raise RuntimeError('compiled with different CUDA major versions')")
+def test_another_runtime_error_is_passed_on_and_nothing_is_declared(fake_torchvision, library):
+    fake_torchvision("raise RuntimeError('compiled with different CUDA major versions')")
     with pytest.raises(RuntimeError, match="different CUDA major versions"):
         utils.import_torchvision()
-    assert RecordingLibrary.made == [] and log.read_text() == "i"
+    assert not library.called
 
 
 def test_a_missing_torchvision_gives_one_sentence_with_the_way_out(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)  # Python's own way to say: not installed
-    with pytest.raises(ModuleNotFoundError) as caught:
+    with pytest.raises(ModuleNotFoundError, match="torchvision is not installed; install it with `pip install"):
         utils.import_torchvision()
-    assert str(caught.value) == "torchvision is not installed; install it with `pip install torchvision`."
 
 
-def test_a_module_that_torchvision_itself_lacks_is_named_and_not_blamed_on_torchvision(fake_torchvision):
+def test_a_module_that_torchvision_itself_lacks_is_named(fake_torchvision):
     fake_torchvision("import no_such_module")
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
         utils.import_torchvision()

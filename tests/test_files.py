@@ -2,6 +2,7 @@
 
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -16,13 +17,12 @@ def test_a_file_is_there_when_the_block_has_ended_and_not_before(tmp_path):
     assert path.read_text() == "half" and list(path.parent.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "Ctrl-C"])
-def test_a_block_that_fails_leaves_the_file_of_before_and_nothing_else(tmp_path, error):
+def test_a_block_that_fails_leaves_the_file_of_before_and_nothing_else(tmp_path):
     path = tmp_path / "history.json"
     path.write_text("finished work")
-    with pytest.raises(type(error)), atomic_write(path) as temporary:
+    with pytest.raises(KeyboardInterrupt), atomic_write(path) as temporary:
         temporary.write_text("half")
-        raise error
+        raise KeyboardInterrupt
     assert path.read_text() == "finished work" and list(tmp_path.iterdir()) == [path]
 
 
@@ -39,25 +39,18 @@ def test_others_may_read_what_a_library_has_hidden_from_them(tmp_path):
         os.umask(before)
 
 
-def test_threads_that_write_the_same_file_at_once_do_not_write_into_each_others(tmp_path):
-    path, names, failed, meeting = tmp_path / "cache", [], [], threading.Barrier(4)
+def test_threads_that_write_the_same_file_do_not_write_into_each_others(tmp_path):
+    meeting = threading.Barrier(2)
 
-    def write(number):
-        try:
-            with atomic_write(path) as temporary:
-                names.append(temporary)
-                temporary.write_text(str(number) * 1000)
-                meeting.wait(timeout=60)
-        except Exception as error:
-            failed.append(error)
+    def write(text):
+        with atomic_write(tmp_path / "cache") as temporary:
+            temporary.write_text(text)
+            meeting.wait(timeout=60)
+        return temporary
 
-    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failed and len(set(names)) == 4
-    assert path.read_text() in [str(number) * 1000 for number in range(4)] and list(tmp_path.iterdir()) == [path]
+    with ThreadPoolExecutor() as pool:
+        assert len(set(pool.map(write, "ab"))) == 2
+    assert [path.read_text() in "ab" for path in tmp_path.iterdir()] == [True]
 
 
 @pytest.mark.parametrize(

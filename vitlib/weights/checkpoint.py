@@ -40,17 +40,16 @@ class ModelCard:
 
     def __post_init__(self):
         # JSON has no tuples, and Macs write é as two letters
-        names = tuple(unicodedata.normalize("NFC", name) for name in self.classes)
-        for name, values in (("classes", names), ("mean", tuple(self.mean)), ("std", tuple(self.std))):
-            object.__setattr__(self, name, values)
+        composed = (unicodedata.normalize("NFC", name) for name in self.classes)
+        for name, values in (("classes", composed), ("mean", self.mean), ("std", self.std)):
+            object.__setattr__(self, name, tuple(values))
 
     @property
     def origin(self) -> str:
-        """Data set and length of the training in words, as far as the record has them."""
+        """Data set and length of the training in words, if the record has them."""
         source, epochs = self.record.get("source"), len(self.record.get("epochs_run") or ())
-        return f"trained on {Path(source).name if source else 'unknown data'}" + (
-            f" for {epochs} epochs" * bool(epochs)
-        )
+        data = Path(source).name if source else "unknown data"
+        return f"trained on {data}" + (f" for {epochs} epochs" if epochs else "")
 
 
 def save_checkpoint(path: str | Path, model: nn.Module, card: ModelCard, dtype: torch.dtype = torch.float32) -> None:
@@ -106,11 +105,7 @@ def load_checkpoint(path: str | Path) -> tuple[ViTModel, ModelCard]:
 
 
 def check_finite(model: nn.Module, name: str) -> None:
-    """Refuse weights that are not numbers; the model would still name a class for every image.
-
-    Raises:
-        ValueError: with ``name`` for the model.
-    """
+    """Raise ValueError, with ``name`` for the model, for weights that are not numbers; it would still name classes."""
     if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
         raise ValueError(
             f"{name} has weights that are not finite, so its training diverged; train again with a lower learning rate."
@@ -157,8 +152,7 @@ def load_weights(weights: str | Path, image_size: int | None = None) -> tuple[Vi
 def with_image_size(model: ViTModel, image_size: int) -> ViTModel:
     """Return the same model for images of another size: its positions are interpolated, all other weights copied.
 
-    The patches keep their size, so there are more or fewer of them. If the size is right already, ``model`` itself is
-    returned.
+    The patches keep their size, so there are more or fewer of them. At its own size ``model`` itself is returned.
 
     Raises:
         ValueError: if the patch size does not divide ``image_size``.
@@ -177,12 +171,12 @@ def transfer_encoder(pretrained: nn.Module, num_classes: int, **overrides) -> Vi
 
     A head of zeros gives every class the same probability. So the first loss is exactly ln(num_classes), and the first
     gradients do not pull the encoder towards a random head (the paper's section 3.2 does the same). A pre-logits layer
-    belongs to the old head and stays behind. With another ``image_size`` the positions are interpolated.
+    belongs to the old head and is left out.
 
     Args:
         pretrained: a :class:`ViTModel`, possibly wrapped; it is left as it is.
-        overrides: arguments of :class:`ViTModel` that may differ without changing a weight's shape, such as ``drop``,
-            and ``image_size``.
+        overrides: arguments of :class:`ViTModel` that change no weight's shape, such as ``drop``, and ``image_size``,
+            for which the positions are interpolated.
 
     Raises:
         ValueError: for a model that holds no ViT.
@@ -209,11 +203,7 @@ def without_wrappers(model: nn.Module) -> nn.Module:
 
 
 def unwrap(model: nn.Module) -> ViTModel:
-    """Return the ViT inside the wrappers that :func:`without_wrappers` knows.
-
-    Raises:
-        ValueError: if it is not a :class:`ViTModel`.
-    """
+    """Return the ViT inside its wrappers. Raises ValueError if there is none."""
     inner = without_wrappers(model)
     if not isinstance(inner, ViTModel):
         raise ValueError(f"{type(inner).__name__} holds no ViTModel; give a ViTModel, wrapped or not.")

@@ -1,8 +1,11 @@
 """Convert weights from and to the ViTs of torchvision, timm, Hugging Face and Google.
 
 They all compute the same function of the same numbers. They differ in names, in whether queries, keys and values share
-a matrix, and in the order of axes. So a conversion is a table of names, read in either direction. Afterwards both
-models compute two random images, and a difference beyond rounding is refused.
+a matrix, and in the order of axes. So a conversion is a table of names, read in either direction.
+
+``from_...`` converts a module and raises ValueError for entries that do not fit, or if both models give different
+outputs for two random images. ``to_...`` builds a module and raises ValueError for an option of :class:`ViTModel` that
+the library lacks. Both raise ModuleNotFoundError if the library is not installed.
 
 Converted models are float32, in eval mode, on the CPU (or on the meta device if they came from there) and independent
 copies. A :class:`ViTModel` comes back with ``drop=0`` and ``drop_path=0``: fine-tuning recipes set their own. A model
@@ -32,7 +35,7 @@ _VIT = "vit.embeddings."
 
 # Their names for: CLS token, positions, patch embedding | the start of a block's names, and in it: norm1, qkv, output,
 # norm2, mlp.0, mlp.3 | final norm, pre-logits, classifier. A name that ends in a separator stands for a weight and a
-# bias. Three names for qkv are its thirds, from top to bottom.
+# bias. Three names for qkv are its thirds.
 _LAYOUTS = {
     "torchvision": (
         ["class_token", "encoder.pos_embedding", "conv_proj."],
@@ -77,13 +80,13 @@ def names(layout: str, num_layers: int = 12, *, head: bool = True, pre_logits: b
     Args:
         layout: one of ``LAYOUTS``; "huggingface" is the spelling of transformers 5, "huggingface4" the one before.
         num_layers: encoder blocks.
-        head: whether the model has a classifier. Without one Hugging Face's class is another (``ViTModel`` in place of
-            ``ViTForImageClassification``), whose names have no ``vit.`` in front.
+        head: whether the model has a classifier. Without one Hugging Face's class is another, ``ViTModel``, whose
+            names have no ``vit.`` in front.
         pre_logits: whether the model has the hidden layer before the classifier.
 
     Returns:
-        Pairs ``(theirs, ours)``. Three of theirs with one of ours are its thirds along the first axis: queries, keys
-        and values.
+        Pairs ``(theirs, ours)``. Three of theirs with one of ours are its queries, keys and values, thirds along the
+        first axis.
 
     Raises:
         ValueError: for an unknown layout, or one that has no such ``pre_logits``.
@@ -126,7 +129,7 @@ def _leaves(theirs: str, ours: str) -> list[tuple[str, str]]:
 
 
 def _has_pre_logits(layout: str, head: bool) -> bool:
-    """timm gave the layer up, Hugging Face has it (as the pooler) only where there is no classifier."""
+    """Tell whether the layout has the layer: timm has none; Hugging Face's, the pooler, excludes a classifier."""
     return layout in ("torchvision", "npz") or (layout.startswith("huggingface") and not head)
 
 
@@ -210,11 +213,8 @@ def _without_layer_scale(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def to_state_dict(model: nn.Module, layout: str) -> dict[str, Tensor]:
     """Return the weights of a :class:`ViTModel`, wrapped or not, under another library's names.
 
-    Args:
-        layout: one of ``LAYOUTS``.
-
     Raises:
-        ValueError: naming the options of the model that the other library does not have.
+        ValueError: for a layout that is not in ``LAYOUTS``, and naming the options of the model that the layout lacks.
     """
     model = unwrap(model)
     config = model.config
@@ -242,7 +242,7 @@ def to_state_dict(model: nn.Module, layout: str) -> dict[str, Tensor]:
 
 
 def _to_flax(theirs: str, tensor: Tensor, num_heads: int) -> Tensor:
-    """PyTorch has a layer's outputs on the first axis; flax has them on the last, and heads on an axis of their own."""
+    """Move a layer's outputs from the first axis, as in PyTorch, to the last, and give heads an axis of their own."""
     if tensor.ndim == 4:
         return tensor.permute(2, 3, 1, 0)  # [D, C, P, P] to [P, P, C, D]
     if tensor.ndim == 2:
@@ -286,7 +286,7 @@ def _library(module: str) -> ModuleType:
 def _proved(model: ViTModel, module: nn.Module, output: Callable = lambda given: given) -> ViTModel:
     """Return ``model`` if it computes the same as ``module``, from which it was converted.
 
-    That is stronger than a list of options that :class:`ViTModel` lacks: libraries add options with every release.
+    No list of options that :class:`ViTModel` lacks would do: libraries add options with every release.
     """
     if next(module.parameters()).is_meta:
         return model
@@ -315,12 +315,7 @@ def _check_class(module: nn.Module, *classes: type) -> None:
 
 
 def from_torchvision(module: nn.Module) -> ViTModel:
-    """Convert torchvision's ``VisionTransformer`` (``vit_b_16`` and its family).
-
-    Raises:
-        ValueError: for entries that do not fit, or outputs that differ.
-        ModuleNotFoundError: if torchvision is not installed.
-    """
+    """Convert torchvision's ``VisionTransformer`` (``vit_b_16`` and its family)."""
     _check_class(module, _library("torchvision.models.vision_transformer").VisionTransformer)
     heads = module.encoder.layers[0].num_heads
     model = from_state_dict(module.state_dict(), "torchvision", num_heads=heads, norm_eps=_norm_eps(module))
@@ -328,14 +323,9 @@ def from_torchvision(module: nn.Module) -> ViTModel:
 
 
 def to_torchvision(model: nn.Module) -> nn.Module:
-    """Convert to torchvision's ``VisionTransformer``.
+    """Convert to torchvision's ``VisionTransformer``, which lacks ``norm_first=False`` and ``pooling="mean"``.
 
-    Where its constructor cannot say it, parts of the module are replaced: ``nn.Identity`` for no classifier, and
-    another convolution for images that do not have three channels.
-
-    Raises:
-        ValueError: naming ``norm_first=False`` or ``pooling="mean"``, which torchvision does not have.
-        ModuleNotFoundError: if torchvision is not installed.
+    Its constructor always makes a classifier and three channels; for other models these parts are replaced.
     """
     peer, model = _library("torchvision.models.vision_transformer"), unwrap(model)
     config, state = model.config, to_state_dict(model, "torchvision")
@@ -355,12 +345,7 @@ def to_torchvision(model: nn.Module) -> nn.Module:
 
 
 def from_timm(module: nn.Module) -> ViTModel:
-    """Convert timm's ``VisionTransformer`` (``vit_*_patch*``, ``deit_*_patch*``, DINO and DINOv2 without registers).
-
-    Raises:
-        ValueError: for entries that do not fit, such as a distillation token, or outputs that differ.
-        ModuleNotFoundError: if timm is not installed.
-    """
+    """Convert timm's ``VisionTransformer`` (``vit_*_patch*``, ``deit_*_patch*``, DINO and DINOv2 without registers)."""
     _check_class(module, _library("timm.models.vision_transformer").VisionTransformer)
     heads = getattr(getattr(module.blocks[0], "attn", None), "num_heads", 1)  # other blocks have other names
     pooling = "mean" if module.global_pool == "avg" else "cls"
@@ -369,12 +354,7 @@ def from_timm(module: nn.Module) -> ViTModel:
 
 
 def to_timm(model: nn.Module) -> nn.Module:
-    """Convert to timm's ``VisionTransformer``; ``pooling="mean"`` becomes ``global_pool="avg"``.
-
-    Raises:
-        ValueError: naming ``norm_first=False`` or ``pre_logits``, which timm does not have.
-        ModuleNotFoundError: if timm is not installed.
-    """
+    """Convert to timm's ``VisionTransformer``, which lacks ``norm_first=False`` and ``pre_logits``."""
     peer, model = _library("timm.models.vision_transformer"), unwrap(model)
     config, state = model.config, to_state_dict(model, "timm")
     with torch.device("meta"):
@@ -394,10 +374,6 @@ def from_huggingface(module: nn.Module) -> ViTModel:
 
     A ``ViTModel`` has no classifier and becomes ``num_classes=0``; its pooler, a dense layer with tanh, becomes
     ``pre_logits``. Our model then returns their ``pooler_output``, or ``last_hidden_state[:, 0]`` without pooler.
-
-    Raises:
-        ValueError: for entries that do not fit, such as a mask token, or outputs that differ.
-        ModuleNotFoundError: if transformers is not installed.
     """
     peer = _library("transformers")
     _check_class(module, peer.ViTForImageClassification, peer.ViTModel)
@@ -417,10 +393,7 @@ def from_huggingface(module: nn.Module) -> ViTModel:
 def to_huggingface(model: nn.Module) -> nn.Module:
     """Convert to Hugging Face's ``ViTForImageClassification``, or their ``ViTModel`` for ``num_classes=0``.
 
-    Raises:
-        ValueError: naming ``norm_first=False``, ``pooling="mean"`` or ``pre_logits`` before a classifier, which
-            Hugging Face does not have.
-        ModuleNotFoundError: if transformers is not installed.
+    They lack ``norm_first=False``, ``pooling="mean"``, and ``pre_logits`` before a classifier.
     """
     peer, model = _library("transformers"), unwrap(model)
     config = model.config
@@ -442,9 +415,7 @@ def to_huggingface(model: nn.Module) -> nn.Module:
 def to_npz(model: nn.Module, path: str | os.PathLike) -> None:
     """Write one of Google's ``.npz`` files (github.com/google-research/vision_transformer), atomically.
 
-    Raises:
-        ValueError: naming ``norm_first=False``, ``pooling="mean"`` or a ``norm_eps`` other than 1e-6, which such a file
-            cannot hold.
+    It cannot hold ``norm_first=False``, ``pooling="mean"`` or another ``norm_eps`` than 1e-6.
     """
     import numpy as np
 

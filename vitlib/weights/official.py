@@ -32,8 +32,7 @@ def official_weights(name: str) -> tuple[ViTModel, ModelCard]:
         name: a key of ``OFFICIAL``.
 
     Returns:
-        The model and its card, as :func:`vitlib.weights.load_weights`. The classes are those of ImageNet-1k; DINOv2
-        has none and ``num_classes=0``: fine-tune it.
+        The model and its card. The classes are those of ImageNet-1k; DINOv2 has none (``num_classes=0``): fine-tune it.
 
     Raises:
         ValueError: for an unknown name.
@@ -81,10 +80,8 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
                 return {name: torch.from_numpy(file[name]) for name in file.files}
         content = torch.load(path, map_location="cpu", weights_only=True)
         # beside an optimiser, say; of DINO's two models the teacher
-        parts = [content.get("teacher"), content, *content.values()]
-        tensors = [
-            {k: v for k, v in part.items() if isinstance(v, Tensor)} for part in parts if isinstance(part, Mapping)
-        ]
+        parts = [part for part in (content.get("teacher"), content, *content.values()) if isinstance(part, Mapping)]
+        tensors = [{name: value for name, value in part.items() if isinstance(value, Tensor)} for part in parts]
         return max(tensors, key=len)
     except Exception as error:  # damaged files fail in many ways
         raise ValueError(f"{printable(path)} {_why_not_read(error)}.") from error
@@ -103,11 +100,10 @@ def _why_not_read(error: Exception) -> str:
 def from_file(path: str | os.PathLike, *, num_heads: int | None = None, norm_eps: float | None = None) -> ViTModel:
     """Convert a file of another library: .safetensors, .npz, .pth, .pt or .bin. The names tell the library.
 
-    A file tells neither activation nor pooling; they are taken to be GELU and the CLS token. Compare the outputs.
+    A file tells neither activation nor pooling; GELU and the CLS token are assumed. Compare the outputs.
 
     Args:
-        num_heads: None for that of the published ViTs of this width (3, 6, 12, 16 and 16 heads for 192, 384, 768, 1024
-            and 1280).
+        num_heads: None for that of the published ViT of this width: 3, 6, 12, 16, 16 for 192, 384, 768, 1024, 1280.
         norm_eps: None for 1e-12 if the names are those of Hugging Face, else 1e-6.
 
     Raises:
