@@ -49,16 +49,13 @@ def test_words_of_the_command_line_become_lists():
     ("options", "words"),
     [
         ({"grid": {"sed": [0]}}, r"'sed' is not a parameter of 01_lesson \(did you mean 'seed'\?\)"),
-        ({"grid": {"finetune_epochs": [1]}}, "'finetune_epochs' is not a parameter of 01_lesson"),
         ({"grid": {"seed": [0, -1]}}, "seed=-1 is not allowed; give a whole number of at least 0"),
-        ({"grid": {"preset": ["mini", "smal"]}}, r"preset='smal' is not allowed; .* \(did you mean 'small'\?\)"),
         ({"grid": {"seed": []}}, "A parameter needs values, .* but seed has 0"),
         ({"grid": {"seed": ["1", 1]}}, "seed=1 comes twice"),
         ({"grid": {"run_dir": ["a"]}}, "run_dir cannot be given as a parameter"),
         ({"grid": {"seed": [0]}, "given": {"seed": "3"}}, "seed is given twice"),
         ({"zips": [{"batch_size": [1, 2], "preset": ["mini"]}]}, "batch_size has 2, preset has 1"),
         ({"parameters": {"batch": 3}}, "'batch' is not a parameter"),
-        ({"parameters": {"batch_size": 0}}, "batch_size=0 is not allowed"),
         ({"grid": {"seed": list(range(101)), "batch_size": list(range(1, 101))}}, "has 10,100 runs; at most 10,000"),
     ],
 )
@@ -81,9 +78,7 @@ def test_the_key_holds_content_parameters_and_version(notebook, monkeypatch):
         return make_plan(notebook, **options).runs[0].key
 
     first = key(grid={"seed": [1]})
-    assert (
-        key(parameters={"seed": 1}) == first and key(grid={"seed": [3]}) == key() and key(grid={"seed": [2]}) != first
-    )
+    assert key(parameters={"seed": 1}) == first != key(grid={"seed": [2]}) and key(grid={"seed": [3]}) == key()
     content = nbformat.read(notebook, as_version=4)
     content.cells[1].execution_count, content.metadata["x"] = 7, "y"
     content.cells.append(nbformat.v4.new_markdown_cell("words"))
@@ -105,13 +100,10 @@ def test_a_yaml_file_says_the_same_as_options(notebook, tmp_path):
     options = ["--grid", "seed=0,1", "preset=mini", "--zip", "batch_size=1,2", "train_steps_per_epoch=3,None"]
     by_options = command(notebook, *options, "--dry-run", "--out", tmp_path / "out")
     by_file = command(file, "--dry-run", "--out", tmp_path / "out")
-    assert by_options.exit_code == 0, by_options.output
-    assert by_options.output == by_file.output and "Runs: 4; to run: 4." in by_file.output
-    assert not (tmp_path / "out").exists()
-    plan = make_plan(file, {"seed": ["7"]}, [{"batch_size": ["5"]}], {"train_steps_per_epoch": 2})
-    assert [run.parameters for run in plan.runs] == [
-        {"preset": "mini", "seed": 7, "batch_size": 5, "train_steps_per_epoch": 2}
-    ], "options win"
+    assert by_options.exit_code == 0 and by_options.output == by_file.output, by_options.output
+    assert "Runs: 4; to run: 4." in by_file.output and not (tmp_path / "out").exists()
+    (run,) = make_plan(file, {"seed": ["7"]}, [{"batch_size": ["5"]}], {"train_steps_per_epoch": 2}).runs
+    assert run.parameters == {"preset": "mini", "seed": 7, "batch_size": 5, "train_steps_per_epoch": 2}, "options win"
 
 
 def test_a_file_for_the_whole_course_may_be_given(notebook, tmp_path, monkeypatch):
@@ -127,10 +119,7 @@ def test_a_file_for_the_whole_course_may_be_given(notebook, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (
-            "notebok: x.ipynb",
-            r"has 'notebok' \(did you mean 'notebook'\?\); a sweep has notebook, grid, zip, parameters",
-        ),
+        ("notebok: x.ipynb", r"has 'notebok' \(did you mean 'notebook'\?\); a sweep has notebook, grid"),
         ("grid: {seed: [0]}", "names no notebook"),
         ("notebook: book/01_lesson.ipynb\nzip: [3]", "has 3 where names and values belong"),
         ("notebook: book/99.ipynb", "There is no notebook"),

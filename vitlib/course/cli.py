@@ -22,6 +22,9 @@ class PathOrName(click.Path):
 
 FILE = PathOrName(path_type=Path)
 NAME = PathOrName(path_type=str)  # or a name, such as cifar100-small
+COUNT = click.IntRange(min=1)
+LIMIT = click.FloatRange(min=0)
+REAL_LIMIT = click.FloatRange(min=0, min_open=True)
 
 
 class OneLineErrors(click.Group):
@@ -33,15 +36,13 @@ class OneLineErrors(click.Group):
         except BrokenPipeError:  # the reader, say head, has seen enough; click ends quietly
             raise
         except (ValueError, OSError, ModuleNotFoundError) as error:
-            failure = click.ClickException(str(error))
-            failure.exit_code = 2
-            raise failure from error
+            raise click.UsageError(str(error)) from error
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
             context.exit(130)
 
 
-@click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.pass_context
 def main(context: click.Context) -> None:
     """The Vision Transformer course: run its notebooks, fetch its images, train models."""
@@ -52,19 +53,22 @@ def main(context: click.Context) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(granted_cores()))
 
 
+with_parameters = click.option("--parameters", metavar="FILE", type=FILE, help="YAML file of parameters.")
+with_given = click.option(
+    "-p", "given", metavar="NAME VALUE", nargs=2, multiple=True, help="One parameter; wins over FILE."
+)
+with_notebooks = click.option(
+    "--notebooks", metavar="DIR", type=FILE, help="Folder of the notebooks; the course's own without it."
+)
+
+
 @main.command()
 @click.option("--only", metavar="03,04", help="Numbers or names of the notebooks to run; all without it.")
-@click.option("--parameters", metavar="FILE", type=FILE, help="YAML file of parameters.")
-@click.option("-p", "given", metavar="NAME VALUE", nargs=2, multiple=True, help="One parameter; wins over FILE.")
+@with_parameters
+@with_given
 @click.option("--out", metavar="DIR", type=FILE, help="Folder of the run (see above).")
-@click.option(
-    "--timeout", metavar="SECONDS", type=click.FloatRange(min=0), default=3600, show_default=True,
-    help="Longest time for one cell; 0 for no limit.",
-)  # fmt: skip
-@click.option(
-    "--notebooks", metavar="DIR", type=FILE,
-    help="Folder of the notebooks; the course's own without it.",
-)  # fmt: skip
+@click.option("--timeout", metavar="SECONDS", type=LIMIT, default=3600, help="Longest time of one cell; 0 is no limit.")
+@with_notebooks
 def run(only, parameters, given, out, timeout, notebooks) -> None:
     """Run notebooks in order through papermill, and print a table of what came out.
 
@@ -105,20 +109,15 @@ class WordsAfterOption(click.Command):
 @click.argument("notebook", metavar="NOTEBOOK|FILE.yaml", type=FILE)
 @click.option("--grid", metavar="NAME=A,B ...", multiple=True, help="Values of parameters; each is crossed with all.")
 @click.option("--zip", "zips", metavar="NAME=A,B ...", multiple=True, help="Values that go together, first with first.")
-@click.option("--parameters", metavar="FILE", type=FILE, help="YAML file of common parameters.")
-@click.option("-p", "given", metavar="NAME VALUE", nargs=2, multiple=True, help="A common parameter; wins over FILE.")
+@with_parameters
+@with_given
 @click.option("--out", metavar="DIR", type=FILE, help="Folder of the sweep (see above).")
 @click.option("--dry-run", is_flag=True, help="Print the runs and stop.")
 @click.option("--scheduler", metavar="tcp://HOST:PORT", help="Dask scheduler; this machine's cores without it.")
-@click.option("--workers", metavar="N", type=click.IntRange(1), help="Runs at a time; by cores and memory without it.")
-@click.option("--threads-per-run", "threads", metavar="N", type=click.IntRange(1), help="Without it, cores / workers.")
-@click.option(
-    "--retries", metavar="N", type=click.IntRange(0, 100), default=0, show_default=True, help="Per failed run."
-)
-@click.option(
-    "--timeout", metavar="SECONDS", type=click.FloatRange(min=0), default=3600, show_default=True,
-    help="Longest time for one run; 0 for no limit.",
-)  # fmt: skip
+@click.option("--workers", metavar="N", type=COUNT, help="Runs at a time; by cores and memory without it.")
+@click.option("--threads-per-run", "threads", metavar="N", type=COUNT, help="Without it, cores / workers.")
+@click.option("--retries", metavar="N", type=click.IntRange(0, 100), default=0, help="Per failed run.")
+@click.option("--timeout", metavar="SECONDS", type=LIMIT, default=3600, help="Longest time of one run; 0 is no limit.")
 def sweep(notebook, grid, zips, parameters, given, out, dry_run, scheduler, workers, threads, retries, timeout) -> None:
     """Run NOTEBOOK with every combination of parameters, several at a time, and gather the results.
 
@@ -134,7 +133,7 @@ def sweep(notebook, grid, zips, parameters, given, out, dry_run, scheduler, work
         raise click.UsageError("--workers is about this machine; the scheduler of --scheduler has workers of its own.")
     plan = sweeps.make_plan(
         notebook,
-        sweeps.parse_axes("\n".join(grid).split("\n") if grid else ()),
+        sweeps.parse_axes(word for words in grid for word in words.split("\n")),
         [sweeps.parse_axes(words.split("\n")) for words in zips],
         parameters_from_file(parameters) if parameters else {},
         dict(given),
@@ -155,9 +154,7 @@ def sweep(notebook, grid, zips, parameters, given, out, dry_run, scheduler, work
 
 @main.command()
 @click.argument("name")
-@click.option(
-    "--data-dir", metavar="DIR", type=NAME, help="Where to keep it; VITLIB_DATA or the usual cache without it."
-)
+@click.option("--data-dir", metavar="DIR", type=NAME, help="Without it, VITLIB_DATA or the usual cache.")
 def download(name, data_dir) -> None:
     """Fetch the images NAME (for instance cifair100), so that notebooks find them without a network."""
     from vitlib.data.images import download as fetch
@@ -185,12 +182,10 @@ class TrainingCommand(click.Command):
         from vitlib.course.parameters import PARAMETERS  # loads torch
 
         def check(context, option: click.Option, value: object) -> object:
-            parameter = PARAMETERS[option.name]
-            if isinstance(value, str):
-                value = parameter.parse(value)
-            elif value is None:  # not given
+            if value is None:  # not given
                 return None
-            return parameter.check(value)
+            parameter = PARAMETERS[option.name]
+            return parameter.check(parameter.parse(value) if isinstance(value, str) else value)
 
         options = []
         for name, default in self.defaults.items():
@@ -200,7 +195,7 @@ class TrainingCommand(click.Command):
             options.append(
                 click.Option(
                     [f"--{name.replace('_', '-')}", name], metavar="", type=str, default=default, callback=check,
-                    help=f"{parameter.help} [{kind}, default {shown}]",
+                    show_default=False, help=f"{parameter.help} [{kind}, default {shown}]",
                 )
             )  # fmt: skip
         return options
@@ -248,15 +243,9 @@ def finetune(**parameters) -> None:
 @main.command()
 @click.argument("model", type=NAME)
 @click.argument("images", metavar="IMAGE...", type=NAME, nargs=-1, required=True)
-@click.option(
-    "--top", metavar="N", type=click.IntRange(1), default=5, show_default=True, help="Classes for each image."
-)
-@click.option(
-    "--batch-size", metavar="N", type=click.IntRange(1), default=32, show_default=True, help="Images at once."
-)
-@click.option(
-    "--csv", "table", metavar="FILE", type=FILE, help="Write a line for each image and class to this file, too."
-)
+@click.option("--top", metavar="N", type=COUNT, default=5, help="Classes for each image.")
+@click.option("--batch-size", metavar="N", type=COUNT, default=32, help="Images at once.")
+@click.option("--csv", "table", metavar="FILE", type=FILE, help="Write a line for each image and class here, too.")
 def predict(model, images, top, batch_size, table) -> None:
     """Print the classes that MODEL finds most probable for each IMAGE.
 
@@ -312,37 +301,23 @@ def export(model, out) -> None:
 
 @main.command()
 @click.argument("folder", metavar="DIR", type=FILE)
-@click.option(
-    "--parameters", metavar="FILE", type=FILE,
-    help="YAML file of parameters; the course's smoke.yaml without it.",
-)  # fmt: skip
-@click.option("-p", "given", metavar="NAME VALUE", nargs=2, multiple=True, help="One parameter; wins over FILE.")
-@click.option(
-    "--out", metavar="DIR", type=FILE, default=Path("runs/grades"), show_default=True,
-    help="Folder for grades.csv and the executed copies.",
-)  # fmt: skip
-@click.option(
-    "--timeout", metavar="SECONDS", type=click.FloatRange(min=0, min_open=True), default=600, show_default=True,
-    help="Longest time for one notebook.",
-)  # fmt: skip
-@click.option(
-    "--memory", metavar="GIB", type=click.FloatRange(min=0, min_open=True), default=4, show_default=True,
-    help="Most memory for one notebook.",
-)  # fmt: skip
-@click.option("--jobs", metavar="N", type=click.IntRange(min=1), default=1, show_default=True, help="How many at once.")
-@click.option(
-    "--notebooks", metavar="DIR", type=FILE,
-    help="Folder of the course's notebooks; the course's own without it.",
-)  # fmt: skip
+@with_parameters
+@with_given
+@click.option("--out", metavar="DIR", type=FILE, default="runs/grades", help="For grades.csv and the executed copies.")
+@click.option("--timeout", metavar="SECONDS", type=REAL_LIMIT, default=600, help="Longest time for one notebook.")
+@click.option("--memory", metavar="GIB", type=REAL_LIMIT, default=4, help="Most memory for one notebook.")
+@click.option("--jobs", metavar="N", type=COUNT, default=1, help="How many at once.")
+@with_notebooks
 @click.option("--roster", metavar="FILE", type=FILE, help="Text file with one name a line: who is missing?")
 @click.option("--whole", is_flag=True, help="Run all cells, not only those that the checks need.")
 def grade(folder, parameters, given, out, timeout, memory, jobs, notebooks, roster, whole) -> None:
     """Run the students' notebooks in DIR, and print a table of who passed which exercise.
 
     DIR holds ada/01_patching.ipynb, 01_patching_ada.ipynb or the like. The first line says whether bubblewrap contains
-    their code. The course's own solutions of one chapter run first. The exit code is 0 when every notebook ran to its
-    end, whatever the marks, 1 when one did not, 2 when nobody was graded: for a wrong command, or where the solutions
-    fail; 130 after Ctrl-C (grades.csv keeps what was done).
+    their code. The course's own solutions of one chapter run first. Without --parameters smoke.yaml holds them.
+
+    The exit code is 0 when every notebook ran to its end, whatever the marks, 1 when one did not, 2 when nobody was
+    graded: for a wrong command, or where the solutions fail; 130 after Ctrl-C (grades.csv keeps what was done).
     """
     from vitlib.course import grade as grading
 

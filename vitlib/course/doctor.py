@@ -7,7 +7,6 @@ or fetched.
 import math
 import os
 import platform
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -95,16 +94,17 @@ def container_limits(root: Path = Path("/sys/fs/cgroup")) -> tuple[float, float,
     """Return what a container (cgroups, version 2) grants: cores, memory in bytes, and what is left of it; infinity for
     no limit. Binder grants 1 core and 2 GB of a machine whose own numbers are far larger."""
 
-    def numbers(file: str, pattern: str = r"^(\d+)(?: (\d+))?$") -> list[int]:  # "max 100000" is no limit
-        found = (root / file).exists() and re.search(pattern, (root / file).read_text(), re.MULTILINE)
-        return [int(number) for number in found.groups() if number] if found else []
+    def words(file: str) -> list[str]:
+        return (root / file).read_text().split() if (root / file).exists() else ["max"]
 
-    quota, limit, used = numbers("cpu.max"), numbers("memory.max"), numbers("memory.current")
-    cores = quota[0] / quota[1] if quota else math.inf
-    if not (limit and used):
+    quota, limit, used = words("cpu.max"), words("memory.max")[0], words("memory.current")[0]
+    cores = math.inf if quota[0] == "max" else int(quota[0]) / int(quota[1])
+    if "max" in (limit, used):
         return cores, math.inf, math.inf
     # files that were read count as used, but make room when memory is wanted
-    return cores, limit[0], limit[0] - used[0] + sum(numbers("memory.stat", r"^inactive_file (\d+)$"))
+    statistics = words("memory.stat")
+    cached = int(statistics[statistics.index("inactive_file") + 1]) if "inactive_file" in statistics else 0
+    return cores, int(limit), int(limit) - int(used) + cached
 
 
 def version(package: str) -> str | None:
@@ -121,7 +121,7 @@ def lowest_versions() -> dict[str, str]:
         return {}
     needed = [line for line in metadata.requires("vitlib") if "extra ==" not in line]
     lines = [f"Python{metadata.metadata('vitlib')['Requires-Python']}", *needed]
-    return dict(re.match(r"([\w-]+) *>= *([\d.]+)", line).groups() for line in lines)
+    return dict(line.split(">=") for line in lines)
 
 
 def _ask_torch() -> dict[str, object]:
@@ -148,10 +148,11 @@ def _ask_torch() -> dict[str, object]:
         "weights": tuple(sorted(file.stem for file in PRETRAINED.glob("*.safetensors"))),
     }
     try:
-        return known | {"speed": training_speed(0.8, device, **CLASS)}
+        known["speed"] = training_speed(0.8, device, **CLASS)
     except RuntimeError as error:  # a GPU that this torch was not built for, or that others have filled
         way_out = "set device to cpu in the parameters of chapters 03 and 04, or install torch again"
-        return known | {"failure": f"Training does not work here ({_reason(error)}); {way_out}."}
+        known["failure"] = f"Training does not work here ({_reason(error)}); {way_out}."
+    return known
 
 
 def training_speed(

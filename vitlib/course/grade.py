@@ -5,7 +5,6 @@ and hands them what the student handed them. So a notebook that redefines ``chec
 making, gains nothing. It still runs in the student's kernel: whoever alters torch itself can deceive it.
 """
 
-import csv
 import os
 import re
 import sys
@@ -24,6 +23,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_raw_
 
 from vitlib.course.cells import calls_of, names_of, needed_cells
 from vitlib.course.checks.frame import CORRECT, NOT_ATTEMPTED, NOT_YET, VERDICT
+from vitlib.course.own_images import write_csv
 from vitlib.course.parameters import PARAMETERS
 from vitlib.course.runner import (
     COURSE_FOLDER,
@@ -211,10 +211,8 @@ def _chapter(lesson: Lesson, values: Mapping[str, object]) -> Chapter:
     fixed = {"strict_checks": False, "run_dir": "../run"}  # not the student's own training, made with other parameters
     parameters = {name: value for name, value in {**defaults, **values, **fixed}.items() if name in lesson.parameters}
     exercises = {name: arguments for cell in cells for name, arguments in calls_of(cell).items()}
-    source = "\n".join(cell.source for cell in cells)
-    found = re.findall(r"^(?:from ([\w.]+) import checks$|import ([\w.]+) as checks$)", source, re.MULTILINE)
-    module = next((f"{package}.checks" if package else name for package, name in found), "vitlib.course.checks")
-    return Chapter(lesson.name, exercises, parameters, module)
+    own = re.search(r"^import ([\w.]+) as checks$", "\n".join(cell.source for cell in cells), re.MULTILINE)
+    return Chapter(lesson.name, exercises, parameters, module=own[1] if own else "vitlib.course.checks")
 
 
 def _find(folder: Path, out: Path, chapters: Sequence[Chapter]) -> list[Submission]:
@@ -409,17 +407,13 @@ def _plain(text: str) -> str:
 
 
 def _write_grades(out: Path, graded: Iterable[Submission]) -> None:
-    with (
-        atomic_write(out / "grades.csv") as temporary,
-        open(temporary, "w", encoding="utf-8-sig", newline="") as file,  # without the mark, Excel garbles umlauts
-    ):
-        rows = csv.writer(file)
-        rows.writerow(COLUMNS)
-        for one in graded:
-            for name, (status, message) in one.verdicts.items():
-                seconds = f"{one.seconds:.1f}"
-                texts = (one.student, one.file, one.chapter.name, name, status, message, seconds, one.note)
-                rows.writerow(map(escape_formula, texts))
+    rows = [
+        (one.student, one.file, one.chapter.name, name, status, message, f"{one.seconds:.1f}", one.note)
+        for one in graded
+        for name, (status, message) in one.verdicts.items()
+    ]
+    escaped = (map(escape_formula, row) for row in rows)
+    write_csv(out / "grades.csv", COLUMNS, escaped, encoding="utf-8-sig")  # without the mark, Excel garbles umlauts
 
 
 def tables(found: Sequence[Submission], roster: Sequence[str] = ()) -> str:

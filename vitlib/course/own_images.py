@@ -53,11 +53,12 @@ def write_predictions(path: Path, test: LabelledImages, logits: Tensor) -> None:
     write_csv(path, ("file", "true", "predicted", "probability"), rows)
 
 
-def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
-    """Write a table, whole or not at all."""
-    # names of files need not be text; their bytes stay as they are
-    options = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
-    with atomic_write(path) as temporary, open(temporary, "w", **options) as file:
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Iterable], encoding: str = "utf-8") -> None:
+    """Write a table, whole or not at all. Bytes in the names of files that are no text stay as they are."""
+    with (
+        atomic_write(path) as temporary,
+        open(temporary, "w", newline="", encoding=encoding, errors="surrogateescape") as file,
+    ):
         csv.writer(file).writerows([header, *rows])
 
 

@@ -360,11 +360,12 @@ def _own_parameter(name: str, entry: Mapping[str, str], default: object) -> "Par
     from vitlib.course.parameters import Parameter
 
     annotation = entry["inferred_type_name"]
+    is_optional = annotation.startswith("Optional[")
+    if annotation == "None":
+        annotation = type(default).__name__
     types = {"int": int, "float": float, "bool": bool, "str": str}
     found = types.get(annotation.removeprefix("Optional[").removesuffix("]"), object)
-    if annotation == "None":
-        found = types.get(type(default).__name__, object)
-    return Parameter(name, found, entry["help"], optional=annotation.startswith("Optional["))
+    return Parameter(name, found, entry["help"], optional=is_optional)
 
 
 def _literal(source: str) -> object:

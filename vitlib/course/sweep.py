@@ -2,14 +2,15 @@
 
 :func:`make_plan` checks all runs of a grid, and :func:`run_sweep` gives them to Dask workers. The folder of a sweep
 holds ``runs/<label>/`` and ``failed/<label>/`` (executed notebook, log, saved files, ``run.json``), and results.csv,
-results.json and report.html about all runs. Runs work in ``.work`` and are moved when they end, so a folder under a
-final name is whole, and the same command finds the runs that are still missing.
+results.json and report.html about all runs. Runs work in ``.work`` and are moved when they end. So a folder under its
+final name is complete, and the same command finds the runs that are still missing.
 """
 
 import contextlib
 import csv
 import hashlib
 import importlib.metadata
+import io
 import itertools
 import json
 import logging
@@ -21,6 +22,7 @@ import socket
 import sys
 import tempfile
 import time
+import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
@@ -59,11 +61,10 @@ except ModuleNotFoundError as error:
 MOST_RUNS = 10_000
 MOST_ROWS = 40  # of the table at the end
 RUN_MEMORY = 2**30  # bytes that one run may take; the course's kernels stay below with the class parameters
-MOST_SENT = 256 * 2**20  # bytes of files that one run sends back from a cluster
 EVERY = 5  # seconds between two writings of the tables while runs come in
 PATIENCE = 10  # seconds for a scheduler to answer and to have a worker
 GRID_KEYS = ("notebook", "grid", "zip", "parameters")
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")  # Dask sets them for its workers
 # a terminal sends Ctrl-C to the workers too, but the client ends them; kernels do not inherit a function
 IGNORE_CTRL_C = "import signal; signal.signal(signal.SIGINT, lambda number, frame: None)"
 LOCAL_SETTINGS = {
@@ -134,13 +135,12 @@ def make_plan(
     """
     from vitlib.course.parameters import PARAMETERS  # here, since it loads torch, which workers do without
 
-    grid, zips, given = dict(grid or {}), list(zips), dict(given or {})
-    notebook, file_grid, file_zips, file_values = _read_grid(Path(path).expanduser())
-    typed = {*grid, *(name for group in zips for name in group)}
-    zips = [group for group in file_zips if typed.isdisjoint(group)] + zips
-    grid = {name: values for name, values in file_grid.items() if name not in typed} | grid
+    grid, given = grid or {}, given or {}
+    notebook, file_axes, file_values = _read_grid(Path(path).expanduser())
     lesson = read_lesson(notebook)
-    axes = [{name: values} for name, values in grid.items()] + zips
+    typed = {*grid, *(name for group in zips for name in group)}
+    axes = [axis for axis in file_axes if typed.isdisjoint(axis)]
+    axes += [*({name: values} for name, values in grid.items()), *zips]
     names = [name for axis in axes for name in axis]
     if twice := [name for name, count in Counter([*names, *given]).items() if count > 1]:
         raise ValueError(f"{twice[0]} is given twice; leave it in one place of --grid, --zip and -p.")
@@ -150,12 +150,12 @@ def make_plan(
         if name not in names and (name in lesson.parameters or name not in PARAMETERS)
     }
     common = checked_values([lesson], shared, given)
-    lists = [_rows(lesson, axis) for axis in axes]
-    if (count := math.prod(map(len, lists))) > MOST_RUNS:
+    rows = [_rows(lesson, axis) for axis in axes]
+    if (count := math.prod(map(len, rows))) > MOST_RUNS:
         raise ValueError(f"The grid has {count:,} runs; at most {MOST_RUNS:,} are allowed, so split it.")
     source, sha256 = _source(lesson.path)
     runs = []
-    for parts in itertools.product(*lists):
+    for parts in itertools.product(*rows):
         varied = {name: value for part in parts for name, value in part.items()}
         values = {**lesson.defaults, **common, **varied}
         values = {name: values[name] for name in lesson.parameters if name != "run_dir"}
@@ -170,12 +170,12 @@ def _named(values: Mapping[str, object]) -> str:
     return ",".join(f"{name}={value}" for name, value in values.items())
 
 
-def _read_grid(path: Path) -> tuple[Path, dict[str, list], list[dict[str, list]], dict[str, object]]:
-    """Return notebook, grid, zips and parameters of a sweep's YAML file; a notebook alone is a grid of one run."""
+def _read_grid(path: Path) -> tuple[Path, list[dict[str, list]], dict[str, object]]:
+    """Return notebook, axes and parameters of a sweep's YAML file; a notebook alone has no axes."""
     from vitlib.course.parameters import near_match
 
     if path.suffix == ".ipynb":
-        return path, {}, [], {}
+        return path, [], {}
     if path.suffix not in (".yaml", ".yml"):
         raise ValueError(f"{path} is neither a notebook (.ipynb) nor the file of a sweep (.yaml).")
     content = parameters_from_file(path)
@@ -189,11 +189,11 @@ def _read_grid(path: Path) -> tuple[Path, dict[str, list], list[dict[str, list]]
     for part in (grid, parameters, *zips):
         if not isinstance(part, dict):
             raise ValueError(f"{path} has {part!r} where names and values belong; write one 'name: value' a line.")
-    grid, *zips = (
+    axes = [
         {name: values if isinstance(values, list) else [values] for name, values in axis.items()}
-        for axis in (grid, *zips)
-    )
-    return path.parent / Path(content["notebook"]).expanduser(), grid, zips, parameters
+        for axis in (*({name: values} for name, values in grid.items()), *zips)
+    ]
+    return path.parent / Path(content["notebook"]).expanduser(), axes, parameters
 
 
 def _rows(lesson: Lesson, axis: Mapping[str, Sequence]) -> list[dict[str, object]]:
@@ -221,12 +221,11 @@ def _source(path: Path) -> tuple[str, str]:
 
 @dataclass
 class Result:
-    """One try of a run: its outcome, the host, and from a cluster the files by name and those too large to send."""
+    """One try of a run: its outcome, the host, and from a cluster its files as a zip archive."""
 
     outcome: RunResult
-    host: str = ""
-    files: tuple[tuple[str, bytes], ...] = ()
-    left_out: tuple[str, ...] = ()
+    host: str | None = None
+    files: bytes = b""
 
 
 def run_sweep(
@@ -277,10 +276,10 @@ def run_sweep(
         records = {run.key: record for run in plan.runs if (record := _finished(out / "runs", run))}
         missing = [run for run in plan.runs if run.key not in records]
         if scheduler:
-            client, where, threads = _cluster_workers(scheduler), f"on {scheduler}", threads or 1
+            workplace, where, threads = _cluster_workers(scheduler), f"on {scheduler}", threads or 1
         else:
             workers, threads = local_size(max(1, len(missing)), workers, threads)
-            client, where = _local_workers(workers), f"{workers} at a time on this machine"
+            workplace, where = _local_workers(workers), f"{workers} at a time on this machine"
         say(
             f"Runs: {len(plan.runs)}; finished before: {len(records)}; to run: {len(missing)}, {where}, "
             f"threads for each: {threads}."
@@ -295,7 +294,7 @@ def run_sweep(
         ]
         try:
             if jobs:
-                with client as client, progress_bar(description="sweep", total=len(jobs), unit="run") as bar:
+                with workplace as client, progress_bar(description="sweep", total=len(jobs), unit="run") as bar:
                     for run, result, attempts in _run_all(client, jobs, retries):
                         records[run.key] = _store(out, plan, run, result, attempts)
                         bar.write(_line(records[run.key]), file=sys.stdout)
@@ -373,9 +372,8 @@ def _cluster_workers(address: str) -> Iterator[Client]:
         own = version("vitlib")
         for worker, found in client.run(importlib.metadata.version, "vitlib", on_error="return").items():
             if found != own:
-                problem = f"lacks vitlib ({found})" if isinstance(found, Exception) else f"has vitlib {found}"
                 raise ConnectionError(
-                    f"The worker {worker} {problem}; install vitlib {own} with its extra `sweep` there."
+                    f"The worker {worker} lacks vitlib {own} ({found}); install that with its extra `sweep` there."
                 )
         yield client
 
@@ -437,9 +435,8 @@ def _work(notebook, name, defaults, home, threads, timeout, folder, parameters) 
     environment = {"MALLOC_TRIM_THRESHOLD_": None, **dict.fromkeys(THREAD_VARIABLES, str(threads))}
     with tempfile.TemporaryDirectory(prefix="vitlib-", ignore_cleanup_errors=True) as temporary:
         place = Path(folder or temporary)
-        if folder:
-            shutil.rmtree(place, ignore_errors=True)  # of an earlier try
-            place.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(place, ignore_errors=True)  # of an earlier try
+        place.mkdir(parents=True, exist_ok=True)
         given = {name: value for name, value in parameters.items() if value != defaults[name]}
         if "run_dir" in defaults:
             given["run_dir"] = str(place)
@@ -449,28 +446,23 @@ def _work(notebook, name, defaults, home, threads, timeout, folder, parameters) 
                 defaults=defaults, log=log, end=end, environment=environment,
                 folder=Path(home) if Path(home).is_dir() else place,
             )  # fmt: skip
-        return Result(outcome, socket.gethostname(), *(() if folder else _files(place)))
+        return Result(outcome, socket.gethostname(), b"" if folder else _zipped(place))
 
 
-def _files(folder: Path) -> tuple[tuple[tuple[str, bytes], ...], tuple[str, ...]]:
-    """Return the files of a folder, the small ones first, and the names of those that are too much to send."""
-    paths = sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-    sizes = itertools.accumulate(path.stat().st_size for path in paths)
-    count = sum(size <= MOST_SENT for size in sizes)
-    names = [path.relative_to(folder).as_posix() for path in paths]
-    sent = [(name, path.read_bytes()) for name, path in zip(names[:count], paths, strict=False)]
-    return tuple(sent), tuple(names[count:])
+def _zipped(folder: Path) -> bytes:
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", strict_timestamps=False) as file:
+        for path in filter(Path.is_file, folder.rglob("*")):
+            file.write(path, path.relative_to(folder))
+    return archive.getvalue()
 
 
 def _store(out: Path, plan: Plan, run: Run, result: Result, attempts: int) -> dict:
     """Move the files of a run to their place with a record, and return the record."""
     folder, outcome = out / ".work" / run.label, result.outcome
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in result.files:
-        target = (folder / name).resolve()
-        if target.is_relative_to(folder):  # a cluster writes nowhere else
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(content)
+    if result.files:
+        zipfile.ZipFile(io.BytesIO(result.files)).extractall(folder)  # it writes nowhere else, ".." or not
     partial = folder / f"{plan.lesson.name}.partial.ipynb"
     if partial.exists():  # its worker was killed, maybe while it wrote
         with contextlib.suppress(Exception):
@@ -491,7 +483,7 @@ def _store(out: Path, plan: Plan, run: Run, result: Result, attempts: int) -> di
 
 def _record(plan: Plan, run: Run, result: Result, attempts: int) -> dict:
     given = {"parameters": run.parameters, "seed": run.parameters.get("seed"), "varied": run.varied}
-    how = {"host": result.host or None, "attempts": attempts, "left_out": list(result.left_out)}
+    how = {"host": result.host, "attempts": attempts}
     return {"run": run.label, "key": run.key} | _about(plan) | asdict(result.outcome) | given | how
 
 
@@ -540,7 +532,7 @@ def as_frame(results: Mapping) -> tuple[pd.DataFrame, dict[str, str]]:
     """
     runs = results["runs"]
     parameters = dict.fromkeys([*results["varied"], *(name for run in runs for name in run["parameters"])])
-    rest = ("seconds", "peak_memory_bytes", "host", "seed", "started", "attempts", "error", "left_out", "key")
+    rest = ("seconds", "peak_memory_bytes", "host", "seed", "started", "attempts", "error", "key")
     rest = [name for name in rest if name not in parameters]
     taken = {"run", "status", *parameters, *rest}
     figures = dict.fromkeys(name for run in runs for name in run["figures"])
@@ -549,7 +541,7 @@ def as_frame(results: Mapping) -> tuple[pd.DataFrame, dict[str, str]]:
         {"run": run["run"], "status": run["status"]}
         | {name: run["parameters"].get(name) for name in parameters}
         | {title: run["figures"].get(name) for name, title in titles.items()}
-        | {name: ", ".join(run[name]) if name == "left_out" else run[name] for name in rest}
+        | {name: run[name] for name in rest}
         | {f"version_{name}": value for name, value in run["versions"].items()}
         for run in runs
     ]
@@ -560,10 +552,9 @@ def as_frame(results: Mapping) -> tuple[pd.DataFrame, dict[str, str]]:
 def preview(plan: Plan, out: str | Path) -> str:
     """Return the runs of a plan as a table, each with whether it is finished in ``out``."""
     folder = Path(out).expanduser() / "runs"
-    states = ["finished" if _finished(folder, run) else "to run" for run in plan.runs]
-    rows = [run.varied | {"state": state} for run, state in zip(plan.runs, states, strict=True)]
-    table = pd.DataFrame(rows, index=range(1, len(rows) + 1), dtype=object).to_string()
-    return f"{table}\nRuns: {len(rows)}; to run: {states.count('to run')}."
+    rows = [run.varied | {"state": "finished" if _finished(folder, run) else "to run"} for run in plan.runs]
+    table = pd.DataFrame(rows, index=range(1, len(rows) + 1), dtype=object)
+    return f"{table.to_string()}\nRuns: {len(rows)}; to run: {(table['state'] == 'to run').sum()}."
 
 
 def summary(results: Mapping) -> str:
