@@ -32,30 +32,13 @@ def layer(weight, bias=None):
 
 
 def shared(conv):
-    linear = nn.Linear(conv.weight[0].numel(), conv.out_channels)
+    linear = own_numbers(conv)
     linear.weight, linear.bias = nn.Parameter(conv.weight.flatten(1)), conv.bias
     return linear
 
 
-def zeros_for_no_bias(conv):
-    return layer(conv.weight.flatten(1), torch.zeros(conv.out_channels) if conv.bias is None else conv.bias)
-
-
 def own_numbers(conv):
     return nn.Linear(conv.weight[0].numel(), conv.out_channels, bias=conv.bias is not None)
-
-
-def weight_only(conv):
-    """The weight copied, and a bias in any case, which keeps its random numbers."""
-    linear = nn.Linear(conv.weight[0].numel(), conv.out_channels)
-    linear.weight.data.copy_(conv.weight.flatten(1))
-    return linear
-
-
-def weight_only_right_form(conv):
-    linear = own_numbers(conv)
-    linear.weight.data.copy_(conv.weight.flatten(1))
-    return linear
 
 
 def copied_back(conv):
@@ -70,14 +53,9 @@ def with_gradients(conv):
     return linear
 
 
-class Doubled(nn.Linear):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
 def doubled(conv):
     linear = layer(conv.weight.flatten(1), conv.bias)
-    linear.__class__ = Doubled
+    linear.register_forward_hook(lambda layer, patches, tokens: 2 * tokens)
     return linear
 
 
@@ -96,32 +74,13 @@ def by_factor(positions, grid):
     return torch.cat([positions[:, 0], picture[0].permute(1, 2, 0).flatten(0, 1)])[None]
 
 
-def feature_by_feature(positions, grid):
-    return torch.cat([stretched(positions[..., [d]], grid) for d in range(positions.shape[-1])], dim=-1)
-
-
-def broken_stretch(positions, grid):
-    """As in the notebook."""
+def broken_stretch(positions, grid, first=0, turned=False, mode="bilinear"):
+    """As in the notebook; ``first=1`` leaves CLS out, ``turned`` moves the features to the front."""
     old = math.isqrt(positions.shape[1])
-    picture = positions[:, : old * old].reshape(1, -1, old, old)
-    picture = F.interpolate(picture, size=(grid, grid), mode="bilinear", align_corners=False)
+    picture = positions[:, first : first + old * old]
+    picture = (picture.mT if turned else picture).reshape(1, -1, old, old)
+    picture = F.interpolate(picture, size=(grid, grid), mode=mode)
     return torch.cat([positions[:, :1], picture.reshape(1, grid * grid, -1)], dim=1)
-
-
-def without_transpose(positions, grid, mode="bicubic"):
-    old = math.isqrt(positions.shape[1] - 1)
-    picture = F.interpolate(positions[:, 1:].reshape(1, -1, old, old), size=(grid, grid), mode=mode)
-    return torch.cat([positions[:, :1], picture.reshape(1, grid * grid, -1)], 1)
-
-
-def not_back(positions, grid):
-    old = math.isqrt(positions.shape[1] - 1)
-    picture = F.interpolate(positions[:, 1:].mT.reshape(1, -1, old, old), size=(grid, grid), mode="bicubic")
-    return torch.cat([positions[:, :1], picture.reshape(1, grid * grid, -1)], 1)
-
-
-def in_a_line(tokens, length):
-    return F.interpolate(tokens.mT, size=length, mode="linear").mT
 
 
 RIGHT = {
@@ -140,7 +99,9 @@ RIGHT = {
     "patch_embedding": {
         "copies": lambda conv: layer(conv.weight.flatten(1), conv.bias),
         "shared memory": shared,
-        "a bias of zeros": zeros_for_no_bias,
+        "a bias of zeros": lambda conv: layer(
+            conv.weight.flatten(1), torch.zeros(conv.out_channels) if conv.bias is None else conv.bias
+        ),
     },
     "tokens": {
         "cat, then add": lambda x, cls, p: in_front(x, cls) + p,
@@ -150,14 +111,15 @@ RIGHT = {
         "vitlib": interpolate_positions,
         "never a shortcut": stretched,
         "a scale factor": by_factor,
-        "feature by feature": feature_by_feature,
+        "feature by feature": lambda positions, grid: torch.cat(
+            [stretched(feature, grid) for feature in positions.split(1, dim=2)], dim=2
+        ),
     },
 }
 
 WRONG = {
     "patch_numbers": {
         "a float": (lambda h, w, c, p: (h / p * (w / p), c * p * p), "divide with //"),
-        "float dimension": (lambda h, w, c, p: (h // p * (w // p), float(c * p * p)), "divide with //"),
         "rows only": (lambda h, w, c, p: (h // p, c * p * p), "one column of patches"),
         "columns only": (lambda h, w, c, p: (w // p, c * p * p), "one row of patches"),
         "height squared": (lambda h, w, c, p: ((h // p) ** 2, c * p * p), "squared the number of rows"),
@@ -203,8 +165,11 @@ WRONG = {
     "patch_embedding": {
         "own numbers": (own_numbers, "has weights of its own"),
         "no bias": (lambda conv: layer(conv.weight.flatten(1)), "you forgot the bias"),
-        "a bias too many": (weight_only, "this convolution has no bias"),
-        "bias not copied": (weight_only_right_form, "the bias is not the convolution's"),
+        "a bias too many": (lambda c: layer(c.weight.flatten(1), torch.ones(len(c.weight))), "convolution has no bias"),
+        "bias not copied": (
+            lambda conv: layer(conv.weight.flatten(1), None if conv.bias is None else 2 * conv.bias),
+            "the bias is not the convolution's",
+        ),
         "channels last": (
             lambda conv: layer(conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias),
             "have the channels last",
@@ -249,21 +214,21 @@ WRONG = {
     },
     "interpolation": {
         "broken as in the notebook": (broken_stretch, "CLS was stretched along with the patches"),
-        "all tokens in a line": (
-            lambda positions, grid: in_a_line(positions, 1 + grid**2),
-            "CLS was stretched along with the patches",
-        ),
         "CLS looked for at the end": (lambda positions, grid: stretched(positions.roll(1, 1), grid), "not left alone"),
         "patches in a line": (
-            lambda positions, grid: torch.cat([positions[:, :1], in_a_line(positions[:, 1:], grid**2)], 1),
+            lambda positions, grid: torch.cat(
+                [positions[:, :1], F.interpolate(positions[:, 1:].mT, size=grid**2, mode="linear").mT], 1
+            ),
             "a picture of g x g, not a line",
         ),
-        "no transpose": (without_transpose, "places and features are mixed up"),
-        "no transpose, bilinear": (
-            lambda positions, grid: without_transpose(positions, grid, "bilinear"),
+        "no transpose": (
+            lambda positions, grid: broken_stretch(positions, grid, 1),
             "places and features are mixed up",
         ),
-        "not transposed back": (not_back, "places and features are mixed up"),
+        "not transposed back": (
+            lambda positions, grid: broken_stretch(positions, grid, 1, turned=True, mode="bicubic"),
+            "places and features are mixed up",
+        ),
         "rows and columns swapped": (
             lambda positions, grid: torch.cat(
                 [

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -41,19 +42,11 @@ def heads_left_apart(tokens, to_qkv, num_heads):
     return F.scaled_dot_product_attention(*qkv).reshape(batch, length, width)
 
 
-def by_pytorch(batch_first):
-    """Exercise 4 by nn.MultiheadAttention, with or without the argument that matters."""
-
-    def attend(tokens, to_qkv, num_heads):  # as nn.MultiheadAttention does it inside
-        width = tokens.shape[-1]
-        bias = torch.zeros(3 * width, dtype=tokens.dtype)
-        output, _ = F.multi_head_attention_forward(
-            *(tokens.transpose(0, 1) if batch_first else tokens,) * 3,
-            width, num_heads, to_qkv.T, bias, None, None, False, 0.0, torch.eye(width, dtype=tokens.dtype), None,
-        )  # fmt: skip
-        return output.transpose(0, 1) if batch_first else output
-
-    return attend
+def by_pytorch(tokens, to_qkv, num_heads):
+    width = tokens.shape[-1]
+    layer = torch.nn.MultiheadAttention(width, num_heads, bias=False, batch_first=True, dtype=tokens.dtype)
+    weights = {"in_proj_weight": to_qkv.T, "out_proj.weight": torch.eye(width, dtype=tokens.dtype)}
+    return torch.func.functional_call(layer, weights, (tokens,) * 3)[0]
 
 
 def tester(compare, shuffle=lambda tokens: torch.randperm(tokens.shape[1])):
@@ -96,17 +89,9 @@ def patches_only(layer, tokens):
     return along(layer(tokens[:, order]), layer(tokens), order)
 
 
-def other_axis(axis):
-    def is_equivariant(layer, tokens):
-        order = torch.randperm(tokens.shape[axis])
-        shuffled = layer(tokens.index_select(axis, order))
-        return torch.allclose(shuffled, layer(tokens).index_select(axis, order), atol=1e-5)
-
-    return is_equivariant
-
-
-def swap_of_the_first_two(tokens):
-    return torch.tensor([1, 0, *range(2, tokens.shape[1])])
+def along_axis(axis, layer, tokens):
+    order = torch.randperm(tokens.shape[axis])
+    return torch.allclose(layer(tokens.index_select(axis, order)), layer(tokens).index_select(axis, order), atol=1e-5)
 
 
 RIGHT = {
@@ -135,7 +120,7 @@ RIGHT = {
     "attend": {
         "one image after the other": one_by_one,
         "swapped in and out": lambda tokens, *rest: sequence_first(tokens.transpose(0, 1), *rest).transpose(0, 1),
-        "nn.MultiheadAttention": by_pytorch(batch_first=True),
+        "nn.MultiheadAttention": by_pytorch,
     },
     "block_order": {
         "one way": "CDBFAE",
@@ -207,17 +192,12 @@ WRONG = {
     },
     "equivariance": {
         "always True": (lambda layer, tokens: True, "your tester never calls the layer"),
-        "always False": (lambda layer, tokens: False, "your tester never calls the layer"),
         "does not shuffle": (
             tester(along, lambda tokens: torch.arange(tokens.shape[1])),
             "only ever saw the tokens in their own order",
         ),
-        "compares the same twice": (
-            lambda layer, tokens: torch.equal(layer(tokens), layer(tokens)),
-            "only ever saw the tokens in their own order",
-        ),
-        "the batch": (other_axis(0), "you shuffled the images of the batch"),
-        "the features": (other_axis(2), "you shuffled the features of each token"),
+        "the batch": (partial(along_axis, 0), "you shuffled the images of the batch"),
+        "the features": (partial(along_axis, 2), "you shuffled the features of each token"),
         "draws with repetition": (
             tester(along, lambda tokens: torch.randint(tokens.shape[1], (tokens.shape[1],))),
             "torch.randperm has each number exactly once",
@@ -229,14 +209,6 @@ WRONG = {
         "shuffled again": (
             tester(lambda s, o, order: torch.allclose(s[:, order], o, atol=1e-5)),
             "the layer that changes nothing fails",
-        ),
-        "two shuffles": (
-            tester(lambda s, o, order: torch.allclose(s, o[:, torch.randperm(o.shape[1])], atol=1e-5)),
-            "the layer that changes nothing fails",
-        ),
-        "exactly": (
-            tester(lambda s, o, order: torch.equal(s, o[:, order])),
-            "by rounding; compare with torch.allclose",
         ),
         "nearly exactly": (
             tester(lambda s, o, order: torch.allclose(s, o[:, order])),
@@ -254,7 +226,6 @@ WRONG = {
             tester(along, lambda tokens: torch.randperm(65)),
             "your code stopped with",
         ),
-        "shapes": (tester(lambda s, o, order: s.shape == o.shape), "every layer passes, even a running sum"),
         "means": (
             tester(lambda s, o, order: torch.allclose(s.mean(1), o.mean(1), atol=1e-5)),
             "compare token by token",
@@ -269,7 +240,7 @@ WRONG = {
             "moving every token on by one place passes; draw the shuffle",
         ),
         "two of them swapped": (
-            tester(along, swap_of_the_first_two),
+            tester(along, lambda tokens: torch.tensor([1, 0, *range(2, tokens.shape[1])])),
             "changing the sign of the last third of the tokens passes; draw the shuffle",
         ),
         "CLS only": (
@@ -284,7 +255,6 @@ WRONG = {
     },
     "attend": {
         "not repaired": (sequence_first, "to the tokens at its own place in the other images"),
-        "batch_first forgotten": (by_pytorch(batch_first=False), "to the tokens at its own place in the other images"),
         "not swapped back": (
             lambda tokens, *rest: sequence_first(tokens.transpose(0, 1), *rest),
             "that is [T, B, D], sequence first",
@@ -312,7 +282,6 @@ WRONG = {
         "norms swapped": ("FDBCAE", "norm1 belongs to the attention"),
         "MLP first": ("FABCDE", "the attention comes before the MLP"),
         "a line lost": ("CDBFA", "each of the letters A to F exactly once"),
-        "a line twice": ("CDBFAA", "each of the letters A to F exactly once"),
         "the lines themselves": (list(checks.PRE_NORM_LINES.values()), "each of the letters A to F exactly once"),
         "a number": (123456, "give the six letters as a text"),
     },

@@ -18,9 +18,16 @@ def ordered(count, seed):
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
-def split_well(count, fraction, seed):
-    order, held_out = ordered(count, seed), round(fraction * count)
+def cut(order, fraction):
+    held_out = round(fraction * len(order))
     return order[held_out:], order[:held_out]
+
+
+def split_by(order):
+    return lambda count, fraction, seed: cut(order(count, seed), fraction)
+
+
+split_well = split_by(ordered)
 
 
 def split_by_mask(count, fraction, seed):
@@ -36,10 +43,6 @@ def split_with_python(count, fraction, seed):
     return [torch.tensor(order[:cut]), torch.tensor(order[cut:])]
 
 
-def turned(count, fraction, seed):
-    return cut(torch.arange(count).roll(ordered(count, seed)[0].item()), fraction)
-
-
 def split_in_a_fork(count, fraction, seed):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -47,29 +50,12 @@ def split_in_a_fork(count, fraction, seed):
     return order.tensor_split([count - round(fraction * count)])
 
 
-def cut(order, fraction):
-    held_out = round(fraction * len(order))
-    return order[held_out:], order[:held_out]
-
-
 def last_part(count, fraction, seed):
-    indices = torch.arange(count)
-    return indices[: count - round(fraction * count)], indices[count - round(fraction * count) :]
-
-
-def shuffled_after_the_cut(count, fraction, seed):
-    training, validation = last_part(count, fraction, seed)
-    return training[ordered(len(training), seed)], validation[ordered(len(validation), seed)]
-
-
-def with_replacement(count, fraction, seed):
-    drawn = torch.randint(count, (count,), generator=torch.Generator().manual_seed(seed))
-    return cut(drawn, fraction)
+    return torch.arange(count).tensor_split([count - round(fraction * count)])
 
 
 def two_draws(count, fraction, seed):
-    held_out = round(fraction * count)
-    return ordered(count, seed)[held_out:], ordered(count, seed + 1)[:held_out]
+    return split_well(count, fraction, seed)[0], split_well(count, fraction, seed + 1)[1]
 
 
 def two_cuts(count, fraction, seed):
@@ -77,36 +63,22 @@ def two_cuts(count, fraction, seed):
     return order[: int((1 - fraction) * count) - 1], order[-int(fraction * count) :]
 
 
-def from_one(count, fraction, seed):
-    return cut(ordered(count, seed) + 1, fraction)
+def with_replacement(count, seed):
+    return torch.randint(count, (count,), generator=torch.Generator().manual_seed(seed))
 
 
-def with_numpy(count, fraction, seed):
+def with_numpy(count, seed):
     np.random.seed(seed)
-    return cut(torch.from_numpy(np.random.permutation(count)), fraction)
+    return torch.from_numpy(np.random.permutation(count))
 
 
-def with_pythons_shared_numbers(count, fraction, seed):
+def with_pythons_shared_numbers(count, seed):
     random.seed(seed)
-    return cut(torch.tensor(random.sample(range(count), count)), fraction)
-
-
-def with_torchs_shared_numbers(count, fraction, seed):
-    torch.manual_seed(seed)
-    return cut(torch.randperm(count), fraction)
-
-
-def masks(count, fraction, seed):
-    held_out = ordered(count, seed) < fraction * count
-    return ~held_out, held_out
-
-
-def lists(count, fraction, seed):
-    return [part.tolist() for part in split_well(count, fraction, seed)]
+    return torch.tensor(random.sample(range(count), count))
 
 
 class Small(ViTModel):
-    """A small ViT with the forward pass of the notebook's exercise, repaired; the others change one step of it."""
+    """A small ViT with the forward pass of the notebook's exercise, repaired."""
 
     def __init__(self, num_classes):
         super().__init__(num_classes, **SIZE)
@@ -117,71 +89,29 @@ class Small(ViTModel):
     def embed(self, images):
         return self.vit_encoder.embedding(images)
 
-    def encode(self, tokens):
-        for block in self.vit_encoder.encoder:
+    def encode(self, tokens, blocks=slice(None)):
+        for block in self.vit_encoder.encoder[blocks]:
             tokens, _ = block(tokens)
-        return self.vit_encoder.layernorm(tokens)[:, 0]
+        return self.vit_encoder.layernorm(tokens)
 
-    def head(self, cls):
-        return self.linear_classifier(cls)
-
-
-class DropoutThatKnowsTheMode(Small):
-    def head(self, cls):
-        return self.linear_classifier(F.dropout(cls, training=self.training))
+    def head(self, tokens):
+        return self.linear_classifier(tokens[:, 0])
 
 
-class ZeroHead(Small):
-    def __init__(self, num_classes):
-        super().__init__(num_classes)
-        nn.init.zeros_(self.linear_classifier.weight)
+def changed(**steps):
+    """A model that does some steps in another way."""
+    return type("Changed", (Small,), steps)
 
 
-class DefaultHead(Small):
-    def __init__(self, num_classes):
-        super().__init__(num_classes)
-        self.linear_classifier = nn.Linear(32, num_classes)
+def started(start):
+    """A model whose head starts in another way."""
 
+    def build(num_classes):
+        model = Small(num_classes)
+        start(model.linear_classifier)
+        return model
 
-class CutOff(Small):
-    def embed(self, images):
-        return super().embed(images)[:, :1]
-
-
-class TopLeftPatchOnly(Small):
-    def embed(self, images):
-        return super().embed(images)[:, :2]
-
-
-class PatchLeftOut(Small):
-    def embed(self, images):
-        return super().embed(images)[:, :-1]
-
-
-class SquaredTokens(Small):
-    def encode(self, tokens):
-        for block in self.vit_encoder.encoder:
-            tokens, _ = block(tokens)
-        return self.vit_encoder.layernorm(tokens.square())[:, 0]
-
-
-class BlockTwice(Small):
-    def encode(self, tokens):
-        for block in [*self.vit_encoder.encoder, self.vit_encoder.encoder[0]]:
-            tokens, _ = block(tokens)
-        return self.vit_encoder.layernorm(tokens)[:, 0]
-
-
-class AnotherToken(Small):
-    def encode(self, tokens):
-        for block in self.vit_encoder.encoder:
-            tokens, _ = block(tokens)
-        return self.vit_encoder.layernorm(tokens)[:, 1]
-
-
-class PositiveLogits(Small):
-    def head(self, cls):
-        return super().head(cls).relu()
+    return build
 
 
 class Stub(Small):
@@ -189,71 +119,19 @@ class Stub(Small):
         return ...
 
 
-class DropoutAlwaysOn(Small):
-    def head(self, cls):
-        return self.linear_classifier(F.dropout(cls))
-
-
-class BothFaults(CutOff, DropoutAlwaysOn):
-    """The notebook's exercise."""
-
-
-class Detached(Small):
-    def head(self, cls):
-        return self.linear_classifier(cls.detach())
-
-
 class WithoutGradients(Small):
+    @torch.no_grad()
     def forward(self, images):
-        with torch.no_grad():
-            return super().forward(images)
+        return super().forward(images)
 
 
-class LayerLeftOut(Small):
-    def encode(self, tokens):
-        for block in self.vit_encoder.encoder[:-1]:
-            tokens, _ = block(tokens)
-        return self.vit_encoder.layernorm(tokens)[:, 0]
+def dropped(self, tokens):
+    return Small.head(self, F.dropout(tokens))
 
 
-class FirstImageForAll(Small):
-    def head(self, cls):
-        return self.linear_classifier(cls[0]).expand(len(cls), -1)
-
-
-class OwnStatistics(Small):
-    """Normalises by the batch that happens to be there."""
-
-    def embed(self, images):
-        return super().embed((images - images.mean(0)) / images.std(0))
-
-
-class AcrossTheBatch(Small):
+def across_the_batch(self, tokens):
     """Tokens sequence first, classified by the mean of all, so that images attend to each other."""
-
-    def encode(self, tokens):
-        tokens = tokens.transpose(0, 1)
-        for block in self.vit_encoder.encoder:
-            tokens, _ = block(tokens)
-        return self.vit_encoder.layernorm(tokens).mean(0)
-
-
-class LargeHead(Small):
-    def __init__(self, num_classes):
-        super().__init__(num_classes)
-        nn.init.normal_(self.linear_classifier.weight)
-
-
-class Probabilities(Small):
-    def head(self, cls):
-        return super().head(cls).softmax(1)
-
-
-class EveryToken(Small):
-    def encode(self, tokens):
-        for block in self.vit_encoder.encoder:
-            tokens, _ = block(tokens)
-        return self.vit_encoder.layernorm(tokens)
+    return Small.encode(self, tokens.transpose(0, 1)).mean(0)[:, None]
 
 
 def hits(logits, labels):
@@ -289,51 +167,24 @@ def evaluate_a_copy(model, images):
         return copy.deepcopy(model).eval()(images)
 
 
-def evaluate_and_forget_mode(model, images):
-    model.eval()
-    with torch.no_grad():
-        return model(images)
-
-
 def evaluate_with_gradients(model, images):
-    model.eval()
-    logits = model(images)
+    logits = model.eval()(images)
     model.train()
     return logits
 
 
-def evaluate_with_gradients_and_detach(model, images):
-    return evaluate_with_gradients(model, images).detach()
+def evaluate_after(change):
+    """A right evaluation, once ``change(model)`` has left a mark."""
+
+    def evaluate(model, images):
+        change(model)
+        return evaluate_well(model, images)
+
+    return evaluate
 
 
-def evaluate_and_always_train(model, images):
-    model.eval()
-    with torch.no_grad():
-        logits = model(images)
-    model.train()
-    return logits
-
-
-def evaluate_and_switch_off(model, images):
-    torch.set_grad_enabled(False)
-    return evaluate_well(model, images)
-
-
-def evaluate_and_freeze(model, images):
-    for parameter in model.parameters():
-        parameter.requires_grad = False
-    return evaluate_well(model, images)
-
-
-def evaluate_and_clear(model, images):
-    model.zero_grad()
-    return evaluate_well(model, images)
-
-
-def evaluate_without_gradients_only(model, images):
-    with torch.no_grad():
-        return model(images)
-
+EQUATIONS = "not the logits of equations 1 to 4"
+SHARED = "moves the random numbers that the rest"
 
 RIGHT = {
     "split": {
@@ -341,7 +192,7 @@ RIGHT = {
         "a mask turned into indices": split_by_mask,
         "Python's generator, rounded up": split_with_python,
         "a fork of the shared numbers": split_in_a_fork,
-        "lists": lists,
+        "lists": lambda *numbers: [part.tolist() for part in split_well(*numbers)],
         "arrays": lambda *numbers: tuple(part.numpy() for part in split_well(*numbers)),
     },
     "first_loss": {
@@ -351,11 +202,11 @@ RIGHT = {
     },
     "sound_model": {
         "repaired": Small,
-        "dropout that knows the mode": DropoutThatKnowsTheMode,
+        "dropout that knows the mode": changed(head=lambda self, x: Small.head(self, F.dropout(x, 0.1, self.training))),
         "the library's": lambda c: ViTModel(c, **SIZE),
         "post-norm, mean of the patches": lambda c: ViTModel(c, **SIZE, norm_first=False, pooling="mean"),
-        "a head that starts at zero": ZeroHead,
-        "PyTorch's own start of the head": DefaultHead,
+        "a head that starts at zero": started(lambda head: nn.init.zeros_(head.weight)),
+        "PyTorch's own start of the head": started(nn.Linear.reset_parameters),
     },
     "top1": {
         "mean of the hits": lambda logits, labels: hits(logits, labels).float().mean(),
@@ -371,17 +222,20 @@ RIGHT = {
 WRONG = {
     "split": {
         "the last part": (last_part, "made of neighbours, in the order in which the images come"),
-        "the first part": (lambda count, fraction, seed: cut(torch.arange(count), fraction), "shuffle before you cut"),
-        "shuffled after the cut": (shuffled_after_the_cut, "whole classes would never be trained on"),
-        "turned": (turned, "made of neighbours, in the order in which the images come"),
-        "with replacement": (with_replacement, "you drew with replacement"),
+        "the first part": (split_by(lambda count, seed: torch.arange(count)), "shuffle before you cut"),
+        "shuffled after the cut": (
+            lambda *given: [part[ordered(len(part), given[-1])] for part in last_part(*given)],
+            "whole classes would never be trained on",
+        ),
+        "turned": (split_by(lambda count, seed: torch.arange(count).roll(seed % 50)), "made of neighbours"),
+        "with replacement": (split_by(with_replacement), "you drew with replacement"),
         "two draws": (two_draws, "images are in both parts"),
         "two cuts": (two_cuts, "images are in neither part"),
         "parts swapped": (lambda *numbers: split_well(*numbers)[::-1], "the fraction is that of the second part"),
         "half and half": (lambda count, _, seed: cut(ordered(count, seed), 0.5), "images, but 0.2 of 103 is 20.6"),
-        "counted from 1": (from_one, "the indices run from 0 to 102"),
-        "no seed": (lambda count, fraction, seed: cut(torch.randperm(count), fraction), "gave two different splits"),
-        "seed 0 always": (lambda count, fraction, seed: split_well(count, fraction, 0), "another seed gives the same"),
+        "counted from 1": (split_by(lambda count, seed: ordered(count, seed) + 1), "the indices run from 0 to 102"),
+        "no seed": (split_by(lambda count, seed: torch.randperm(count)), "gave two different splits"),
+        "seed 0 always": (split_by(lambda count, seed: ordered(count, 0)), "another seed gives the same"),
         "every fifth": (
             lambda count, fraction, seed: (
                 torch.arange(count)[torch.arange(count) % round(1 / fraction) > 0],
@@ -389,10 +243,13 @@ WRONG = {
             ),
             "one image in every so many",
         ),
-        "torch.manual_seed": (with_torchs_shared_numbers, "moves the random numbers that the rest"),
-        "random.seed": (with_pythons_shared_numbers, "moves the random numbers that the rest"),
-        "np.random.seed": (with_numpy, "moves the random numbers that the rest"),
-        "masks": (masks, "a mask of True and False"),
+        "torch.manual_seed": (
+            split_by(lambda count, seed: torch.randperm(count, generator=torch.manual_seed(seed))),
+            SHARED,
+        ),
+        "random.seed": (split_by(with_pythons_shared_numbers), SHARED),
+        "np.random.seed": (split_by(with_numpy), SHARED),
+        "masks": (lambda count, *_: (torch.arange(count) > 20, torch.arange(count) < 21), "a mask of True and False"),
         "floats": (lambda *numbers: [part.float() for part in split_well(*numbers)], "one is float32"),
         "one part": (lambda *numbers: split_well(*numbers)[0], "return training, validation"),
     },
@@ -409,29 +266,55 @@ WRONG = {
         "one for each class": (lambda c: -torch.full((c,), 1 / c).log(), "one number is wanted"),
     },
     "sound_model": {
-        "the notebook's": (BothFaults, "None reaches vit_encoder.embedding.patch_embedding.weight;"),
-        "patches cut off": (CutOff, "None reaches vit_encoder.embedding.patch_embedding.weight;"),
-        "the top left patch only": (
-            TopLeftPatchOnly,
-            "Only 2 of the 17 rows of vit_encoder",
+        "the notebook's": (
+            changed(embed=lambda self, x: Small.embed(self, x)[:, :1], head=dropped),
+            "None reaches vit_encoder.embedding.patch_embedding.weight;",
         ),
-        "the last patch left out": (PatchLeftOut, "Only 16 of the 17 rows"),
-        "tokens tampered with": (SquaredTokens, "not the logits of equations 1 to 4"),
-        "the first block twice": (BlockTwice, "not the logits of equations 1 to 4"),
-        "a patch in place of CLS": (AnotherToken, "not the logits of equations 1 to 4"),
-        "no negative logits": (PositiveLogits, "not the logits of equations 1 to 4"),
-        "dropout always on": (DropoutAlwaysOn, "do two eval passes agree? No"),
-        "CLS detached": (Detached, "vit_encoder.embedding.position_embedding and 27 others; somewhere"),
+        "the top left patch only": (
+            changed(embed=lambda self, x: Small.embed(self, x)[:, :2]),
+            "Only 2 of the 17 rows",
+        ),
+        "the last patch left out": (
+            changed(embed=lambda self, x: Small.embed(self, x)[:, :-1]),
+            "Only 16 of the 17 rows",
+        ),
+        "tokens tampered with": (changed(embed=lambda self, x: Small.embed(self, x).square()), EQUATIONS),
+        "the first block twice": (
+            changed(encode=lambda self, x: Small.encode(self, self.vit_encoder.encoder[0](x)[0])),
+            EQUATIONS,
+        ),
+        "a patch in place of CLS": (changed(head=lambda self, x: Small.head(self, x[:, 1:])), EQUATIONS),
+        "no negative logits": (changed(head=lambda self, x: Small.head(self, x).relu()), EQUATIONS),
+        "dropout always on": (changed(head=dropped), "do two eval passes agree? No"),
+        "CLS detached": (
+            changed(head=lambda self, x: Small.head(self, x.detach())),
+            "vit_encoder.embedding.position_embedding and 27 others; somewhere",
+        ),
         "no gradients": (WithoutGradients, "do gradients reach every parameter? They reach none"),
-        "the last layer left out": (LayerLeftOut, "None reaches vit_encoder.encoder.1.attention.qkv.weight"),
-        "the first image's logits": (FirstImageForAll, "do different images give different logits?"),
-        "the batch's own statistics": (OwnStatistics, "is each image on its own? No"),
-        "attention across the batch": (AcrossTheBatch, "is each image on its own? No"),
-        "the head starts too large": (LargeHead, "is the first loss near ln C?"),
-        "probabilities": (Probabilities, "cross-entropy applies the softmax itself"),
-        "always 10 classes": (lambda c: Small(10), "one logit for each class? The logits are [13, 10]"),
+        "the last layer left out": (
+            changed(encode=lambda self, x: Small.encode(self, x, slice(-1))),
+            "None reaches vit_encoder.encoder.1.attention.qkv.weight",
+        ),
+        "the first image's logits": (
+            changed(head=lambda self, x: Small.head(self, x[:1]).expand(len(x), -1)),
+            "do different images give different logits?",
+        ),
+        "the batch's own statistics": (
+            changed(embed=lambda self, x: Small.embed(self, (x - x.mean(0)) / x.std(0))),
+            "is each image on its own? No",
+        ),
+        "attention across the batch": (changed(encode=across_the_batch), "is each image on its own? No"),
+        "the head starts too large": (
+            started(lambda head: nn.init.normal_(head.weight)),
+            "is the first loss near ln C?",
+        ),
+        "probabilities": (changed(head=lambda self, x: Small.head(self, x).softmax(1)), "applies the softmax itself"),
         "always 13 classes": (lambda c: Small(13), "one logit for each class?"),
-        "all tokens classified": (EveryToken, "should be [B, num_classes] = [13, 13]"),
+        "all tokens classified": (
+            changed(head=lambda self, x: self.linear_classifier(x)),
+            "should be [B, num_classes] = [13, 13]",
+        ),
+        "always 10 classes": (lambda c: Small(10), "one logit for each class? The logits are [13, 10]"),
         "no model": (lambda c: Small, "should return a model, but a type came back"),
     },
     "top1": {
@@ -456,14 +339,20 @@ WRONG = {
     },
     "evaluation": {
         "only the model": (lambda model, images: model(images), "dropout is still on"),
-        "no eval()": (evaluate_without_gradients_only, "dropout is still on"),
+        "no eval()": (torch.no_grad()(lambda model, images: model(images)), "dropout is still on"),
         "with gradients": (evaluate_with_gradients, "gradients are recorded"),
-        "detached too late": (evaluate_with_gradients_and_detach, "gradients are recorded"),
-        "left in eval mode": (evaluate_and_forget_mode, "left in eval mode"),
-        "always to train mode": (evaluate_and_always_train, "goes out in train mode"),
-        "gradients off for good": (evaluate_and_switch_off, "gradients stay switched off"),
-        "frozen for good": (evaluate_and_freeze, "your function changes the model"),
-        "gradients thrown away": (evaluate_and_clear, "your function changes the model"),
+        "detached too late": (lambda *given: evaluate_with_gradients(*given).detach(), "gradients are recorded"),
+        "left in eval mode": (torch.no_grad()(lambda model, images: model.eval()(images)), "left in eval mode"),
+        "always to train mode": (torch.no_grad()(evaluate_with_gradients), "goes out in train mode"),
+        "gradients off for good": (
+            evaluate_after(lambda _: torch.set_grad_enabled(False)),
+            "gradients stay switched off",
+        ),
+        "frozen for good": (
+            evaluate_after(lambda model: model.requires_grad_(False)),
+            "your function changes the model",
+        ),
+        "gradients thrown away": (evaluate_after(lambda model: model.zero_grad()), "your function changes the model"),
         "a softmax on top": (lambda model, images: evaluate_well(model, images).softmax(1), "not the logits of the"),
     },
 }
