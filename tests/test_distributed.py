@@ -15,7 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
-from test_resume import ALL_AT_ONCE, TINY, before_call, colours, contents, differences, print_steps
+from test_resume import ALL_AT_ONCE, TINY, colours, contents, differences, kill_before, print_steps
 from torch import distributed
 
 from vitlib.__main__ import main
@@ -57,7 +57,8 @@ def train_together(run_dir, options, killed, step):
     PRESETS["tiny"] = TINY
     stages.ResumeFile = functools.partial(ResumeFile, minutes=0)
     print_steps()
-    before_call(Trainer, "augment", step if os.environ["RANK"] == str(killed) else 0)
+    if os.environ["RANK"] == str(killed):
+        kill_before(step, Trainer, "augment")
     assert init_distributed("cpu") == "cpu"
     # every process in a folder of its own, if it writes
     trained = train(Path(run_dir) if current_context().is_first else Path(run_dir) / "other", **options)
@@ -74,22 +75,15 @@ def together(run_dir: Path, killed: int | None = None, step: int = 0, count: int
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_PORT": str(port)}
+    size = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = [
         children.start(
-            train_together,
-            run_dir,
-            options,
-            killed,
-            step,
-            log=log_of(run_dir, rank),
-            **environment,
-            MASTER_ADDR="127.0.0.1",
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-        )  # fmt: skip
+            train_together, run_dir, options, killed, step, log=log_of(run_dir, rank),
+            RANK=str(rank), LOCAL_RANK=str(rank), **size, **address,
+        )
         for rank in range(count)
-    ]
+    ]  # fmt: skip
     for process in processes:
         process.join(300)
     return [process.exitcode for process in processes]
@@ -105,8 +99,7 @@ def curve(history: dict) -> list[float]:
     return [step["loss"] for step in history["steps"]] + [epoch[name] for epoch in history["epochs"] for name in names]
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 5])
-@pytest.mark.parametrize("size", [0, 1, 2, 7, 16])
+@pytest.mark.parametrize("count, size", [(1, 7), (3, 16), (5, 2), (2, 0)])
 def test_the_shares_in_a_row_are_the_batch_and_as_even_as_can_be(count, size):
     shares = [DistributedContext(rank, count).shard(torch.arange(size)) for rank in range(count)]
     assert torch.equal(torch.cat(shares), torch.arange(size))
@@ -135,12 +128,7 @@ def launched(monkeypatch):
 
 @pytest.mark.parametrize(
     "device, gpus, own, calls",
-    [
-        ("auto", 0, "cpu", ["gloo"]),
-        ("cpu", 8, "cpu", ["gloo"]),
-        ("auto", 8, "cuda:2", [2, "nccl"]),
-        ("cuda", 4, "cuda:2", [2, "nccl"]),
-    ],
+    [("auto", 0, "cpu", ["gloo"]), ("cpu", 8, "cpu", ["gloo"]), ("auto", 4, "cuda:2", [2, "nccl"])],
 )
 def test_the_processes_of_a_machine_take_its_gpus_in_turn(launched, device, gpus, own, calls):
     launched.gpus = gpus
@@ -151,23 +139,19 @@ def test_the_processes_of_a_machine_take_its_gpus_in_turn(launched, device, gpus
     "device, gpus, words",
     [
         ("auto", 3, "nproc-per-node=4 is more than the 3 GPUs of this machine; start one process per GPU"),
-        ("cuda", 0, "nproc-per-node=4 is more than the 0 GPUs"),
         ("cuda:0", 8, "device='cuda:0' is one device for 4 processes; give auto, cuda or cpu"),
-        ("mps", 0, "device='mps' is one device for 4 processes; give auto, cuda or cpu"),
     ],
 )
 def test_processes_without_a_device_of_their_own_are_refused(launched, device, gpus, words):
     launched.gpus = gpus
-    with pytest.raises(ValueError, match=words) as error:
+    with pytest.raises(ValueError, match=words):
         init_distributed(device)
-    assert launched.calls == [] and "\n" not in str(error.value) and str(error.value).endswith(".")
+    assert launched.calls == []
 
 
 def test_a_process_on_its_own_joins_nobody(launched, monkeypatch):
     monkeypatch.delenv("LOCAL_RANK")
-    for device in ("auto", "cpu", "cuda:1", "mps"):
-        assert init_distributed(device) == device
-    assert launched.calls == []
+    assert [init_distributed(device) for device in ("auto", "cuda:1")] == ["auto", "cuda:1"] and launched.calls == []
     end_distributed()
 
 
@@ -226,12 +210,12 @@ def folder(tmp_path) -> Path:
 
 DIES_IN_THE_SECOND_EPOCH = """
 import os
-from test_resume import before_call
+from test_resume import kill_before
 from vitlib.__main__ import main
 from vitlib.training.trainer import Trainer
 
 if os.environ["RANK"] == "1":
-    before_call(Trainer, "augment", 5)  # not the 4th: the other one may still be writing what the first epoch has left
+    kill_before(5, Trainer, "augment")  # not the 4th: the other one may still be writing the files of the first epoch
 main(prog_name="python -m vitlib")
 """
 

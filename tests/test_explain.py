@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from vitlib import explain
-from vitlib.data.shapes import draw_shapes
 from vitlib.explain import position_similarity, query_attention, with_temperature
 from vitlib.model import ViTModel
 
@@ -28,76 +27,29 @@ def random_attention(*shape):
 
 
 def test_position_similarity_is_the_cosine_of_each_pair_of_patches():
-    positions = torch.randn(1, 10, 7)
+    positions = torch.randn(1, 10, 7, requires_grad=True)
     similarity = position_similarity(positions)
-    assert similarity.shape == (3, 3, 3, 3)
+    assert similarity.shape == (3, 3, 3, 3) and not similarity.requires_grad
     first, second = positions[0, 1 + 2 * 3 + 1], positions[0, 1 + 0 * 3 + 2]  # rows 2 and 0, columns 1 and 2
     cosine = first @ second / (first.norm() * second.norm())
     assert similarity[2, 1, 0, 2].item() == pytest.approx(cosine.item(), abs=1e-6)
-    assert torch.allclose(similarity.flatten(0, 1).flatten(1), similarity.flatten(0, 1).flatten(1).T)
-
-
-def test_position_similarity_of_a_patch_with_itself_is_one_whatever_its_length():
-    similarity = position_similarity(100 * torch.randn(1, 17, 8)).flatten(0, 1).flatten(1)
-    assert torch.allclose(similarity.diagonal(), torch.ones(16))
-
-
-def test_position_similarity_does_not_depend_on_cls():
-    positions = torch.randn(1, 10, 7)
-    changed = positions.clone()
-    changed[:, 0] += 5
-    assert torch.equal(position_similarity(positions), position_similarity(changed))
-
-
-def test_position_similarity_carries_no_gradient():
-    assert not position_similarity(torch.randn(1, 5, 3, requires_grad=True)).requires_grad
 
 
 def test_query_attention_lays_the_row_of_the_query_out_as_the_image_is():
-    weights = torch.randn(10, 10).softmax(dim=-1)
+    weights = torch.randn(10, 10, requires_grad=True).softmax(dim=-1)
     cls_share, shares = query_attention(weights, 4)
     assert cls_share == weights[4, 0].item()
-    assert shares.shape == (3, 3)
-    for row in range(3):
-        for column in range(3):
-            assert shares[row, column] == weights[4, 1 + row * 3 + column]
+    assert shares.shape == (3, 3) and shares[1, 2] == weights[4, 1 + 1 * 3 + 2] and not shares.requires_grad
 
 
-def test_query_attention_keeps_the_whole_of_the_row():
-    cls_share, shares = query_attention(torch.randn(17, 17).softmax(dim=-1), 0)
-    assert cls_share + shares.sum().item() == pytest.approx(1, abs=1e-6)
-
-
-def test_query_attention_carries_no_gradient():
-    _, shares = query_attention(torch.randn(5, 5, requires_grad=True), 1)
-    assert not shares.requires_grad
-
-
-def test_a_query_that_is_not_a_token_is_refused():
-    for query in (-1, 10):
-        with pytest.raises(ValueError, match=rf"query={query} is not a token; choose one from 0 \(CLS\) to 9"):
-            query_attention(torch.eye(10), query)
-
-
-@pytest.mark.parametrize("temperature", [0.25, 0.5, 1, 2, 4])
+@pytest.mark.parametrize("temperature", [0.25, 1, 4])
 def test_with_temperature_is_the_softmax_of_the_divided_scores(temperature):
     scores = 3 * torch.randn(2, 4, 17, 17)
     given = with_temperature(scores.softmax(dim=-1), temperature)
     assert torch.allclose(given, (scores / temperature).softmax(dim=-1), atol=1e-6)
 
 
-def test_temperature_1_changes_nothing():
-    weights = torch.randn(5, 17).softmax(dim=-1)
-    assert torch.allclose(with_temperature(weights, 1), weights, atol=1e-6)
-
-
-def test_a_small_temperature_leaves_all_to_the_largest_share_and_a_large_one_makes_all_alike():
-    weights = torch.tensor([[0.2, 0.5, 0.3], [0.1, 0.1, 0.8]])
-    assert torch.allclose(with_temperature(weights, 0.01), torch.tensor([[0.0, 1, 0], [0, 0, 1]]), atol=1e-6)
-    assert torch.allclose(with_temperature(weights, 1e6), torch.full((2, 3), 1 / 3), atol=1e-5)
-
-
-@pytest.mark.parametrize("temperature", [0.25, 1, 4])
+@pytest.mark.parametrize("temperature", [0.25, 4])
 def test_a_share_of_zero_stays_zero_at_any_temperature(temperature):
     weights = torch.tensor([[0.0, 1.0, 0.0], [0.4, 0.0, 0.6]])  # as behind a mask
     given = with_temperature(weights, temperature)
@@ -105,18 +57,27 @@ def test_a_share_of_zero_stays_zero_at_any_temperature(temperature):
     assert torch.allclose(given.sum(dim=-1), torch.ones(2))
 
 
-@pytest.mark.parametrize("temperature", [0, -1, math.nan])
-def test_a_temperature_has_to_be_above_zero(temperature):
-    with pytest.raises(ValueError, match=f"temperature={temperature} is not above 0"):
-        with_temperature(torch.eye(3), temperature)
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: query_attention(torch.eye(10), -1), r"query=-1 is not a token; choose one from 0 \(CLS\) to 9"),
+        (lambda: query_attention(torch.eye(10), 10), "query=10 is not a token"),
+        (lambda: with_temperature(torch.eye(3), 0), "temperature=0 is not above 0"),
+        (lambda: with_temperature(torch.eye(3), math.nan), "temperature=nan is not above 0"),
+        (lambda: explain.delete_patches(torch.zeros(1, 3, 6, 6), torch.rand(1, 9), -1), "count=-1 is not possible"),
+        (lambda: explain.delete_patches(torch.zeros(1, 3, 6, 6), torch.rand(1, 9), 10), "count=10 .* with 9 patches"),
+    ],
+)
+def test_what_would_silently_give_something_else_is_refused(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
 
 
 def test_attention_of_is_the_models_attention_however_it_is_cut_into_batches(model):
     images = torch.randn(7, 3, 8, 8)
     attention = explain.attention_of(model, images, batch=3)
-    assert attention.shape == (3, 7, 2, 17, 17) and not attention.requires_grad
-    assert torch.allclose(attention, model.intermediates(images)["attention"], atol=1e-5)
-    assert torch.allclose(attention.sum(-1), torch.ones(3, 7, 2, 17))
+    assert not attention.requires_grad
+    torch.testing.assert_close(attention, model.intermediates(images)["attention"], rtol=0, atol=1e-5)
 
 
 def test_attention_distance_by_hand():
@@ -131,25 +92,10 @@ def test_attention_distance_by_hand():
     assert distance[0].tolist() == pytest.approx([0, 2 * math.sqrt(2)])
 
 
-def test_attention_distance_of_even_attention_is_the_mean_distance_of_patches():
-    even = torch.full((2, 3, 4, 17, 17), 1 / 17)
-    by_hand = [math.dist((a // 4, a % 4), (b // 4, b % 4)) for a in range(16) for b in range(16)]
-    assert torch.allclose(explain.attention_distance(even, 5), torch.tensor(5 * sum(by_hand) / 256))
-
-
 def test_rollout_multiplies_half_residual_half_attention_layer_by_layer():
     attention = random_attention(2, 1, 3, 4, 4)
     first, second = ((attention[layer, 0].mean(0) + torch.eye(4)) / 2 for layer in (0, 1))
     assert torch.allclose(explain.rollout(attention)[0], second @ first, atol=1e-6)
-
-
-def test_rows_of_a_rollout_sum_to_one():
-    assert torch.allclose(explain.rollout(random_attention(6, 3, 2, 10, 10)).sum(-1), torch.ones(3, 10))
-
-
-def test_rollout_through_layers_that_look_at_themselves_changes_nothing():
-    attention = torch.eye(5).expand(4, 2, 3, 5, 5)
-    assert torch.equal(explain.rollout(attention), torch.eye(5).expand(2, 5, 5))
 
 
 def test_the_most_relevant_patches_are_deleted_and_no_others():
@@ -163,12 +109,6 @@ def test_the_most_relevant_patches_are_deleted_and_no_others():
     assert torch.equal(deleted, right)
     assert torch.equal(explain.delete_patches(images, relevance, 0), images)
     assert not explain.delete_patches(images, relevance, 9).any()
-
-
-def test_impossible_deletions_are_refused():
-    for count in (-1, 10):
-        with pytest.raises(ValueError, match=f"count={count} is not possible with 9 patches"):
-            explain.delete_patches(torch.zeros(1, 3, 6, 6), torch.rand(1, 9), count)
 
 
 def test_a_deletion_curve_starts_at_the_models_own_confidence_and_ends_at_the_empty_image(model):
@@ -205,11 +145,6 @@ def test_the_share_on_the_mask_counts_a_half_covered_patch_half():
     assert explain.share_on_mask(relevance, masks).tolist() == pytest.approx([0.5, 0.875])
 
 
-def test_even_relevance_has_the_share_of_the_image_that_the_object_covers():
-    masks = draw_shapes("shapes100", count=8).masks
-    assert torch.allclose(explain.share_on_mask(torch.ones(8, 64), masks), masks.float().mean((1, 2)))
-
-
 def test_patch_relevance_reads_the_row_that_the_classifier_sees():
     matrix = random_attention(2, 5, 5)
     assert torch.equal(explain.patch_relevance(matrix), matrix[:, 0, 1:])
@@ -241,9 +176,3 @@ def test_middle_relevance_falls_from_the_middle_to_the_corners():
     corner, edge, middle = 0, math.sqrt(2) - 1, math.sqrt(2)
     by_hand = torch.tensor([corner, edge, corner, edge, middle, edge, corner, edge, corner])
     assert torch.allclose(relevance, by_hand.expand(2, -1))
-
-
-def test_the_drawn_shapes_are_found_without_any_model():
-    shapes = draw_shapes("shapes100", count=40)
-    relevance = explain.contrast_relevance(shapes.images / 255, 4)
-    assert explain.share_on_mask(relevance, shapes.masks).mean() > 2 * shapes.masks.float().mean()

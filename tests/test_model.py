@@ -1,7 +1,5 @@
 """The model: its numbers against PyTorch's own transformer, its algebra, its parameter counts, its errors."""
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -110,20 +108,9 @@ def test_explicit_attention_equals_fused_attention(norm_first):
 def test_intermediates_have_the_documented_names_and_shapes():
     shapes = {name: tuple(value.shape) for name, value in tiny().intermediates(torch.randn(3, 3, 8, 8)).items()}
     assert shapes == {
-        "embeddings": (3, 5, 16),
-        "tokens": (2, 3, 5, 16),
-        "attention": (2, 3, 4, 5, 5),
-        "encoded": (3, 5, 16),
+        "embeddings": (3, 5, 16), "tokens": (2, 3, 5, 16), "attention": (2, 3, 4, 5, 5), "encoded": (3, 5, 16),
         "logits": (3, 5),
-    }
-
-
-def test_attention_rows_sum_to_one_over_the_keys():
-    weights = tiny().intermediates(torch.randn(3, 3, 8, 8))["attention"]
-    torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
-    assert (weights.sum(-2) - 1).abs().max() > 1e-3, (
-        "the columns need not sum to 1; if they do, the test proves nothing"
-    )
+    }  # fmt: skip
 
 
 def test_attention_equals_multihead_attention_of_pytorch():
@@ -137,11 +124,6 @@ def test_attention_equals_multihead_attention_of_pytorch():
     torch.testing.assert_close(weights, expected_weights, rtol=0, atol=1e-5)
 
 
-def test_attention_without_positions_is_permutation_equivariant():
-    block, x, order = EncoderBlock(16, 4, 32).eval(), torch.randn(2, 7, 16), torch.randperm(7)
-    torch.testing.assert_close(block(x[:, order])[0], block(x)[0][:, order], rtol=0, atol=1e-5)
-
-
 def test_patch_embedding_equals_a_linear_layer_on_patches():
     embedding = ViTEmbeddings(image_size=8, patch_size=4, em_dim=16, patch_bias=True)
     images = torch.randn(2, 3, 8, 8)
@@ -150,18 +132,16 @@ def test_patch_embedding_equals_a_linear_layer_on_patches():
     torch.testing.assert_close(convolution(images).flatten(2).transpose(1, 2), linear, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("channels, size, patch", [(3, 8, 4), (1, 6, 2), (4, 9, 3), (2, 5, 5), (3, 4, 1)])
+@pytest.mark.parametrize("channels, size, patch", [(3, 8, 4), (1, 9, 3), (2, 5, 5)])
 def test_patchify_and_unpatchify_are_exact_inverses(channels, size, patch):
     images = torch.randn(2, channels, size, size)
     patches = patchify(images, patch)
     assert patches.shape == (2, (size // patch) ** 2, channels * patch**2)
-    assert torch.equal(patches[:, 0], images[:, :, :patch, :patch].flatten(1))
     assert torch.equal(unpatchify(patches, patch, channels), images)
 
 
 def test_patches_are_numbered_row_by_row():
-    image = torch.arange(16.0).view(1, 1, 4, 4)
-    assert patchify(image, 2)[0, :, 0].tolist() == [0, 2, 8, 10]
+    assert patchify(torch.arange(16.0).view(1, 1, 4, 4), 2)[0].tolist()[1:3] == [[2, 3, 6, 7], [8, 9, 12, 13]]
 
 
 PARAMETERS = {
@@ -184,21 +164,15 @@ def test_presets_have_exactly_the_documented_parameters():
     assert {preset for preset, _ in PARAMETERS} == set(PRESETS)
 
 
-def test_the_published_call_works_as_written():
+def test_arguments_and_submodules_keep_the_published_names():
     model = ViTModel(
         num_classes=100, image_size=32, patch_size=4, num_layers=6, num_channels=3, em_dim=256, num_heads=8, ff_dim=512
     )
-    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 100)
+    embedding = {f"vit_encoder.embedding.{name}" for name in ("patch_embedding.weight", "position_embedding")}
+    assert embedding | {"linear_classifier.weight"} <= set(dict(model.named_parameters()))
     with torch.device("meta"):
         default = ViTModel(1000)
     assert count_parameters(default) == 86_567_656 - 768, "ViT-B/16 without the bias of the patch embedding"
-
-
-def test_submodules_keep_the_published_names():
-    names = set(dict(tiny().named_parameters()))
-    for name in ("patch_embedding.weight", "position_embedding", "cls_token"):
-        assert f"vit_encoder.embedding.{name}" in names
-    assert "linear_classifier.weight" in names
 
 
 def test_layers_are_initialised_as_in_the_papers_code():
@@ -216,12 +190,6 @@ def test_layers_are_initialised_as_in_the_papers_code():
             assert set(parameter.unique().tolist()) <= {0.0, 1.0}, name
             continue
         assert parameter.std().item() == pytest.approx(expected, rel=0.15), name
-
-
-def test_first_loss_is_near_that_of_guessing():
-    model = create_model("small", 100, drop=0.0)
-    loss = F.cross_entropy(model(torch.randn(64, 3, 32, 32)), torch.randint(100, (64,)))
-    assert loss.item() == pytest.approx(math.log(100), abs=0.2)
 
 
 # A model that is broken in a way learners' models often are fails one of these by name.
@@ -259,21 +227,6 @@ def repeats_itself_in_eval_mode(model) -> bool:
         return torch.equal(model.eval()(images), model(images))
 
 
-PROPERTIES = [
-    depends_on_its_input,
-    treats_each_image_on_its_own,
-    notices_where_a_patch_stands,
-    gives_every_parameter_a_gradient,
-    repeats_itself_in_eval_mode,
-]
-
-
-@pytest.mark.parametrize("has", PROPERTIES, ids=lambda has: has.__name__)
-@pytest.mark.parametrize("norm_first", [True, False])
-def test_model(has, norm_first):
-    assert has(tiny(norm_first=norm_first, drop=0.1))
-
-
 def broken_ignores_input(model):
     model.vit_encoder.embedding.patch_embedding.weight.data.zero_()
 
@@ -298,6 +251,7 @@ def broken_drops_out_always(model):
     model.vit_encoder.embedding.dropout.forward = lambda x: F.dropout(x, 0.5, training=True)
 
 
+@pytest.mark.parametrize("norm_first", [True, False])
 @pytest.mark.parametrize(
     "break_it, has",
     [
@@ -308,8 +262,8 @@ def broken_drops_out_always(model):
         (broken_drops_out_always, repeats_itself_in_eval_mode),
     ],
 )
-def test_a_broken_model_is_noticed(break_it, has):
-    model = tiny()
+def test_a_property_of_the_model_is_missing_in_a_broken_one(break_it, has, norm_first):
+    model = tiny(norm_first=norm_first, drop=0.1)
     assert has(model)
     break_it(model)
     assert not has(model)
@@ -322,12 +276,7 @@ def test_drop_path_drops_whole_images():
     assert (kept | dropped).all(), "an image is kept or dropped as a whole"
     torch.testing.assert_close(out[kept], x[kept] / 0.75)
     assert kept.float().mean().item() == pytest.approx(0.75, abs=0.03)
-    assert out.mean().item() == pytest.approx(x.mean().item(), rel=0.05)
-
-
-def test_drop_path_does_nothing_in_eval_mode():
-    x = torch.randn(4, 3, 2)
-    assert torch.equal(DropPath(0.9).eval()(x), x) and torch.equal(DropPath(0.0)(x), x)
+    assert torch.equal(drop.eval()(x), x)
 
 
 def test_drop_path_rises_evenly_from_zero():
@@ -341,8 +290,7 @@ def test_drop_path_rises_evenly_from_zero():
 
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_a_dropped_branch_leaves_what_came_in(norm_first):
-    """Pre-norm the block is then the identity, post-norm its two norms alone; about half of all branches are dropped
-    here, attention and MLP each on their own."""
+    """Attention and MLP are dropped independently, so both for about a quarter of the images."""
     block, x = EncoderBlock(16, 4, 32, norm_first=norm_first, drop_path=0.5).train(), torch.randn(400, 5, 16)
     with torch.no_grad():
         untouched = x if norm_first else block.norm2(block.norm1(x))
@@ -352,20 +300,12 @@ def test_a_dropped_branch_leaves_what_came_in(norm_first):
 
 def test_mean_pooling_leaves_cls_out():
     by_cls, by_mean = tiny(), tiny(pooling="mean")
-    assert by_cls.config["pooling"] == "cls" and count_parameters(by_mean) == count_parameters(by_cls)
     by_mean.load_state_dict(by_cls.state_dict())
     images = torch.randn(3, 3, 8, 8)
     tokens = by_cls.vit_encoder(images)
     assert torch.equal(by_cls(images), by_cls.linear_classifier(tokens[:, 0]))
     torch.testing.assert_close(by_mean(images), by_mean.linear_classifier(sum(tokens[:, i] for i in range(1, 5)) / 4))
-    assert not torch.allclose(by_mean(images), by_cls(images), atol=1e-2)
     torch.testing.assert_close(by_mean.intermediates(images)["logits"], by_mean(images), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("changes", [{"drop_path": 0.2}, {"pooling": "mean"}], ids=str)
-def test_options_of_training_have_no_parameters(changes):
-    with torch.device("meta"):
-        assert count_parameters(create_model("small", 100, **changes)) == 3_218_020
 
 
 def test_attention_in_bfloat16_on_a_cpu_is_written_out(monkeypatch):
@@ -393,19 +333,14 @@ def test_dropout_of_attention_keeps_the_mean():
     torch.testing.assert_close(mean.mean(0), expected.float(), rtol=0, atol=0.06)
 
 
-def test_interpolation_keeps_cls_and_the_same_size():
-    positions = torch.randn(1, 1 + 16, 8)
-    assert torch.equal(interpolate_positions(positions, 4), positions)
-    larger = interpolate_positions(positions, 6)
-    assert larger.shape == (1, 1 + 36, 8)
-    assert torch.equal(larger[:, 0], positions[:, 0])
-
-
-def test_interpolation_of_a_ramp_stays_a_ramp():
+def test_interpolation_keeps_cls_and_a_ramp_stays_a_ramp():
     ramp = torch.arange(4.0).repeat(4)[None, :, None]  # the column number, at every patch of a 4x4 grid
-    grid = interpolate_positions(torch.cat([torch.zeros(1, 1, 1), ramp], 1), 8)[0, 1:, 0].view(8, 8)
+    positions = torch.cat([torch.full((1, 1, 1), 9.0), ramp], 1)
+    assert torch.equal(interpolate_positions(positions, 4), positions)
+    larger = interpolate_positions(positions, 8)
+    grid = larger[0, 1:, 0].view(8, 8)
     torch.testing.assert_close(grid, grid[:1].expand(8, 8))
-    assert (grid[0].diff() > 0).all()
+    assert (grid[0].diff() > 0).all() and larger[0, 0, 0] == 9
 
 
 def test_without_classes_the_model_returns_features():
@@ -437,43 +372,21 @@ def test_norm_eps_reaches_every_layer_norm():
     assert {post.vit_encoder.encoder[0].norm1.eps, post.vit_encoder.layernorm.eps} == {1e-5, 1e-6}
 
 
-def test_the_largest_model_costs_no_memory_on_the_meta_device():
-    with torch.device("meta"):
-        model = create_model("H/14", 1000)
-    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
-    assert model(torch.empty(2, 3, 224, 224, device="meta")).shape == (2, 1000)
-
-
 @pytest.mark.parametrize(
-    "changes, words",
+    "call, words",
     [
-        ({"image_size": 30}, "image_size=30 is not a multiple of patch_size=4"),
-        ({"em_dim": 18}, "em_dim=18 is not a multiple of num_heads=4"),
-        ({"pooling": "max"}, "pooling='max' is not known; choose cls or mean"),
+        (lambda: tiny(image_size=30), "image_size=30 is not a multiple of patch_size=4; choose"),
+        (lambda: tiny(em_dim=18), "em_dim=18 is not a multiple of num_heads=4; choose"),
+        (lambda: tiny(pooling="max"), "pooling='max' is not known; choose cls or mean"),
+        (lambda: create_model("huge", 10), "preset='huge' is not known; choose one of mini, small, Ti/16.*H/14"),
+        (lambda: patchify(torch.randn(1, 3, 8, 8), 3), "8x8 pixels cannot be cut into patches of 3; choose"),
+        (lambda: tiny()(torch.randn(2, 3, 8, 4)), r"\[B, 3, 8, 8\], not \[2, 3, 8, 4\]; resize"),
+        (lambda: tiny()(torch.randn(3, 8, 8)), r"\[B, 3, 8, 8\], not \[3, 8, 8\]"),
+        (lambda: tiny()(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)), "torch.float32, not torch.uint8; normalise"),
+        (lambda: tiny()(torch.zeros(1, 3, 8, 8).double()), "torch.float32, not torch.float64"),
     ],
 )
-def test_sizes_that_do_not_divide_are_refused(changes, words):
-    with pytest.raises(ValueError, match=words):
-        ViTModel(**{"num_classes": 5, **TINY, **changes})
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 16, 16), (2, 1, 8, 8), (3, 8, 8), (2, 3, 8, 4)])
-def test_images_of_another_shape_are_refused(shape):
-    with pytest.raises(ValueError, match=r"\[B, 3, 8, 8\], not \["):
-        tiny()(torch.randn(shape))
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float64, torch.bfloat16])
-def test_images_of_another_dtype_are_refused(dtype):
-    with pytest.raises(ValueError, match=f"torch.float32, not {dtype}; normalise"):
-        tiny()(torch.zeros(1, 3, 8, 8, dtype=dtype))
-
-
-def test_an_unknown_preset_lists_the_known_ones():
-    with pytest.raises(ValueError, match="preset='huge'.*mini, small, Ti/16.*H/14"):
-        create_model("huge", 10)
-
-
-def test_images_that_patches_do_not_fill_are_refused():
-    with pytest.raises(ValueError, match="8x8 pixels cannot be cut into patches of 3"):
-        patchify(torch.randn(1, 3, 8, 8), 3)
+def test_what_does_not_fit_is_refused_in_one_sentence(call, words):
+    with pytest.raises(ValueError, match=words) as error:
+        call()
+    assert "\n" not in str(error.value)

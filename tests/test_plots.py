@@ -28,8 +28,7 @@ FIGURES = {  # each kind, with arguments that make it draw all it can
     "heatmap in colours": lambda: plots.heatmap(torch.randn(30, 30), title="colours", label="value", cuts=[10]),
     "heatmap of tiles": lambda: plots.heatmap(torch.rand(3, 3, 3, 3), range(3), range(3), title="tiles"),
     "lines": lambda: plots.lines(
-        [1, 2, 3], {"a": [1, 4, 9], "b": [3, 2]}, "epoch", "loss", "a walk", bands={"a": ([0, 3, 8], [2, 5, 10])},
-        reference={"chance": 0.5}, read_at=2,
+        [1, 2, 3], {"a": [1, 4, 9], "b": [3, 2]}, "epoch", "loss", "a walk", reference={"chance": 0.5}, read_at=2
     ),
     "dots": lambda: plots.dots(
         {"ours": [0.5, 0.6], "theirs": [0.3]}, "accuracy", "arms", reference={"chance": 0.1}, percent=True
@@ -58,16 +57,10 @@ def test_a_figure_has_a_title_fits_the_page_and_is_legible(name):
     assert dict(plt.rcParams) == before and plt.get_fignums() == [], "nothing is left behind"
     assert figure.get_suptitle() or any(ax.get_title() for ax in figure.axes)
     assert figure.get_figwidth() <= plots.WIDEST, "the page would make it smaller"
-    on_screen = figure.dpi / 96  # a screen counts 96 pixels to the inch
+    on_screen = figure.dpi / 96  # a screen has 96 pixels to the inch
     assert not [text.get_text() for text in shown_texts(figure) if text.get_fontsize() * on_screen < 10]
-
-
-@pytest.mark.parametrize("name", FIGURES)
-def test_no_word_leaves_the_figure(name):
-    figure = FIGURES[name]()
-    figure.draw_without_rendering()
     drawn, page = figure.get_tightbbox(), figure.bbox_inches.padded(0.02)
-    assert page.contains(*drawn.p0) and page.contains(*drawn.p1)
+    assert page.contains(*drawn.p0) and page.contains(*drawn.p1), "a word leaves the figure"
 
 
 def test_a_figure_is_shown_with_its_alternative_text():
@@ -80,34 +73,29 @@ def test_a_figure_is_shown_with_its_alternative_text():
 
 
 def test_pictures_and_maps_stand_under_their_titles():
-    figure = plots.image_grid([*IMAGES[:3], *MAPS[:2]], list("abcde"), columns=3, rows=["image", "map"])
+    frames = {1: (4, 8, 3)}
+    figure = plots.image_grid([*IMAGES[:3], *MAPS[:2]], list("abcde"), columns=3, rows=["image", "map"], frames=frames)
     first, second, third, fourth, _, empty = figure.axes
     assert np.array_equal(drawn(second), IMAGES[1].permute(1, 2, 0)) and second.get_title() == "b"
     assert np.array_equal(drawn(fourth), MAPS[0]) and fourth.get_title() == "d"
     assert fourth.images[0].get_clim() == (0, pytest.approx(MAPS[0].max().item()))
     assert (first.get_ylabel(), fourth.get_ylabel()) == ("image", "map") and not empty.images
     assert not third.get_xticks().size
-
-
-def test_grey_pictures_and_limited_maps_share_a_scale():
-    grey, map_ = plots.image_grid([IMAGES[0, :1], MAPS[0]], limit=2).axes
-    assert np.array_equal(drawn(grey), IMAGES[0, 0]) and grey.images[0].get_cmap().name == "gray"
-    assert grey.images[0].get_clim() == (0, 255) and map_.images[0].get_clim() == (0, 2)
-
-
-def test_a_frame_outlines_the_pixels_it_names():
-    (frame,) = plots.image_grid(IMAGES[:1], frames={0: (4, 8, 3)}).axes[0].patches
+    (frame,) = second.patches
     assert frame.get_xy() == (7.5, 3.5) and (frame.get_width(), frame.get_height()) == (3, 3)
 
 
-@pytest.mark.parametrize(("patch_size", "patches"), [(4, 9), (3, 16)])
-def test_patches_are_numbered_and_their_cost_is_said(patch_size, patches):
-    ax = plots.patch_grid(IMAGES[0], patch_size).axes[0]
-    assert [text.get_text() for text in ax.texts] == [str(number) for number in range(patches)]
-    row, column = divmod(patches - 2, 12 // patch_size)
-    at = ((column + 0.5) * patch_size - 0.5, (row + 0.5) * patch_size - 0.5)
-    assert ax.texts[-2].get_position() == at
-    assert f"{patches} patches\n{3 * patch_size**2} numbers per patch, N² = {patches**2:,}" in ax.get_title()
+def test_grey_pictures_are_drawn_from_black_to_white():
+    (grey,) = plots.image_grid([IMAGES[0, :1]]).axes
+    assert np.array_equal(drawn(grey), IMAGES[0, 0]) and grey.images[0].get_cmap().name == "gray"
+    assert grey.images[0].get_clim() == (0, 255)
+
+
+def test_patches_are_numbered_and_their_cost_is_said():
+    ax = plots.patch_grid(IMAGES[0], 3).axes[0]
+    assert [text.get_text() for text in ax.texts] == [str(number) for number in range(16)]
+    assert ax.texts[6].get_position() == (2.5 * 3 - 0.5, 1.5 * 3 - 0.5), "the third patch of the second row"
+    assert "16 patches\n27 numbers per patch, N² = 256" in ax.get_title()
     assert plots.patch_grid(IMAGES[0], 3, "mine").axes[0].get_title() == "mine"
     assert not plots.patch_grid(torch.zeros(3, 26, 26, dtype=torch.uint8), 2).axes[0].texts, "no room"
 
@@ -130,11 +118,8 @@ def test_a_large_matrix_has_a_scale_named_places_and_cuts():
     low, high = ax.images[0].get_clim()
     assert low == -high and ax.images[0].get_cmap().name == "PuOr", "0 is white"
     assert ax.lines[0].get_xdata()[0] == 15.5
-
-
-def test_limits_set_the_ends_of_the_scale_from_dark_to_bright():
-    image = plots.heatmap(torch.randn(4, 4), limits=(-0.6, 0.6), frame=(3, 1)).axes[0].images[0]
-    assert image.get_clim() == (-0.6, 0.6) and image.get_cmap().name == "viridis"
+    limited = plots.heatmap(torch.randn(4, 4), limits=(-0.6, 0.6)).axes[0].images[0]
+    assert limited.get_clim() == (-0.6, 0.6) and limited.get_cmap().name == "viridis"
 
 
 def test_tiles_stand_where_their_patch_stands():
@@ -147,18 +132,17 @@ def test_tiles_stand_where_their_patch_stands():
 
 
 def test_lines_draw_every_curve_by_name():
-    ax = plots.lines([1, 2, 3], {"a": [1, 4, 9], "b": [3, 2]}, "time", "place", ylim=(0, 10)).axes[0]
-    first, second = ax.lines
+    look = {"reference": {"chance": 0.5}, "ylim": (0, 10)}
+    ax = plots.lines([1, 2, 3], {"a": [1, 4, 9], "b": [3, 2]}, "time", "place", **look).axes[0]
+    first, second, reference = ax.lines
     assert first.get_xydata().tolist() == [[1, 1], [2, 4], [3, 9]]
     assert second.get_xydata().tolist() == [[1, 3], [2, 2]], "a shorter curve ends earlier"
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
     assert first.get_linestyle() != second.get_linestyle(), "told apart without colours"
     assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_ylim()) == ("time", "place", (0, 10))
-
-
-def test_curves_may_have_places_of_their_own():
+    assert set(reference.get_ydata()) == {0.5} and "chance" in words(ax.figure)
     ax = plots.lines({"a": [1, 2], "b": [5, 6]}, {"a": [0, 1], "b": [2, 3]}, "x", "y").axes[0]
-    assert [line.get_xdata().tolist() for line in ax.lines] == [[1, 2], [5, 6]]
+    assert [line.get_xdata().tolist() for line in ax.lines] == [[1, 2], [5, 6]], "places of their own"
 
 
 def test_several_runs_are_dots_around_their_mean():
@@ -168,13 +152,6 @@ def test_several_runs_are_dots_around_their_mean():
     assert [run.get_ydata().tolist() for run in runs] == [[0.1, 0.5], [0.3, 0.6]]
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["10", "100"]
     assert "50%" in words(ax.figure)
-
-
-def test_a_band_and_a_reference_are_drawn_where_they_are():
-    ax = FIGURES["lines"]().axes[0]
-    corners = ax.collections[0].get_paths()[0].vertices
-    assert corners[:, 1].min() == 0 and corners[:, 1].max() == 10
-    assert [0.5, 0.5] in [list(line.get_ydata()) for line in ax.lines] and "chance" in words(ax.figure)
 
 
 def test_a_reading_says_where_each_curve_is():
@@ -191,12 +168,9 @@ def test_dots_show_every_run_the_mean_and_the_range():
     assert runs.get_xdata().tolist() == [0.5, 0.6] and set(mean.get_xdata()) == {0.55}
     assert {"ours", "theirs", "55.0% (50.0% to 60.0%)", "30.0%", "chance"} <= words(figure)
     assert ax.get_ylim()[0] > ax.get_ylim()[1], "the first group on top"
-
-
-def test_groups_of_one_kind_share_a_colour():
     ax = plots.dots({"ViT, 2": [1], "CNN, 2": [2], "ViT, 9": [3]}, "x", kinds=["ViT", "CNN", "ViT"]).axes[0]
     vit, cnn, other = (line.get_color() for line in ax.lines[::2])
-    assert vit == other != cnn
+    assert vit == other != cnn, "groups of one kind share a colour"
 
 
 def test_cost_bars_add_up_to_the_totals():

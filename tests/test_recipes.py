@@ -62,24 +62,18 @@ def test_rates_of_head_positions_and_layers_multiply():
     assert found["vit_encoder.embedding.cls_token"] == pytest.approx(0.1 * 5 / 16)
     assert found["vit_encoder.embedding.position_embedding"] == pytest.approx(0.1 * 5 / 16)
     assert found["vit_encoder.embedding.patch_embedding.weight"] == pytest.approx(0.1 / 16)
-    assert found["vit_encoder.layernorm.bias"] == pytest.approx(0.1)
-
-
-def test_without_decay_or_factors_all_rates_are_one():
     assert set(rates(PLAIN).values()) == {1.0}
 
 
-def test_frozen_parameters_have_no_rate():
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+def test_frozen_parameters_have_no_rate(optimizer):
     model = ViTModel(5, **TINY)
     model.vit_encoder.requires_grad_(False)
-    for optimizer in ("adamw", "sgd", "muon"):
-        found = groups_of(model, replace(PLAIN, optimizer=optimizer, layer_decay=0.5))
-        assert set(found) == {"linear_classifier.weight", "linear_classifier.bias"}
+    found = groups_of(model, replace(PLAIN, optimizer=optimizer, layer_decay=0.5))
+    assert set(found) == {"linear_classifier.weight", "linear_classifier.bias"}
 
 
-@pytest.mark.parametrize(
-    "total, warmup, steps", [(100, 0.1, 10), (100, 0.0, 0), (7, 0.5, 4), (3, 0.1, 0), (10, 1.0, 10)]
-)
+@pytest.mark.parametrize("total, warmup, steps", [(100, 0.1, 10), (3, 0.1, 0), (10, 1.0, 10)])
 def test_the_rate_rises_evenly_and_then_follows_half_a_cosine(total, warmup, steps):
     recipe = replace(PLAIN, schedule="cosine", warmup=warmup)
     for step in range(total):
@@ -147,13 +141,7 @@ def test_recipes_are_found_by_name_and_ones_own_are_given_back():
     assert named_recipe(PLAIN, RECIPES) is PLAIN
 
 
-@pytest.mark.parametrize("known", [RECIPES, FINETUNING], ids=["pretraining", "fine-tuning"])
-def test_every_recipe_of_the_course_can_be_built(known):
-    for name, recipe in known.items():
-        assert build_optimizers(ViTModel(5, **TINY), recipe), name
-        assert rate_factor(recipe, 0, 100) > 0 and 0 <= recipe.ema_decay < 1, name
-
-
-def test_both_stages_know_the_same_recipes():
-    """One parameter of the notebooks names the recipe of both."""
+def test_both_stages_know_the_same_recipes_and_each_can_be_built():
     assert set(RECIPES) == set(FINETUNING)
+    for recipe in (*RECIPES.values(), *FINETUNING.values()):
+        assert build_optimizers(ViTModel(5, **TINY), recipe) and 0 <= recipe.ema_decay < 1

@@ -1,5 +1,6 @@
 """Training: it learns, it is repeatable, it counts its steps, it survives Ctrl-C, it moves only what it should."""
 
+import copy
 import itertools
 import math
 import os
@@ -15,10 +16,10 @@ from vitlib.data.augment import CIFAR10_MEAN, PUBLISHED, Augmentation, mixed_cro
 from vitlib.data.images import LabelledImages, train_validation_split
 from vitlib.model import PRESETS, create_model, interpolate_positions
 from vitlib.training import loop
-from vitlib.training.devices import hardware, resolve_device, resolve_precision
+from vitlib.training.devices import hardware, resolve_precision
 from vitlib.training.history import History
 from vitlib.training.loop import evaluate, fit, predict
-from vitlib.training.recipes import FINETUNING, RECIPES, build_optimizers, rate_factor
+from vitlib.training.recipes import FINETUNING, RECIPES
 from vitlib.training.stages import finetune, pretrain, record_test
 from vitlib.training.trainer import Batch, Trainer, TrainingOptions
 from vitlib.weights.checkpoint import ModelCard, load_checkpoint, transfer_encoder
@@ -62,9 +63,7 @@ def test_same_seed_same_weights_and_another_seed_others():
     assert not torch.equal(weights(first.model), weights(other.model))
 
 
-@pytest.mark.parametrize(
-    "batch_size, limit, steps", [(16, None, 4), (16, 2, 2), (16, 99, 4), (1000, None, 1), (54, None, 1)]
-)
+@pytest.mark.parametrize("batch_size, limit, steps", [(16, None, 4), (16, 2, 2), (1000, None, 1)])
 def test_steps_per_epoch_are_whole_epochs_unless_limited(batch_size, limit, steps):
     """60 images, 6 of which are held out for validation."""
     trained = pretrain(coloured(), **quick(batch_size=batch_size, train_steps_per_epoch=limit))
@@ -74,10 +73,6 @@ def test_steps_per_epoch_are_whole_epochs_unless_limited(batch_size, limit, step
 
 def test_history_records_every_epoch_and_survives_a_round_trip(tmp_path):
     history = pretrain(coloured(), **quick()).history
-    assert set(history.epochs[0]) == {
-        "epoch", "step", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "seconds",
-        "images_per_second",
-    }  # fmt: skip
     mean = sum(step["loss"] * size for step, size in zip(history.steps[:4], (16, 16, 16, 6), strict=True)) / 54
     assert history.epochs[0]["train_loss"] == pytest.approx(mean, rel=1e-5)
     history.save(tmp_path / "h.json")
@@ -98,29 +93,32 @@ def test_best_and_last_weights_are_both_kept(tmp_path, monkeypatch):
     assert History.load(tmp_path / "pretrained-history.json") == trained.history
 
 
-def test_ctrl_c_keeps_the_weights_so_far_and_says_so(tmp_path, monkeypatch, capsys):
-    calls = []
-    augment = Augmentation.apply
+def test_ctrl_c_keeps_the_weights_so_far_and_the_best_ones(tmp_path, monkeypatch, capsys):
+    augment, calls, best = Trainer.augment, [], tmp_path / "pretrained-best.safetensors"
 
     def interrupted(self, *args):
-        calls.append(args)
+        calls.append(best.read_bytes() if best.exists() else None)
         if len(calls) == 7:  # in the middle of the second epoch of four steps
             raise KeyboardInterrupt
         return augment(self, *args)
 
-    monkeypatch.setattr(Augmentation, "apply", interrupted)
+    monkeypatch.setattr(Trainer, "augment", interrupted)
     trained = pretrain(coloured(), **quick(pretrain_epochs=5, run_dir=tmp_path))
     assert trained.history.interrupted and len(trained.history.epochs) == 1
     assert "Stopped by Ctrl-C in epoch 2" in capsys.readouterr().out
     saved, _ = load_checkpoint(tmp_path / "pretrained.safetensors")
     assert torch.equal(weights(saved), weights(trained.model))
+    assert best.read_bytes() == calls[-1], "the weights of an unfinished epoch were never validated"
 
 
 def test_card_describes_what_was_done():
-    card = pretrain(coloured(), **quick(source="colours", seed=4)).card
+    card = pretrain(coloured(), **quick(source="colours", seed=4, validation_fraction=0.2)).card
     assert card.classes == ("red", "green", "blue") and card.preset == "tiny"
-    assert card.record["source"] == "colours" and card.record["seed"] == 4 and card.record["batch_size"] == 16
-    assert card.record["recipe"]["optimizer"] == "adamw" and "torch" in card.record["versions"]
+    record = card.record
+    assert record["source"] == "colours" and record["seed"] == 4 and record["batch_size"] == 16
+    assert record["recipe"]["optimizer"] == "adamw" and "torch" in record["versions"]
+    assert (record["train_images"], record["validation_images"], record["processes"]) == (48, 12, 1)
+    assert record["hardware"] == hardware(torch.device("cpu")) and "threads" in record["hardware"]
 
 
 def test_modern_measures_its_normalisation_and_published_uses_cifar10s():
@@ -133,48 +131,19 @@ def test_published_recipe_is_the_published_system():
     recipe = RECIPES["published"]
     assert (recipe.optimizer, recipe.learning_rate, recipe.momentum, recipe.weight_decay) == ("sgd", 0.01, 0.9, 1e-4)
     assert recipe.schedule == "constant" and recipe.augmentation == PUBLISHED and recipe.drop == 0.1
-    (optimizer,) = build_optimizers(create_model("small", 100), recipe)
-    assert len(optimizer.param_groups) == 1 and isinstance(optimizer, torch.optim.SGD)
     assert FINETUNING["published"] == recipe
 
 
-def test_adamw_decays_matrices_only_and_the_head_has_its_own_rate():
-    model = create_model("small", 10)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    (optimizer,) = build_optimizers(model, replace(RECIPES["modern"], head_rate=10.0, position_rate=1.0))
-    seen = set()
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            name = names[id(parameter)]
-            seen.add(name)
-            plain = name.endswith("bias") or "norm" in name or name.endswith(("cls_token", "position_embedding"))
-            assert group["weight_decay"] == (0 if plain else RECIPES["modern"].weight_decay), name
-            factor = 10 if name.startswith("linear_classifier") else 1
-            assert group["lr"] == pytest.approx(factor * RECIPES["modern"].learning_rate), name
-    assert seen == set(names.values())
-
-
-def test_rate_rises_during_warmup_and_falls_to_zero():
-    recipe = replace(RECIPES["modern"], warmup=0.2)
-    rates = [rate_factor(recipe, step, 100) for step in range(100)]
-    assert rates[:20] == sorted(rates[:20]) and rates[20] == 1.0
-    assert rates[20:] == sorted(rates[20:], reverse=True) and rates[-1] < 0.001
-    assert {rate_factor(RECIPES["published"], step, 100) for step in range(100)} == {1.0}
-
-
-@pytest.mark.parametrize("wrap", [lambda m: m, nn.DataParallel, torch.compile], ids=["plain", "parallel", "compiled"])
-def test_finetuning_moves_the_encoder_with_a_new_head_and_leaves_the_upstream_model(wrap):
+def test_finetuning_moves_the_encoder_with_a_new_head_and_leaves_the_upstream_model():
     upstream = pretrain(coloured(), **quick())
     before = weights(upstream.model).clone()
     downstream = coloured(80, classes=2)
-    trained = finetune(wrap(upstream.model), upstream.card, downstream, batch_size=16, device="cpu", progress=False)
+    trained = finetune(upstream.model, upstream.card, downstream, batch_size=16, device="cpu", progress=False)
     assert trained.model.linear_classifier.weight.shape == (2, 16)
     assert trained.history.steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-5), "the new head starts at zero"
     assert trained.card.mean == upstream.card.mean and trained.card.classes == downstream.classes
     assert torch.equal(weights(upstream.model), before)
-    assert not torch.equal(trained.model.vit_encoder.layernorm.weight, upstream.model.vit_encoder.layernorm.weight), (
-        "the encoder is trained too"
-    )
+    assert not torch.equal(trained.model.vit_encoder.layernorm.weight, upstream.model.vit_encoder.layernorm.weight)
 
 
 def test_linear_probe_trains_the_head_alone():
@@ -206,28 +175,17 @@ def test_prediction_does_not_depend_on_the_batch_size_or_change_the_mode():
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"pretrain_epochs": 0}, "epochs=0 is not allowed"),
-        ({"batch_size": -1}, "batch_size=-1 is not allowed"),
-        ({"recipe": "secret"}, "recipe='secret' is not known; choose one of published, modern"),
-        ({"preset": "huge"}, "preset='huge' is not known"),
-        ({"device": "tpu"}, "device='tpu' is not available here"),
+        ({"pretrain_epochs": 0}, "epochs=0 is not allowed; give"),
+        ({"batch_size": -1}, "batch_size=-1 is not allowed; give"),
+        ({"device": "tpu"}, "device='tpu' is not available here; choose"),
+        ({"device": "meta"}, "device='meta' is not available here; choose"),
         ({"precision": "half"}, "precision='half' is not allowed; choose one of auto, float32, bfloat16"),
-        ({"pooling": "max"}, "pooling='max' is not known"),
-        ({"validation_fraction": 2}, "fraction"),
     ],
 )
 def test_bad_arguments_give_one_sentence_and_write_nothing(tmp_path, changes, words):
     with pytest.raises(ValueError, match=words) as error:
         pretrain(coloured(), **quick(run_dir=tmp_path, **changes))
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
-
-
-def test_no_images_at_all_give_one_sentence():
-    trained = pretrain(coloured(), **quick())
-    data, none = coloured(), coloured().subset([])
-    for train, validation in ((none, data), (data, none)):
-        with pytest.raises(ValueError, match="too few"):
-            fit(trained.model, train, validation, trained.card, RECIPES["modern"], epochs=1, progress=False)
 
 
 def test_images_of_another_size_than_the_upstream_ones_stretch_the_positions():
@@ -247,10 +205,6 @@ def test_images_that_do_not_fit_the_encoders_patches_are_refused():
             finetune(upstream.model, upstream.card, odd, progress=False)
 
 
-def test_auto_device_is_one_that_works():
-    torch.zeros(1, device=resolve_device("auto")) + 1
-
-
 def test_fit_accepts_any_module_that_holds_a_vit(tmp_path):
     trained = pretrain(coloured(), **quick())
     data = coloured()
@@ -259,39 +213,25 @@ def test_fit_accepts_any_module_that_holds_a_vit(tmp_path):
     assert len(history.epochs) == 1
 
 
-def test_fit_trains_models_that_are_no_vit():
-    torch.manual_seed(0)
-    cnn = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 3))
-    data = coloured()
-    card = ModelCard(data.classes, (0.4,) * 3, (0.2,) * 3)
-    history = fit(cnn, data, data, card, RECIPES["modern"], epochs=8, batch_size=16, progress=False)
-    assert history.epochs[-1]["validation_accuracy"] > 0.9
-
-
-def test_averaged_weights_come_with_running_statistics_of_batch_norm():
-    """Without them the averaged model would normalise with mean 0 and variance 1, which its layers never saw."""
+def test_averaged_weights_of_a_cnn_come_with_the_running_statistics_of_batch_norm():
     data, recipe = coloured(), replace(RECIPES["modern"], learning_rate=0.1, ema_decay=0.5)
     cnn = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 36, 3))
-    averages = []
-    card, options = ModelCard(data.classes, (0.4,) * 3, (0.2,) * 3), {"epochs": 1, "batch_size": 16, "progress": False}
-    last = {}
+    card, states = ModelCard(data.classes, (0.4,) * 3, (0.2,) * 3), []
 
-    def compare(model, history):
-        averages.append(model)
-        last.update({name: value.clone() for name, value in cnn[1].state_dict().items()})
+    def keep(averaged, history):
+        states.extend(copy.deepcopy(model[1].state_dict()) for model in (averaged, cnn))
 
-    fit(cnn, data, data, card, recipe, after_epoch=compare, **options)
-    averaged = averages[0][1].state_dict()
+    fit(cnn, data, data, card, recipe, after_epoch=keep, epochs=1, batch_size=16, progress=False)
+    averaged, last = states
     assert not torch.equal(averaged["weight"], last["weight"])
     assert torch.equal(averaged["running_mean"], last["running_mean"]) and averaged["running_mean"].abs().min() > 0
     assert torch.equal(averaged["running_var"], last["running_var"]) and averaged["num_batches_tracked"] == 4
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_diverged_training_ends_with_one_sentence(tmp_path, precision):
+def test_a_diverged_training_ends_with_one_sentence(tmp_path):
     recipe = replace(RECIPES["modern"], learning_rate=1e30, clip=None, schedule="constant", warmup=0.0)
     with pytest.raises(ValueError, match=r"The loss is \S+ in step \d+ of 8, at learning rate 1e\+30") as error:
-        pretrain(coloured(), **quick(recipe=recipe, run_dir=tmp_path, precision=precision))
+        pretrain(coloured(), **quick(recipe=recipe, run_dir=tmp_path))
     assert "\n" not in str(error.value) and not list(tmp_path.glob("*.safetensors"))
 
 
@@ -315,22 +255,6 @@ def test_progress_bar_shows_loss_accuracy_and_speed(capsys):
     pretrain(coloured(), **quick(progress=True))
     shown = capsys.readouterr().out
     assert "epoch 2/2" in shown and "loss" in shown and "validation accuracy" in shown and "images/s" in shown
-
-
-def test_ctrl_c_leaves_the_best_weights_as_they_are(tmp_path, monkeypatch):
-    """The best epoch is the first; what the second has done until then was never validated."""
-    augment, calls, best = Trainer.augment, [], tmp_path / "pretrained-best.safetensors"
-
-    def interrupted(self, *args):
-        calls.append(best.read_bytes() if best.exists() else None)
-        if len(calls) == 7:
-            raise KeyboardInterrupt
-        return augment(self, *args)
-
-    monkeypatch.setattr(Trainer, "augment", interrupted)
-    trained = pretrain(coloured(), **quick(run_dir=tmp_path))
-    assert trained.history.interrupted and len(trained.history.epochs) == 1
-    assert best.read_bytes() == calls[-1]
 
 
 # Averaged weights
@@ -370,14 +294,10 @@ def test_averaged_weights_follow_the_formula_and_are_those_that_are_kept(taken, 
     assert trained.history.epochs[-1]["validation_loss"] == score["loss"], "validation is of the averaged weights"
 
 
-def test_without_averaging_the_last_weights_are_kept(taken):
-    trained = pretrain(coloured(), **quick(recipe=replace(RECIPES["modern"], ema_decay=0.0)))
-    assert torch.equal(weights(trained.model), taken[-1])
-
-
 def test_averaging_does_not_change_the_training_itself(taken):
-    for average in (0.0, 0.9):
-        pretrain(coloured(), **quick(recipe=replace(RECIPES["modern"], ema_decay=average)))
+    trained = pretrain(coloured(), **quick(recipe=replace(RECIPES["modern"], ema_decay=0.0)))
+    assert torch.equal(weights(trained.model), taken[-1]), "without averaging the last weights are kept"
+    pretrain(coloured(), **quick(recipe=replace(RECIPES["modern"], ema_decay=0.9)))
     half = len(taken) // 2
     assert all(torch.equal(plain, other) for plain, other in zip(taken[:half], taken[half:], strict=True))
 
@@ -406,13 +326,10 @@ def one_epoch(batch_size=16, epoch=1, seed=0) -> dict[str, torch.Tensor]:
 
 
 def test_order_and_augmentation_do_not_depend_on_the_batch_size():
-    whole = one_epoch(batch_size=60)
-    assert len(whole) >= 7, "images, labels, crop, flip and hole"
-    for batch_size in (1, 7, 16):
-        parts = one_epoch(batch_size=batch_size)
-        assert parts.keys() == whole.keys()
-        for name, values in parts.items():
-            assert torch.equal(values, whole[name]), name
+    whole, parts = one_epoch(batch_size=60), one_epoch(batch_size=7)
+    assert len(whole) >= 7 and parts.keys() == whole.keys(), "images, labels, crop, flip and hole"
+    for name, values in parts.items():
+        assert torch.equal(values, whole[name]), name
 
 
 @pytest.mark.parametrize("change", [{"epoch": 2}, {"seed": 1}], ids=str)
@@ -458,28 +375,24 @@ def test_the_loss_of_a_mixed_image_is_that_of_a_target_with_two_labels():
 
 
 @pytest.mark.parametrize(
-    "precision, device, resolved",
+    "precision, device, has, resolved",
     [
-        ("auto", "mps", "float32"),
-        ("auto", "cuda", "bfloat16"),
-        ("float32", "cuda", "float32"),
-        ("bfloat16", "cpu", "bfloat16"),
+        ("auto", "mps", None, "float32"),
+        ("auto", "cuda", "native", "bfloat16"),
+        ("auto", "cuda", "emulated", "float32"),
+        ("auto", "cpu", "avx512_bf16", "bfloat16"),
+        ("auto", "cpu", "amx_bf16", "bfloat16"),
+        ("auto", "cpu", "avx2", "float32"),
+        ("float32", "cuda", "native", "float32"),
+        ("bfloat16", "cpu", "avx2", "bfloat16"),
     ],
 )
-def test_precision_is_resolved_by_device(monkeypatch, precision, device, resolved):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+def test_precision_is_what_the_device_computes_in_natively(monkeypatch, precision, device, has, resolved):
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: has == "native" or including_emulation
+    )
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False, has: True})
     assert resolve_precision(precision, torch.device(device)) == resolved
-
-
-@pytest.mark.parametrize("flag", ["avx512_bf16", "amx_bf16", "avx2"])
-def test_cpus_with_bfloat16_instructions_use_them(monkeypatch, flag):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False, flag: True})
-    assert resolve_precision("auto", torch.device("cpu")) == ("float32" if flag == "avx2" else "bfloat16")
-
-
-def test_a_gpu_that_only_emulates_bfloat16_keeps_to_float32(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
-    assert resolve_precision("auto", torch.device("cuda")) == "float32"
 
 
 def test_training_in_bfloat16_learns_and_keeps_float32_weights(monkeypatch):
@@ -508,9 +421,7 @@ def test_a_compiled_model_trains_to_the_same_losses():
     assert losses[1] == pytest.approx(losses[0], abs=1e-3)
     one, other = (trained.history.epochs[-1]["validation_loss"] for trained in (plain, compiled))
     assert other == pytest.approx(one, abs=1e-3)
-    assert [name for name, _ in compiled.model.named_parameters()] == [
-        name for name, _ in plain.model.named_parameters()
-    ]
+    assert list(compiled.model.state_dict()) == list(plain.model.state_dict())
 
 
 # The record
@@ -525,10 +436,3 @@ def test_the_test_score_goes_into_the_card_and_the_file(tmp_path):
     model, card = load_checkpoint(tmp_path / "pretrained.safetensors")
     assert card.record["test"] == expected and torch.equal(weights(model), weights(trained.model))
     assert record_test(trained, test, "colours").card.record["test"] == expected, "without a file"
-
-
-def test_the_card_names_the_processor_and_how_many_images_there_were():
-    record = pretrain(coloured(), **quick(validation_fraction=0.2)).card.record
-    assert (record["train_images"], record["validation_images"], record["processes"]) == (48, 12, 1)
-    assert record["hardware"] == hardware(torch.device("cpu")) and "threads" in record["hardware"]
-    assert record["precision"] == "float32", "what auto came to"

@@ -1,16 +1,16 @@
-"""A small Vision Transformer library, and the course that stands on it. Read ``vitlib.model`` first.
+"""A small Vision Transformer library, and the course that is built on it. Read ``vitlib.model`` first.
 
-The names that everyone types can be imported from here; each loads its module when it is first used.
+The names used most can be imported from here; each loads its module when it is first used.
 """
 
 import importlib
 import os
 
-# How long OpenMP's threads spin while they wait. Beside other programs they spin in the way of the thread that they
-# wait for (benchmarks/busy_machine.py measures it). torch reads this when it is imported, and children inherit it.
+# How long OpenMP's threads spin while they wait. On a busy machine, waiting threads that spin take the core from the
+# thread they wait for (benchmarks/busy_machine.py measures it). torch reads this on import; child processes inherit it.
 WAITING = {
-    "GOMP_SPINCOUNT": "1000",  # libgomp, in torch's wheels for Linux: rounds, 300,000 without it
-    "KMP_BLOCKTIME": "1",  # Intel's and LLVM's (macOS, Windows, conda): milliseconds, 200 without it; not tried
+    "GOMP_SPINCOUNT": "1000",  # rounds; libgomp, in torch's wheels for Linux, has 300,000 by default
+    "KMP_BLOCKTIME": "1",  # milliseconds; Intel's and LLVM's OpenMP (macOS, Windows, conda) has 200; not tried
 }
 if "OMP_WAIT_POLICY" not in os.environ:  # the user's own settings win
     for _name, _value in WAITING.items():

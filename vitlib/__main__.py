@@ -6,5 +6,5 @@ import gc
 from vitlib.course.cli import main
 
 if __name__ == "__main__":
-    atexit.register(gc.freeze)  # else Python searches the modules of PyTorch for garbage at the end, for a second
+    atexit.register(gc.freeze)  # else Python spends a second at exit on searching PyTorch for garbage
     main(prog_name="python -m vitlib")

@@ -1,4 +1,4 @@
-"""What a trained model says about image files, and where it is confident and wrong."""
+"""Predict the classes of image files, and find confident mistakes."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -20,8 +20,8 @@ class Prediction:
     """The classes of one image file.
 
     Args:
-        path: of the file, as it was given.
-        classes: the most probable classes and their probabilities in [0, 1], the most probable first; empty if the
+        path: of the file, as given.
+        classes: the most probable classes with their probabilities in [0, 1], the most probable first; empty if the
             file could not be read.
         error: why it could not be read, in one sentence; None if it could.
     """
@@ -36,8 +36,8 @@ def predict_files(
 ) -> Iterator[Prediction]:
     """Yield the ``top`` most probable classes of each image file, in the order of ``paths``.
 
-    Images are read as those of a folder are in training (:func:`vitlib.data.folders.read_image`) and normalised by the
-    card. A file that cannot be read is reported in its place. At most ``batch_size`` images are in memory.
+    Images are read as in training (:func:`vitlib.data.folders.read_image`). A file that cannot be read is reported in
+    its place. At most ``batch_size`` images are in memory.
 
     >>> model, card = load_weights("cifar100-small")
     >>> for prediction in predict_files(model, card, ["cat.jpg"]):
@@ -63,7 +63,7 @@ def predict_files(
         except (ValueError, OSError) as error:
             return str(error)
 
-    # PIL lets go of Python's lock while it decodes; few threads, since a large photograph takes 0.5 GB meanwhile
+    # PIL releases Python's lock while it decodes; only four threads, since a large photograph takes 0.5 GB
     with ThreadPoolExecutor(4) as pool:
         while batch := list(islice(remaining, batch_size)):
             found = list(pool.map(read, batch))
@@ -79,10 +79,10 @@ def predict_files(
 
 
 def confident_mistakes(logits: Tensor, labels: Tensor, count: int = 12) -> Tensor:
-    """Return where a model is wrong and confident: indices int64 ``[at most count]``, the most confident first.
+    """Return the indices of the most confident mistakes, int64 ``[at most count]``, the most confident first.
 
-    Look at these images before anything else: wrong labels, images that show two things, and backgrounds that the model
-    has learned in place of the object are found here.
+    Look at these images before anything else. They show wrong labels, images of two things, and backgrounds that the
+    model has learned in place of the object.
 
     Args:
         logits: ``[N, num_classes]``.

@@ -1,12 +1,11 @@
-"""Count what a ViT costs by formula: tokens, parameters, FLOPs, memory. No model is built for it.
+"""Compute what a ViT costs by formula, without building it: tokens, parameters, FLOPs, memory.
 
-The letters are those of the course: B images, C colours, S side of an image, P side of a patch, N patches, T tokens, D
-width, H heads, L blocks; and M is the hidden width of the MLP, R the width of the pre-logits (0 without).
+The letters are those of :mod:`vitlib.model`; M is the hidden width of the MLP, R that of the pre-logits (0 without).
 
 - A multiply-add counts as 2 FLOPs, and only matrix products and convolutions count, as in
-  ``torch.utils.flop_counter``. Papers and model cards often give multiply-adds under the same name, half as many:
-  17.6 G for ViT-B/16 at 224 pixels, which are 35.1 G here.
-- Activations are the numbers that autograd keeps between the forward and the backward pass, in float32, without
+  ``torch.utils.flop_counter``. Papers and model cards often count multiply-adds under the same name, which are half as
+  many: 17.6 G for ViT-B/16 at 224 pixels, 35.1 G here.
+- Activations are the tensors that autograd keeps from the forward pass for the backward pass, in float32, without
   dropout and with PyTorch's fused attention, which never stores the T x T weights.
 """
 
@@ -23,12 +22,12 @@ FLOAT = 4  # bytes of a float32
 
 @dataclass(frozen=True)
 class Parts:
-    """One quantity, divided among the parts of a model."""
+    """One quantity for each part of a model."""
 
     patch_embedding: int
     positions: int  # and the CLS token
     projections: int  # attention: tokens to queries, keys and values, and the heads' outputs to tokens
-    products: int  # attention: queries with keys, weights with values; no parameters, but the one part with T squared
+    products: int  # attention: queries with keys, weights with values; the only part that grows with T squared
     mlp: int
     norms: int
     classifier: int  # and the pre-logits before it
@@ -43,10 +42,10 @@ class Parts:
 
 @dataclass(frozen=True)
 class Costs:
-    """The counts of :func:`costs`; FLOPs and activations are those of the whole batch."""
+    """The results of :func:`costs`; FLOPs and activations are those of the whole batch."""
 
     patches: int  # of one image
-    tokens: int  # of one image: its patches, and CLS
+    tokens: int  # of one image: its patches and CLS
     parameters: Parts
     forward_flops: Parts
     training_flops: Parts  # forward and backward
@@ -55,18 +54,18 @@ class Costs:
 
 
 def preset_config(preset: str, num_classes: int, **overrides) -> dict:
-    """Return ``ViTModel.config`` of a named size; arguments as in :func:`vitlib.model.create_model`."""
+    """Return the ``ViTModel.config`` of a preset; arguments as in :func:`vitlib.model.create_model`."""
     with torch.device("meta"):  # the weights take no memory
         return create_model(preset, num_classes, **overrides).config
 
 
 def costs(config: Mapping, batch_size: int = 1) -> Costs:
-    """Count a model. ``{**config, "image_size": 448}`` is the same one at another size.
+    """Compute the costs of a model; ``{**config, "image_size": 448}`` is the same model at another image size.
 
     Args:
         config: ``ViTModel.config``, :func:`preset_config`, or arguments of :class:`vitlib.model.ViTModel` by name; the
             others keep their defaults.
-        batch_size: images that are computed at once.
+        batch_size: images per batch.
     """
     arguments = inspect.signature(ViTModel).bind(**config)
     arguments.apply_defaults()
@@ -77,7 +76,7 @@ def costs(config: Mapping, batch_size: int = 1) -> Costs:
         raise ValueError(f"image_size={S} is not a multiple of patch_size={P}, or em_dim={D} not of num_heads={H}.")
     R, N = config["pre_logits"] or 0, (S // P) ** 2
     T = N + 1
-    pooled = T * D if config["pooling"] == "cls" else D  # CLS is a view, which keeps all tokens with it
+    pooled = T * D if config["pooling"] == "cls" else D  # CLS is a view, which keeps all tokens in memory
     parameters = Parts(
         patch_embedding=P * P * C * D + D * bool(config["patch_bias"]),
         positions=D + T * D,  # the CLS token; a row for each token
@@ -96,8 +95,8 @@ def costs(config: Mapping, batch_size: int = 1) -> Costs:
         norms=0,
         classifier=2 * D * R + 2 * (R or D) * classes,
     ).times(batch_size)
-    # The backward pass computes two products for each of the forward pass, one for either factor's gradient; images
-    # need no gradient. (A fused attention computes queries with keys once more instead of storing the result.)
+    # The backward pass computes two products for each of the forward pass, one for the gradient of each factor; images
+    # need no gradient. (Fused attention multiplies queries with keys once more instead of storing the result.)
     training = replace(forward.times(3), patch_embedding=2 * forward.patch_embedding)
     # Of one image. A linear layer keeps its input, a norm its input and two numbers a token, a sum nothing.
     kept = Parts(

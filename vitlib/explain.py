@@ -1,4 +1,4 @@
-"""Looking inside a ViT: where its positions and its attention point, and whether that explains its predictions."""
+"""Look inside a ViT: its positions, its attention, and whether these explain its predictions."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from vitlib.model import ViTModel, patchify
 
 
 def position_similarity(position_embedding: Tensor) -> Tensor:
-    """Return the cosine between the positions of any two patches: the paper's figure 7 (centre).
+    """Return the cosine between the position embeddings of any two patches: the paper's figure 7 (centre).
 
     Args:
         position_embedding: ``[1, 1 + g * g, D]``, CLS first.
@@ -19,13 +19,13 @@ def position_similarity(position_embedding: Tensor) -> Tensor:
     Returns:
         ``[g, g, g, g]`` in [-1, 1]; ``result[i, j]`` is the map of the patch in row i, column j against all patches.
     """
-    patches = F.normalize(position_embedding[0, 1:].detach(), dim=-1)  # [N, D], CLS has no place in the image
+    patches = F.normalize(position_embedding[0, 1:].detach(), dim=-1)  # [N, D], without CLS
     grid = math.isqrt(len(patches))
     return (patches @ patches.T).unflatten(1, (grid, grid)).unflatten(0, (grid, grid))
 
 
 def query_attention(weights: Tensor, query: int) -> tuple[float, Tensor]:
-    """Return one row of an attention matrix, laid out as the image is.
+    """Return one row of an attention matrix, with the patches in rows and columns as in the image.
 
     Args:
         weights: ``[T, T]``, the attention of one head (or the mean of several) for one image.
@@ -34,7 +34,7 @@ def query_attention(weights: Tensor, query: int) -> tuple[float, Tensor]:
     Returns:
         The share that goes to CLS, and the shares that go to the patches, ``[g, g]``. Together they sum to 1.
     """
-    if not 0 <= query < len(weights):  # -1 would be the last token, silently
+    if not 0 <= query < len(weights):  # -1 would silently be the last token
         raise ValueError(f"query={query} is not a token; choose one from 0 (CLS) to {len(weights) - 1}.")
     row = weights[query].detach()
     grid = math.isqrt(len(row) - 1)
@@ -42,12 +42,12 @@ def query_attention(weights: Tensor, query: int) -> tuple[float, Tensor]:
 
 
 def with_temperature(weights: Tensor, temperature: float) -> Tensor:
-    """Return attention weights as they would be with their scores divided by a temperature.
+    """Return the attention weights that result when the scores are divided by a temperature.
 
-    1 changes nothing, a small temperature leaves nearly all to the largest score, a large one makes all shares alike.
-    The scores ``s`` are not needed: from ``weights = softmax(s)`` follows ``log(weights) = s - c``, with one ``c`` for
-    each row. A softmax does not notice what is added to a whole row, so ``softmax(s / t)`` equals
-    ``softmax(log(weights) / t)``. A share of 0 has the score minus infinity and stays 0.
+    1 changes nothing, a small temperature gives nearly all to the largest score, a large one makes all shares equal.
+    The scores ``s`` are not needed: since ``weights = softmax(s)``, ``log(weights) = s - c`` with one ``c`` per row. A
+    softmax does not change when a whole row is shifted, so ``softmax(s / t)`` equals ``softmax(log(weights) / t)``. A
+    share of 0 has the score minus infinity and stays 0.
 
     Args:
         weights: ``[..., T]``, each row sums to 1; so do those of the result.
@@ -73,7 +73,7 @@ def attention_of(model: ViTModel, images: Tensor, batch: int = 32) -> Tensor:
     with torch.no_grad():
         for start in range(0, len(images), batch):
             part = model.intermediates(images[start : start + batch])["attention"]
-            if found is None:  # filled part by part: to join the parts at the end would take twice the memory
+            if found is None:  # to join all parts at the end would take twice the memory
                 found = part.new_empty(len(part), len(images), *part.shape[2:])
             found[:, start : start + batch] = part
     return found
@@ -90,8 +90,8 @@ def attention_distance(attention: Tensor, patch_size: int) -> Tensor:
     """Return how far each head looks: the paper's figure 7 (right) and appendix D.7.
 
     This is the distance in pixels between the asking and the asked patch, weighted by the attention between the two,
-    and averaged over queries and images. CLS has no place in the image: it is left out, and the weights among the
-    patches are brought to a sum of 1 again.
+    and averaged over queries and images. CLS has no place in the image. It is left out, and the weights of the patches
+    are rescaled to a sum of 1.
 
     Args:
         attention: ``[L, B, H, T, T]``.
@@ -106,22 +106,22 @@ def attention_distance(attention: Tensor, patch_size: int) -> Tensor:
         weights = layer[..., 1:, 1:]  # [B, H, N, N]
         return ((weights * distances).sum(dim=-1) / weights.sum(dim=-1)).mean(dim=(0, 2))
 
-    return torch.stack([of_heads(layer) for layer in attention])  # one after the other takes less memory
+    return torch.stack([of_heads(layer) for layer in attention])  # layer by layer, to save memory
 
 
 def rollout(attention: Tensor) -> Tensor:
     """Follow attention through all layers (Abnar and Zuidema 2020, arXiv:2005.00928).
 
-    In each layer a token is taken to be half itself, by the residual connection, and half what the mean of the heads
-    mixes into it; the layers' matrices are multiplied, the later one from the left. Values, MLPs and norms are left
-    out, so this says where information *could* have come from.
+    In each layer a token counts as half itself, by the residual connection, and half what the mean of the heads mixes
+    into it. The layers' matrices are multiplied, the later one from the left. Values, MLPs and norms are left out, so
+    this says where information *could* have come from.
 
     Args:
         attention: ``[L, B, H, T, T]``, from :func:`attention_of`.
 
     Returns:
-        ``[B, T, T]``; row i says how much of token i, behind the last layer, stems from each token before the first.
-        Rows sum to 1.
+        ``[B, T, T]``; row i says how much of token i after the last layer comes from each token before the first, and
+        sums to 1.
     """
     residual = torch.eye(attention.shape[-1], device=attention.device)
     mixed = residual.expand(attention.shape[1], -1, -1)
@@ -130,8 +130,8 @@ def rollout(attention: Tensor) -> Tensor:
     return mixed
 
 
-# Relevance is a number for each patch, [B, N], without CLS. The first comes from attention, the second from a
-# gradient; the last two know nothing of the model, and are the controls that the others are held against.
+# Relevance is one number per patch, [B, N], without CLS. The first kind comes from attention, the second from a
+# gradient. The last two know nothing of the model: they are the controls.
 
 
 def patch_relevance(matrix: Tensor, pooling: str = "cls") -> Tensor:
@@ -146,14 +146,14 @@ def patch_relevance(matrix: Tensor, pooling: str = "cls") -> Tensor:
 
 
 def gradient_relevance(model: ViTModel, images: Tensor, classes: Tensor | None = None, batch: int = 32) -> Tensor:
-    """Return gradient times input, its size summed over each patch (Shrikumar et al. 2016, arXiv:1605.01713).
+    """Return gradient times input, its absolute value summed over each patch (Shrikumar et al. 2016, arXiv:1605.01713).
 
-    Attention maps are the same for every class; this map is of one class.
+    Attention maps are the same for every class; this is the map of one class.
 
     Args:
         model: in eval mode.
         images: float ``[B, C, S, S]``, normalised.
-        classes: int64 ``[B]``; by default those that the model predicts.
+        classes: int64 ``[B]``; by default the predicted ones.
         batch: images that go through the model at a time.
     """
     relevance = []
@@ -173,7 +173,7 @@ def contrast_relevance(images: Tensor, patch_size: int) -> Tensor:
 
 
 def middle_relevance(images: Tensor, patch_size: int) -> Tensor:
-    """Return how near each patch is to the middle of the frame, in patches; 0 in the corners. Pixels do not matter."""
+    """Return how near each patch is to the middle of the image, in patches; 0 in the corners."""
     grid = images.shape[-1] // patch_size
     along = torch.arange(grid, device=images.device) - (grid - 1) / 2
     distance = torch.cartesian_prod(along, along).norm(dim=1)  # [N]
@@ -185,10 +185,10 @@ def delete_patches(images: Tensor, relevance: Tensor, count: int) -> Tensor:
 
     Args:
         images: float ``[B, C, S, S]``, normalised.
-        relevance: ``[B, N]``, without CLS; the larger, the earlier a patch goes.
+        relevance: ``[B, N]``; patches with the largest numbers are deleted first.
         count: from 0 to N.
     """
-    if not 0 <= count <= relevance.shape[1]:  # a slice would take it, silently
+    if not 0 <= count <= relevance.shape[1]:  # a slice would silently accept it
         raise ValueError(f"count={count} is not possible with {relevance.shape[1]} patches; choose 0 to all of them.")
     grid = math.isqrt(relevance.shape[1])
     side = images.shape[-1] // grid
@@ -201,15 +201,15 @@ def delete_patches(images: Tensor, relevance: Tensor, count: int) -> Tensor:
 def deletion_curve(
     model: nn.Module, images: Tensor, relevance: Tensor, counts: Sequence[int], batch: int = 32
 ) -> Tensor:
-    """Return how a model loses its opinion when patches are deleted, most relevant first (Petsiuk et al. 2018,
-    arXiv:1806.07421). The better ``relevance`` names the reasons of the prediction, the steeper the fall.
+    """Return how the predicted probability falls as patches are deleted, the most relevant first (Petsiuk et al. 2018,
+    arXiv:1806.07421). The better ``relevance`` explains the prediction, the steeper the fall.
 
-    ``-relevance`` deletes the least relevant first; read from the end, this is their insertion curve.
+    With ``-relevance`` the least relevant go first; read from the end, that is their insertion curve.
 
     Args:
         model: in eval mode.
         images: float ``[B, C, S, S]``, normalised.
-        relevance: ``[B, N]``, a number per patch.
+        relevance: ``[B, N]``.
         counts: how many patches to delete, one number per point of the curve.
         batch: images that go through the model at a time.
 
@@ -230,11 +230,11 @@ def share_on_mask(relevance: Tensor, masks: Tensor) -> Tensor:
     """Return the share of the relevance that lies on the object.
 
     Args:
-        relevance: ``[B, N]``, not negative; its sum in each image counts as 1.
-        masks: bool ``[B, S, S]``, True on the object. A patch that it covers in part counts in part.
+        relevance: ``[B, N]``, not negative; the sum over an image counts as 1.
+        masks: bool ``[B, S, S]``, True on the object; a patch that it covers partly counts partly.
 
     Returns:
-        ``[B]`` in [0, 1]. Relevance spread evenly gives the share of the image that the object covers.
+        ``[B]`` in [0, 1]. Evenly spread relevance gives the share of the image that the object covers.
     """
     side = masks.shape[-1] // math.isqrt(relevance.shape[1])
     covered = patchify(masks[:, None].float(), side).mean(dim=2)  # [B, N]

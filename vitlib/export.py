@@ -1,9 +1,9 @@
 """Export a trained model to one file for programs that have neither vitlib nor, with ONNX, PyTorch.
 
-The file takes decoded images, uint8 ``[B, C, S, S]``, and normalises them itself: a model fed with wrongly normalised
-images does not fail, it is only worse. It returns logits, as the model does.
+The file takes decoded images, uint8 ``[B, C, S, S]``, and returns logits. It normalises the images itself: with a
+wrong normalisation a model does not fail, it only gets worse.
 
-An ONNX file needs onnxruntime, numpy and PIL where it is used. This prepares every file as ``vitlib predict`` does:
+To use an ONNX file, install onnxruntime, numpy and PIL. This prepares every image as ``vitlib predict`` does:
 
 >>> import contextlib, json, numpy, onnxruntime
 >>> from PIL import Image, ImageOps
@@ -39,7 +39,7 @@ from vitlib.training import predict
 from vitlib.utils import atomic_write, printable
 from vitlib.weights.checkpoint import ModelCard, unwrap
 
-TOLERANCE = 1e-4  # the largest difference of a logit; runtimes add up in another order, so there is some
+TOLERANCE = 1e-4  # largest difference between logits, since runtimes sum in another order
 BATCH_SIZES = (1, 2, 5)  # for the comparison; the model is traced with two images
 
 
@@ -49,7 +49,7 @@ class Deployable(nn.Module):
     def __init__(self, model: nn.Module, card: ModelCard):
         super().__init__()
         self.model = copy.deepcopy(unwrap(model)).cpu().requires_grad_(False)
-        # as in augment.normalise, which keeps tensors between calls; tracing would leave its fake ones there
+        # not by augment.normalise: it caches tensors, and would cache the fake ones of tracing
         self.register_buffer("mean", torch.tensor(card.mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor([value or 1.0 for value in card.std]).view(1, -1, 1, 1))
         self.eval()
@@ -61,20 +61,20 @@ class Deployable(nn.Module):
 def export_model(model: nn.Module, card: ModelCard, path: str | Path) -> float:
     """Write a model as ONNX if ``path`` ends in .onnx, or for ``torch.export.load`` if it ends in .pt2.
 
-    Either takes batches of any size. The card's classes, mean and std and the model's image_size and num_channels are
-    in the file, each as JSON: in the metadata of an ONNX model, as extra files of the other. The file is loaded again
-    and has to give the logits of ``model`` for random images before it takes the place of ``path``.
+    Both take batches of any size. The card's classes, mean and std and the model's image_size and num_channels are
+    stored as JSON: in the metadata of an ONNX model, as extra files of a .pt2. Before it replaces ``path``, the file is
+    loaded and must give the logits of ``model`` for random images.
 
     Args:
-        model, card: from :func:`vitlib.weights.load_weights`; the model is left as it is.
+        model, card: from :func:`vitlib.weights.load_weights`; the model does not change.
 
     Returns:
-        The largest difference of a logit, at most ``TOLERANCE``.
+        The largest difference between logits, at most ``TOLERANCE``.
 
     Raises:
         ValueError: for another ending, weights that are not finite, a card that does not fit, or different logits; then
             nothing is written.
-        ModuleNotFoundError: for ONNX without the packages that it needs.
+        ModuleNotFoundError: if a package that ONNX needs is missing.
     """
     path = Path(path).expanduser()
     if path.suffix not in FORMATS or path.is_dir():
@@ -92,15 +92,15 @@ def export_model(model: nn.Module, card: ModelCard, path: str | Path) -> float:
     about = {"classes": card.classes, "mean": card.mean, "std": card.std}
     about |= {name: config[name] for name in ("image_size", "num_channels")}
     with atomic_write(path) as temporary:
-        with warnings.catch_warnings():  # of the exporters about themselves
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
             write(deployable, images[:2], temporary, {name: json.dumps(value) for name, value in about.items()})
             exported = load(temporary)
         difference = max(_difference(exported(images[:size]), expected[:size]) for size in BATCH_SIZES)
-        if not difference <= TOLERANCE:  # nan is no small difference
+        if not difference <= TOLERANCE:  # true for nan too
             raise ValueError(
                 f"The exported model's logits differ from the model's by {difference:.2g}, more than {TOLERANCE:g}, "
-                f"so {path.name} is not written; export to {' or '.join(FORMATS.keys() - {path.suffix})}, or with "
+                f"so {path.name} is not written; export to {' or '.join(FORMATS.keys() - {path.suffix})}, or use "
                 "another version of torch."
             )
     return difference
@@ -128,7 +128,7 @@ def _load_onnx(path: Path) -> Callable[[Tensor], Tensor]:
 
 def _write_pt2(deployable: Deployable, example: Tensor, path: Path, about: dict[str, str]) -> None:
     program = torch.export.export(deployable, (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
-    with path.open("wb") as file:  # as a path it would have to end in .pt2
+    with path.open("wb") as file:  # a path would have to end in .pt2
         torch.export.save(program, file, extra_files=about)
 
 

@@ -26,7 +26,7 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     Raises:
         ValueError: if ``patch_size`` does not divide both sides.
     """
-    if images.shape[-2] % patch_size or images.shape[-1] % patch_size:  # unfold would cut the rest off in silence
+    if images.shape[-2] % patch_size or images.shape[-1] % patch_size:  # unfold would silently drop the rest
         raise ValueError(
             f"Images of {images.shape[-2]}x{images.shape[-1]} pixels cannot be cut into patches of {patch_size}; "
             "choose a patch_size that divides both sides."
@@ -57,17 +57,18 @@ class ViTEmbeddings(nn.Module):
         self.dropout = nn.Dropout(drop)
 
     def forward(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
-        """``[B, C, S, S]`` to ``[B, T, D]``.
+        """Map images ``[B, C, S, S]`` to tokens ``[B, T, D]``.
 
-        With ``kept``, int64 ``[B, n]``, only the patches of these numbers (from 0) go on, each with its position: CLS
-        and n patches, ``[B, 1 + n, D]``. Training drops patches so (PatchDropout, Liu et al. 2023, arXiv:2208.07220).
+        ``kept``, int64 ``[B, n]``, gives the numbers of the patches to keep, from 0. The result is then CLS and these
+        patches, each with its position: ``[B, 1 + n, D]``. Training drops patches this way (PatchDropout, Liu et al.
+        2023, arXiv:2208.07220).
         """
         self._check(images)
         patches = self.patch_embedding(images).flatten(2).transpose(1, 2)  # [B, N, D]
         cls = self.cls_token.expand(images.shape[0], -1, -1)  # [B, 1, D]; len() would fix B in an exported model
         tokens = torch.cat([cls, patches], dim=1) + self.position_embedding  # [B, T, D]
         if kept is not None:
-            numbers = F.pad(kept + 1, (1, 0))  # token 0, CLS, always stays
+            numbers = F.pad(kept + 1, (1, 0))  # patch i is token i + 1; token 0, CLS, always stays
             tokens = tokens.gather(1, numbers[:, :, None].expand(-1, -1, tokens.shape[2]))
         return self.dropout(tokens)
 
@@ -77,11 +78,11 @@ class ViTEmbeddings(nn.Module):
                 f"The model takes images of shape [B, {', '.join(map(str, self.image_shape))}], not "
                 f"{list(images.shape)}; resize them, or build the model with another image_size or num_channels."
             )
-        due = self.position_embedding.dtype
-        if images.dtype != due and not (images.is_floating_point() and torch.is_autocast_enabled(images.device.type)):
+        dtype = self.position_embedding.dtype
+        if images.dtype != dtype and not (images.is_floating_point() and torch.is_autocast_enabled(images.device.type)):
             raise ValueError(
-                f"The model takes images of {due}, not {images.dtype}; normalise uint8 images first "
-                f"(vitlib.data.augment.normalise), then convert them with .to({due})."
+                f"The model takes images of {dtype}, not {images.dtype}; normalise uint8 images first "
+                f"(vitlib.data.augment.normalise), then convert them with .to({dtype})."
             )
 
 
@@ -104,10 +105,10 @@ class SelfAttention(nn.Module):
         self.output = nn.Linear(em_dim, em_dim)
 
     def forward(self, x: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        """``[B, T, D]`` to ``[B, T, D]`` and, where asked for, the attention weights ``[B, H, T, T]``.
+        """Map tokens ``[B, T, D]`` to tokens ``[B, T, D]``, and return the attention weights ``[B, H, T, T]`` or None.
 
-        Row i of a weight matrix says how much token i takes from every token; each row sums to 1. Without
-        ``need_weights`` PyTorch's fused kernel computes the same output and never stores the weights.
+        Row i of a weight matrix says how much token i takes from each token; each row sums to 1. Without
+        ``need_weights``, PyTorch's fused kernel computes the same output and never stores the weights.
         """
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # [B, T, 3, H, K]
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, K]
@@ -123,14 +124,14 @@ class SelfAttention(nn.Module):
 
     @staticmethod
     def _fused_is_slow(query: Tensor) -> bool:
-        """In bfloat16 on a CPU the fused kernel takes several times as long (benchmarks/throughput.py)."""
+        """Return whether the fused kernel is several times slower: in bfloat16 on a CPU (benchmarks/throughput.py)."""
         return query.dtype == torch.bfloat16 and query.device.type == "cpu"
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al. 2016, arXiv:1603.09382), a dropout of whole branches in training.
+    """Stochastic depth (Huang et al. 2016, arXiv:1603.09382): dropout of whole branches, in training only.
 
-    A branch is left out for a random ``probability`` of the images and scaled up for the others; its mean stays.
+    Each image skips the branch with ``probability``. For the others it is scaled up, so that its mean stays the same.
     """
 
     def __init__(self, probability: float):
@@ -138,7 +139,7 @@ class DropPath(nn.Module):
         self.probability = probability
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, T, D]`` to the same shape."""
+        """Map ``[B, T, D]`` to the same shape."""
         if not self.training or self.probability == 0:
             return x
         kept = 1 - self.probability
@@ -168,7 +169,7 @@ class EncoderBlock(nn.Module):
         self.dropout = nn.Sequential(nn.Dropout(drop), DropPath(drop_path))
 
     def forward(self, x: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        """``[B, T, D]`` to ``[B, T, D]`` and the attention weights ``[B, H, T, T]`` (None unless asked for)."""
+        """Map tokens ``[B, T, D]`` to tokens ``[B, T, D]``; weights as in :class:`SelfAttention`."""
         attended, weights = self.attention(self.norm1(x) if self.norm_first else x, need_weights)
         x = x + self.dropout(attended)
         if self.norm_first:
@@ -178,7 +179,7 @@ class EncoderBlock(nn.Module):
 
 
 class ViTEncoder(nn.Module):
-    """Embeddings, a stack of blocks and a final layer norm: all of the model that is worth moving to another task."""
+    """Embeddings, a stack of blocks and a final layer norm: the part of the model that fine-tuning reuses."""
 
     def __init__(
         self, num_layers, image_size, patch_size, num_channels, em_dim, drop, num_heads, ff_dim,
@@ -188,14 +189,14 @@ class ViTEncoder(nn.Module):
         self.embedding = ViTEmbeddings(image_size, patch_size, num_channels, em_dim, drop, patch_bias)
         # the deeper a block, the more often its branches are left out: from 0 to drop_path
         depths = [drop_path * depth / max(1, num_layers - 1) for depth in range(num_layers)]
-        # each block is initialised on its own: nn.TransformerEncoder copies one, so that all start equal
+        # each block gets its own initial weights; in nn.TransformerEncoder all blocks start as copies of one
         self.encoder = nn.ModuleList(
             EncoderBlock(em_dim, num_heads, ff_dim, drop, norm_first, probability, norm_eps) for probability in depths
         )
         self.layernorm = nn.LayerNorm(em_dim, eps=norm_eps or 1e-6)
 
     def forward(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
-        """``[B, C, S, S]`` to normalised tokens ``[B, T, D]``, CLS first; ``kept`` as in :class:`ViTEmbeddings`."""
+        """Map images ``[B, C, S, S]`` to normalised tokens ``[B, T, D]``, CLS first; ``kept`` as in the embeddings."""
         tokens = self.embedding(images, kept)
         for block in self.encoder:
             tokens, _ = block(tokens)
@@ -209,23 +210,23 @@ class ViTModel(nn.Module):
     """A Vision Transformer that classifies images; the defaults are ViT-B/16.
 
     Args:
-        num_classes: rows of the classifier; 0 for none, then the model returns the classifier's input.
+        num_classes: how many classes to tell apart; 0 leaves out the classifier, and the model returns its input.
         num_layers: encoder blocks.
         image_size: side of the square images, in pixels; a multiple of ``patch_size``.
         patch_size: side of a patch, in pixels.
         num_channels: 3 for RGB, 1 for grey.
         em_dim: width of a token; a multiple of ``num_heads``.
-        drop: dropout probability, everywhere it is applied.
+        drop: dropout probability, the same in all places.
         num_heads: attention heads per block.
         ff_dim: hidden width of the MLP in each block.
         norm_first: True for pre-norm (the paper), False for post-norm (the published small system).
         patch_bias: whether the patch embedding has a bias; the official weights have one.
         drop_path: probability of leaving out a branch of the last block; it rises from 0 at the first.
         pooling: "cls" classifies the CLS token (the paper), "mean" the mean of all patch tokens.
-        norm_eps: added to the variance in every layer norm; None for the usual 1e-6 (in post-norm blocks 1e-5). Weights
+        norm_eps: added to the variance in every layer norm; None for the usual 1e-6 (1e-5 in post-norm blocks). Weights
             from Hugging Face were trained with 1e-12.
-        pre_logits: width of a hidden layer with tanh before the classifier, or None; the paper's models have one in
-            pretraining (section 3.1), and drop it for fine-tuning.
+        pre_logits: width of a hidden layer with tanh before the classifier, or None. The paper's models have one in
+            pretraining (section 3.1) and drop it for fine-tuning.
 
     Raises:
         ValueError: for sizes that do not divide, an unknown pooling, or images of another shape or dtype.
@@ -266,11 +267,11 @@ class ViTModel(nn.Module):
             nn.init.trunc_normal_(self.linear_classifier.weight, std=0.02)
 
     def forward(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
-        """``[B, C, S, S]`` normalised images to logits ``[B, num_classes]``; ``kept`` as in :class:`ViTEmbeddings`."""
+        """Map normalised images ``[B, C, S, S]`` to logits ``[B, num_classes]``; ``kept`` as in the embeddings."""
         return self.classify(self.vit_encoder(images, kept))
 
     def classify(self, tokens: Tensor) -> Tensor:
-        """Normalised tokens ``[B, T, D]`` to logits ``[B, num_classes]``."""
+        """Map normalised tokens ``[B, T, D]`` to logits ``[B, num_classes]``."""
         # the CLS token speaks for the image (the paper's equation 4), or all patches do
         pooled = tokens[:, 0] if self.pooling == "cls" else tokens[:, 1:].mean(1)  # [B, D]
         return self.linear_classifier(self.pre_logits(pooled))
@@ -278,10 +279,9 @@ class ViTModel(nn.Module):
     def intermediates(self, images: Tensor) -> dict[str, Tensor]:
         """Return everything between the images and the logits, by name.
 
-        Returns:
-            ``embeddings [B, T, D]`` (the input of the first block), ``tokens [L, B, T, D]`` (the output of each block),
-            ``attention [L, B, H, T, T]``, ``encoded [B, T, D]`` (after the final norm) and ``logits [B, num_classes]``,
-            equal to those of ``forward`` but for rounding.
+        ``embeddings [B, T, D]`` are the input of the first block, ``tokens [L, B, T, D]`` the output of each block,
+        ``attention [L, B, H, T, T]`` the weights of each block. ``encoded [B, T, D]`` comes after the final norm.
+        ``logits [B, num_classes]`` are those of ``forward``, apart from rounding.
         """
         embeddings = x = self.vit_encoder.embedding(images)
         tokens, attention = [], []
@@ -322,30 +322,30 @@ def unpatchify(patches: Tensor, patch_size: int, num_channels: int = 3) -> Tenso
 
 
 def interpolate_positions(position_embedding: Tensor, grid: int) -> Tensor:
-    """Stretch position embeddings to another number of patches, bicubically (the paper, section 3.2).
+    """Interpolate position embeddings to another number of patches, bicubically (the paper, section 3.2).
 
-    The row of the CLS token has no place in the image and is kept.
+    The CLS token has no place in the image; its row is kept.
 
     Args:
         position_embedding: ``[1, T, D]`` of square images, CLS first.
         grid: patches along a side of the new images.
 
     Returns:
-        ``[1, 1 + grid * grid, D]``; the input itself if it has this size already.
+        ``[1, 1 + grid * grid, D]``; the input itself if it already has this size.
     """
     cls, patches = position_embedding[:, :1], position_embedding[:, 1:]
     old_grid = math.isqrt(patches.shape[1])
     if grid == old_grid:
         return position_embedding
     as_image = patches.unflatten(1, (old_grid, old_grid)).permute(0, 3, 1, 2)  # [1, D, rows, columns]
-    stretched = F.interpolate(as_image, (grid, grid), mode="bicubic")
-    return torch.cat([cls, stretched.flatten(2).transpose(1, 2)], dim=1)
+    resized = F.interpolate(as_image, (grid, grid), mode="bicubic")
+    return torch.cat([cls, resized.flatten(2).transpose(1, 2)], dim=1)
 
 
-# Sizes that a preset does not name are the defaults of ViTModel: ViT-B/16 of the paper's Table 1. Ti and S are from
-# Steiner et al. 2021 (arXiv:2106.10270). The number after the slash is the patch size.
+# What a preset leaves out is ViTModel's default: ViT-B/16 of the paper's Table 1. Ti and S are from Steiner et al. 2021
+# (arXiv:2106.10270). The number after the slash is the patch size.
 PRESETS: dict[str, dict] = {
-    # 318 thousand parameters without the classifier: trains in class, in about a minute on two CPU cores
+    # 310 thousand parameters without the classifier: trains in class, in about a minute on two CPU cores
     "mini": {"image_size": 32, "patch_size": 4, "num_layers": 4, "em_dim": 96, "num_heads": 4, "ff_dim": 192},
     # 3.2 million with 100 classes: the published small system
     "small": {"image_size": 32, "patch_size": 4, "num_layers": 6, "em_dim": 256, "num_heads": 8, "ff_dim": 512},
@@ -360,12 +360,11 @@ PRESETS: dict[str, dict] = {
 
 
 def create_model(preset: str, num_classes: int, **overrides) -> ViTModel:
-    """Build a freshly initialised model of a named size.
+    """Build a new model of a named size, with random weights.
 
     Args:
         preset: a key of ``PRESETS``.
-        num_classes: rows of the classifier.
-        overrides: other arguments of :class:`ViTModel`, in place of the preset's.
+        overrides: arguments of :class:`ViTModel` that replace the preset's.
 
     Raises:
         ValueError: for an unknown preset, and as :class:`ViTModel`.

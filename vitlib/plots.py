@@ -3,14 +3,14 @@
 image_grid(images, titles)              pictures and maps side by side, in rows
 patch_grid(image, patch_size)           one image cut into numbered patches
 heatmap(matrix, rows, columns)          a matrix in colours, with its numbers where there is room; or tiles of maps
-lines(x, series, xlabel, ylabel)        curves by name, with bands, runs, a reference such as chance, a reading
+lines(x, series, xlabel, ylabel)        curves by name, with runs, a reference such as chance, a reading
 dots(groups, xlabel)                    a row for each group: a dot for each run, a bar at the mean
 cost_bars(costs_by_name)                what the parts of one or several models cost
 panels(count)                           axes side by side, for the ``ax=`` of these functions
 show(figure, alt)                       display a figure with its alternative text
 
-Colours are those of Okabe and Ito, which colour-blind readers can tell apart; maps of numbers use viridis, and PuOr
-around zero, which also survive a grey printout.
+Colours are those of Okabe and Ito, which colour-blind readers can tell apart. Maps of numbers use viridis, or PuOr
+around zero.
 """
 
 import io
@@ -34,7 +34,7 @@ from torch import Tensor
 from vitlib.costs import Costs
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-FONTS = (  # with letters that matplotlib's own font lacks, of Linux, macOS and Windows
+FONTS = (  # of Linux, macOS and Windows, with letters that matplotlib's own font lacks
     "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "Noto Sans SC", "WenQuanYi Zen Hei", "PingFang SC",
     "Hiragino Sans", "Apple SD Gothic Neo", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "Noto Sans Devanagari",
     "Kohinoor Devanagari", "Nirmala UI", "Noto Sans Arabic", "Noto Sans Hebrew", "Noto Sans Thai", "Thonburi",
@@ -48,21 +48,20 @@ STYLE = {
     "axes.spines.right": False,
     "axes.prop_cycle": plt.cycler(color=COLOURS),
     "legend.edgecolor": "none",
-    "figure.dpi": 100,  # a screen counts 96 pixels to the inch, so a font of 10 pt is shown with 10 pt at least
+    "figure.dpi": 100,  # a screen has 96 pixels to the inch, so a font of 10 pt is shown with at least 10 pt
     "figure.constrained_layout.use": True,
     "image.cmap": "viridis",
 }
-WIDEST = 8.8  # inches: what a notebook's page shows without making the figure, and its words, smaller
+WIDEST = 8.8  # inches; a notebook's page would shrink a wider figure and its words
 HALO = withStroke(linewidth=3, foreground="white")  # keeps words legible that cross a curve
 
-
-# Warnings for each letter of each figure, in whose place _say_what_is_missing prints a sentence.
+# matplotlib warns of each missing letter in each figure; _say_what_is_missing prints one sentence instead
 BOXES = r"Glyph .* missing from|Matplotlib currently does not support .* natively"
 warnings.filterwarnings("ignore", BOXES)
 
 
 def _styled(draw):
-    """Draw in the course's style, and take the figure out of pyplot's list, which would keep it for ever."""
+    """Draw in the course's style, and remove the figure from pyplot's list, which would keep it for ever."""
 
     @wraps(draw)
     def drawn(*args, **kwargs) -> Figure:
@@ -79,17 +78,17 @@ def _styled(draw):
 
 @cache
 def _letters() -> set[int]:
-    """Return the letters that a font of the style has."""
+    """Return all letters that the fonts of the style have."""
     return set().union(*(get_font(findfont(name)).get_charmap() for name in STYLE["font.family"]))
 
 
-@cache  # so that it is said once
+@cache  # said once
 def _say_what_is_missing() -> None:
-    print("No font here has all letters of these names, so that boxes stand for some (Noto Sans has them).")
+    print("No font here has all letters of these names, so some are drawn as boxes; install Noto Sans.")
 
 
 def show(figure: Figure, alt: str) -> None:
-    """Display a figure in a notebook, with the text that says what is seen in it, for readers who cannot see it."""
+    """Display a figure in a notebook, with an alternative text for readers who cannot see it."""
     from IPython.display import display  # only notebooks have it loaded
 
     picture = {"image/png": png(figure), "text/plain": alt}
@@ -105,7 +104,7 @@ def png(figure: Figure) -> bytes:
 
 
 def panels(count: int, height: float = 3.8) -> list[Axes]:
-    """Return ``count`` axes side by side in a new figure, one for the ``ax=`` of each drawing."""
+    """Return ``count`` axes side by side in a new figure, each for the ``ax=`` of one drawing."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, count, figsize=(WIDEST, height), squeeze=False)
     plt.close(figure)
@@ -120,19 +119,17 @@ def image_grid(
     title: str = "",
     side: float = 1.4,
     rows: Sequence[str] = (),
-    limit: float | None = None,
     frames: Mapping[int, tuple[float, float, float]] | None = None,
 ) -> Figure:
     """Draw pictures and maps in rows.
 
     Args:
         images: pictures uint8 ``[C, H, W]``, or maps ``[g, g]`` of numbers from 0 on, bright where they are large.
-        titles: one for each.
+        titles: one per picture.
         columns: pictures in a row.
         title: of the whole figure.
-        side: of a picture in inches, less where a row would leave the page.
-        rows: a name for each row.
-        limit: the brightest number of all maps; by default the largest of each.
+        side: of a picture in inches; smaller if a row would be too wide for the page.
+        rows: one name per row.
         frames: by number of the picture a square to outline: its top, left and side, in pixels or cells.
     """
     columns = min(columns, len(images))
@@ -147,7 +144,7 @@ def image_grid(
         if image.ndim == 3:
             ax.imshow(_picture(image), cmap="gray", vmin=0, vmax=255)
         else:
-            ax.imshow(image.detach().cpu().numpy(), vmin=0, vmax=limit)
+            ax.imshow(image.detach().cpu().numpy(), vmin=0)
     for ax, text in zip(axes.flat, titles, strict=False):
         ax.set_title(text, fontsize=10, parse_math=False)  # names of folders may hold dollar signs
     for ax, text in zip(axes[:, 0], rows, strict=False):
@@ -205,16 +202,16 @@ def heatmap(
     cuts: Sequence[float] = (),
     ax: Axes | None = None,
 ) -> Figure:
-    """Draw a matrix in colours: from dark to bright, or where numbers are negative, from orange to purple.
+    """Draw a matrix in colours: from dark to bright, or with negative numbers from orange to purple.
 
     Args:
         matrix: ``[R, C]``; or ``[R, C, h, w]``, drawn as R x C tiles with gaps between them.
         rows, columns: names of all rows or columns in turn, or of some by number.
-        label: the meaning of a colour, written beside the scale.
-        numbers: the format of the numbers in the cells, which are written up to 400 cells; "" for none.
-        limits: the numbers at the two ends of the scale from dark to bright.
+        label: what the colours mean, written beside the scale.
+        numbers: the format of the numbers in the cells, written if there are at most 400 cells; "" for none.
+        limits: the numbers at the two ends of a scale from dark to bright.
         frame: row and column of a cell to outline.
-        cuts: columns before which to draw a line.
+        cuts: columns to draw a line before.
     """
     values, tiled = matrix.detach().cpu().float(), matrix.ndim == 4
     written = bool(numbers) and not tiled and values.numel() <= 400
@@ -266,7 +263,6 @@ def lines(
     ylabel: str,
     title: str = "",
     *,
-    bands: Mapping[str, tuple[Sequence, Sequence]] | None = None,
     reference: Mapping[str, float] | None = None,
     read_at: float | None = None,
     percent: bool = False,
@@ -276,14 +272,13 @@ def lines(
     """Draw curves by name.
 
     Args:
-        x: the places of the points, for all curves or by name for each. A shorter curve takes the first of them.
-        series: by name a number for each point; or several numbers for each, one of every run: then the curve goes
-            through their means, and every run is a dot.
-        bands: by name the lower and the upper edge of a band around the curve.
+        x: where the points are, for all curves or for each by name. A shorter curve takes the first of them.
+        series: for each curve one number per point, or one per point and run; then the curve connects the means, and
+            each run is a dot.
         reference: numbers to draw dotted lines at, by name, such as ``{"chance": 0.1}``.
-        read_at: a place to mark. The legend says where each curve is there; one that ends earlier is read at its end.
-        percent: whether the numbers are shares, to be written in percent.
-        axis: given to ``Axes.set``, as ``xscale="log"`` or ``ylim=(0, None)``.
+        read_at: an x to mark. The legend gives each curve's value there, or its last if it ends earlier.
+        percent: whether to write the numbers in percent.
+        axis: passed to ``Axes.set``, such as ``xscale="log"`` or ``ylim=(0, None)``.
     """
     ax = _axes(ax, 7, 3.8)
     for number, (name, values) in enumerate(series.items()):
@@ -296,8 +291,6 @@ def lines(
         (curve,) = ax.plot(places, means, marker=dotted, color=colour, linestyle=dashes, label=name)
         if values.ndim == 2:
             ax.plot(places, values, marker, color=colour, alpha=0.6, markersize=6)
-        if name in (bands or {}):
-            ax.fill_between(places, *bands[name], color=colour, alpha=0.2, linewidth=0)
         if read_at is not None:
             last = max((place for place in range(len(places)) if places[place] <= read_at), default=0)
             ax.plot(places[last], means[last], marker, color=colour, markersize=9, zorder=3)
@@ -336,10 +329,8 @@ def dots(
 
     Args:
         groups: by name the numbers of its runs, such as accuracies over seeds.
-        reference: numbers to draw dotted lines at, by name, such as ``{"chance": 0.1}``.
-        kinds: one for each group; groups of one kind share a colour.
-        percent: whether the numbers are shares, to be written in percent.
-        axis: given to ``Axes.set``, as ``xlim=(0, None)``.
+        kinds: one per group; groups of one kind share a colour.
+        reference, percent, axis: as in :func:`lines`.
     """
     ax = _axes(ax, 7.5, 1.1 + 0.5 * len(groups))
     kinds = list(kinds) or list(groups)
@@ -378,12 +369,8 @@ COST_PARTS = {  # as they are drawn, from the image to the classifier: sums of f
 
 @_styled
 def cost_bars(models: Mapping[str, Costs], title: str = "") -> Figure:
-    """Draw the costs of models for one image, each a bar that is divided among the parts: parameters, FLOPs of the
-    forward pass, and the bytes of activations that a training step keeps.
-
-    Args:
-        models: by name, from :func:`vitlib.costs.costs`.
-    """
+    """Draw the costs of models by name as bars, divided among their parts: parameters, FLOPs of the forward pass, and
+    bytes of activations that a training step keeps."""
     scaled = EngFormatter(places=1)
     quantities = {
         "parameters": "parameters", "forward_flops": "FLOPs, forward", "activation_bytes": "bytes of activations",
@@ -423,7 +410,7 @@ def _without_ticks(ax) -> None:
 
 
 def _frame(top: float, left: float, side: float) -> Rectangle:
-    """Return an outline that is visible on any colour, by its white border."""
+    """Return an outline with a white border, which is visible on any colour."""
     border = [withStroke(linewidth=5, foreground="white")]
     corner = (left - 0.5, top - 0.5)
     return Rectangle(corner, side, side, fill=False, edgecolor=COLOURS[1], linewidth=3, path_effects=border)

@@ -1,4 +1,4 @@
-"""Trainings on record: figures that ship with vitlib, to be read without training for hours."""
+"""Recorded measurements that ship with vitlib, for figures that would take hours of training."""
 
 import json
 
@@ -6,14 +6,14 @@ from vitlib.weights.checkpoint import PRETRAINED
 
 
 def load_record(name: str) -> dict:
-    """Return a measurement that ships with vitlib, as the JSON file holds it.
+    """Return a recorded measurement, as its JSON file holds it.
 
     - ``published``: the published system, epoch by epoch (``accuracy``, ``loss``), as its authors recorded it.
     - ``cifar100-small``, ``shapes100-mini``: the training of the shipped weights (``record``, ``classes``, ...).
     - ``sweep_labels``, ``sweep_patches``: the sweeps of notebooks/sweeps (``runs``: ``parameters`` and ``figures``).
-    - ``vit_against_cnn``: benchmarks/vit_against_cnn.py (``models``, ``trainings``: a training for each seed).
+    - ``vit_against_cnn``: benchmarks/vit_against_cnn.py (``models``, ``trainings``: one per seed).
 
-    Shares are in [0, 1], losses in nats. ``command`` says how to measure it again.
+    Shares are in [0, 1], losses in nats. ``command`` measures it again.
 
     Raises:
         ValueError: for another name.

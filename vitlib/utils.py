@@ -1,4 +1,4 @@
-"""What every room needs: atomic writes, the cache folder, one progress bar, and the door to torchvision."""
+"""What all parts of vitlib share: atomic writes, the cache folder, the progress bar, the import of torchvision."""
 
 import importlib
 import os
@@ -11,36 +11,34 @@ from types import ModuleType
 
 from tqdm import tqdm
 
-_OPERATORS = ("nms", "qnms")
-_SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"  # torchvision/csrc/ops/nms.cpp
-_declared: list = []  # torch forgets the operators when this object goes
+_declared: list = []  # keeps the declaration of torchvision's operators, which torch forgets with the object
 SHORT = "{l_bar}{bar:6}| {elapsed}<{remaining}, {rate_fmt}{postfix}"  # fits into one line of a notebook's page
 
 
 def cache_dir(data_dir: str | os.PathLike | None = None) -> Path:
-    """Where downloads and caches live: ``data_dir``, else the environment's VITLIB_DATA, else ~/.cache/vitlib."""
+    """Return the folder of downloads and caches: ``data_dir``, the environment's VITLIB_DATA, or ~/.cache/vitlib."""
     return Path(data_dir or os.environ.get("VITLIB_DATA") or "~/.cache/vitlib").expanduser().absolute()
 
 
 def printable(path: str | os.PathLike) -> str:
-    """A path as a message may show it. Names in a folder from elsewhere can hold line breaks and commands to a
-    terminal, which are escaped, and bytes that are no text, which become question marks."""
+    """Return a path that is safe to show. Line breaks and commands to a terminal are escaped; bytes that are no text
+    become replacement characters."""
     text = os.fsencode(path).decode(errors="replace")
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Gives a temporary name beside ``path`` to write to, and moves it into place when the block ends well.
+    """Yield a temporary path to write to, and move the file to ``path`` when the block has succeeded.
 
-    If the block fails, the temporary file is removed and whatever stood at ``path`` before is still there.
+    If the block fails, the temporary file is removed, and an earlier file at ``path`` stays as it is.
 
     >>> with atomic_write("history.json") as temporary:
     ...     temporary.write_text("{}")
     """
     path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
-    # of this process and thread, so that two which write the same file at once do not write into each other's
+    # each process and thread has its own, in case two write the same file at once
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
         yield temporary
@@ -52,10 +50,10 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def progress_bar(iterable=None, *, description: str, total: int | None = None, unit: str = "it", show: bool = True):
-    """A tqdm bar written as text to stdout.
+    """Return a tqdm bar that is written as text to stdout.
 
-    Text, not a widget: a widget's output is lost in papermill logs and its saved state makes stored notebooks
-    invalid on GitHub. Stdout, not stderr: notebooks paint stderr red, and a beginner reads red as an error.
+    A widget would be lost in papermill's logs, and its saved state makes notebooks invalid on GitHub. Notebooks paint
+    stderr red, which beginners read as an error.
     """
     return tqdm(
         iterable,
@@ -71,16 +69,14 @@ def progress_bar(iterable=None, *, description: str, total: int | None = None, u
 
 
 def import_torchvision() -> ModuleType:
-    """Import torchvision, also beside a build of torch that it was not made for.
+    """Import torchvision, even if it was built for another build of torch.
 
-    Beside another build, say a CPU build of torch, its compiled library does not load, and the import stops because
-    two operators do not exist. Its Python parts (data sets, transforms, models) need no such operator, so declaring the
-    two is enough; calling one still raises torchvision's own error. Where torchvision is whole this is a plain import.
-    Call it before anything else imports torchvision; afterwards ``from torchvision.transforms import v2`` works.
+    Then its compiled library does not load, and the import fails because two operators do not exist. Its Python parts
+    (data sets, transforms, models) never call them, so it is enough to declare them. Call this before anything else
+    imports torchvision; afterwards ``from torchvision.transforms import v2`` works.
 
     Raises:
         ModuleNotFoundError: if torchvision is not installed.
-        Exception: whatever else torchvision's import raises, unchanged.
     """
     try:
         return importlib.import_module("torchvision")
@@ -94,7 +90,7 @@ def import_torchvision() -> ModuleType:
             raise
     _declare_operators()
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-        del sys.modules[name]  # the failed import has left some of torchvision's modules half built
+        del sys.modules[name]  # the failed import has left some of them half built
     return importlib.import_module("torchvision")
 
 
@@ -102,13 +98,13 @@ def _declare_operators() -> None:
     import torch
 
     library = torch.library.Library("torchvision", "FRAGMENT")
-    for operator in _OPERATORS:
-        library.define(operator + _SCHEMA)
+    for operator in ("nms", "qnms"):  # as in torchvision/csrc/ops/nms.cpp
+        library.define(operator + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _declared.append(library)
 
 
 def text_table(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
-    """Return the lines of a table with aligned columns; those numbered in ``right`` to the right."""
+    """Return the lines of a table with aligned columns; the columns numbered in ``right`` are aligned to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(f"{text:{'>' if n in right else '<'}{widths[n]}}" for n, text in enumerate(row)).rstrip()

@@ -1,4 +1,4 @@
-"""Training: one loop, the two stages of the course, and the recipes."""
+"""Training: the loop, the two stages of the course, and the recipes."""
 
 from vitlib.training.devices import PRECISIONS, hardware, resolve_device, resolve_precision
 from vitlib.training.history import History

@@ -1,4 +1,4 @@
-"""Where and how precisely a training computes."""
+"""The device and the precision that a training computes with."""
 
 import platform
 
@@ -18,7 +18,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         return torch.accelerator.current_accelerator() if accelerated else torch.device("cpu")
     try:
         found = torch.empty(0, device=device).device
-        if found.type == "meta":  # has shapes and no numbers
+        if found.type == "meta":  # it has shapes, but no numbers
             raise NotImplementedError
         return found
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -29,10 +29,10 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     """Return the precision of the matrix products: ``float32``, or ``bfloat16`` (autocast; the weights stay float32).
 
     ``auto`` is bfloat16 on GPUs and CPUs that compute in it natively, and float32 elsewhere. On a CPU with AVX512-BF16
-    or AMX bfloat16 is two to three times as fast; on others it is slower than float32 (benchmarks/throughput.py).
+    or AMX, bfloat16 is two to three times as fast; on others it is slower than float32 (benchmarks/throughput.py).
 
     Raises:
-        ValueError: for any other word.
+        ValueError: for another precision.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} is not allowed; choose one of {', '.join(PRECISIONS)}.")
@@ -41,21 +41,21 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-        native = any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+        flags = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        native = flags.get("avx512_bf16", False) or flags.get("amx_bf16", False)
     return "bfloat16" if native else "float32"
 
 
 def hardware(device: torch.device) -> str:
-    """Return the processor that a training ran on, in words."""
+    """Return the name of the processor that a training runs on."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} {device.type}, {torch.get_num_threads()} threads"
 
 
 def compiled(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """Compile for batches of fixed size; on a GPU as CUDA graphs, since at this model's size starting hundreds of
-    kernels one by one takes longer than what they compute."""
+    """Compile for batches of fixed size. On a GPU the kernels become CUDA graphs: in a model this small, to start them
+    one by one takes longer than to run them."""
     return torch.compile(model, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else "default")
 
 

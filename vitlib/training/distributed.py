@@ -1,4 +1,4 @@
-"""Rank, world size and collectives for ``torchrun``. One process alone runs the same code with a world size of 1."""
+"""Rank, world size and collectives for ``torchrun``. A single process runs the same code with a world size of 1."""
 
 import gc
 import importlib
@@ -15,8 +15,8 @@ class DistributedContext:
     """The processes that train one model together, seen from one of them.
 
     Args:
-        rank: number of this process, from 0; the first one writes the files and shows progress.
-        world_size: number of processes, on all machines together.
+        rank: number of this process, from 0; the first process writes the files and shows progress.
+        world_size: number of processes on all machines.
     """
 
     rank: int = 0
@@ -27,7 +27,7 @@ class DistributedContext:
         return self.rank == 0
 
     def shard(self, batch: Tensor) -> Tensor:
-        """Return this process's part of a batch; the parts are as even as possible, and in a row the whole batch."""
+        """Return this process's part of a batch; the parts differ by one image at most."""
         return batch.tensor_split(self.world_size)[self.rank]
 
     def total(self, tensor: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class DistributedContext:
         return values
 
     def from_first(self, value: object) -> object:
-        """Return the first process's value (broadcast); the others may give None."""
+        """Return the first process's value (broadcast), whatever the others give."""
         values = [value]
         if self.world_size > 1:
             dist.broadcast_object_list(values, src=0)
@@ -60,14 +60,14 @@ class DistributedContext:
         return nn.parallel.DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device])
 
     def backward(self, loss: Tensor) -> None:
-        """Backpropagate. DDP averages the processes' gradients, but their losses add up to the loss of the batch."""
+        """Backpropagate. The processes' losses add up to that of the batch, but DDP averages their gradients."""
         (loss * self.world_size).backward()
 
 
 def init_distributed(device: str = "auto") -> str:
-    """Join the processes that ``torchrun`` has started, if it has, and return this one's device.
+    """Join the other processes if ``torchrun`` has started this one, and return the device of this process.
 
-    The processes of one machine take its GPUs in turn and exchange gradients over NCCL; without GPUs they use gloo.
+    Each process of a machine takes one of its GPUs, and they exchange gradients over NCCL; without GPUs, over gloo.
 
     Returns:
         ``device``, or ``cuda:i`` with the number of this process on its machine.
@@ -90,23 +90,20 @@ def init_distributed(device: str = "auto") -> str:
         torch.cuda.set_device(local)
     elif device != "cpu":
         raise ValueError(f"device={device!r} is one device for {on_machine} processes; give auto, cuda or cpu.")
-    # a default argument in it would keep the group, if it were there already when DistributedDataParallel imports this
+    # import it before the group exists: a default argument in it would hold the group, and so keep it from ending
     importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group("gloo" if device == "cpu" else "nccl")
     return device
 
 
 def end_distributed() -> None:
-    """End what :func:`init_distributed` began; do nothing in a process of its own.
-
-    Collect DDP's wrappers now: a communication thread that outlives the interpreter aborts the process.
-    """
+    """Leave the processes that :func:`init_distributed` has joined, if any."""
     if dist.is_initialized():
         dist.destroy_process_group()
-        gc.collect()
+        gc.collect()  # of DDP's wrappers: a communication thread that outlives the interpreter aborts the process
 
 
 def current_context() -> DistributedContext:
-    """Return the processes that this one has joined, or just itself."""
+    """Return the context of the processes that this one has joined, or of this one alone."""
     joined = dist.is_available() and dist.is_initialized()
     return DistributedContext(dist.get_rank(), dist.get_world_size()) if joined else DistributedContext()

@@ -11,11 +11,13 @@ from vitlib.utils import atomic_write
 class History:
     """What happened during training.
 
+    Accuracies are in [0, 1]. Training losses and accuracies are those of the augmented images, averaged over the epoch
+    while the model was changing. A mixed image counts as right if the answer is its own label.
+
     Args:
         steps: one dict per optimiser step: step, epoch, loss, learning_rate.
         epochs: one dict per epoch: epoch, step, train_loss, train_accuracy, validation_loss, validation_accuracy,
-            seconds, images_per_second. Accuracies are shares from 0 to 1; training figures are those of the augmented
-            images, averaged while the model was changing; a mixed image counts as right if the answer is its own label.
+            seconds, images_per_second.
         interrupted: True if Ctrl-C ended the training early.
     """
 
@@ -25,7 +27,7 @@ class History:
 
     @property
     def best(self) -> dict:
-        """The epoch of the highest validation accuracy, the earliest if several share it."""
+        """The epoch with the highest validation accuracy; the earliest of several."""
         return max(self.epochs, key=lambda epoch: epoch["validation_accuracy"])
 
     def save(self, path: str | Path) -> None:

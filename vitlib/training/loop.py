@@ -1,7 +1,7 @@
-"""The training loop on one screen: ``fit``, and ``evaluate`` and ``predict`` beside it.
+"""The training loop on one screen: ``fit``, with ``evaluate`` and ``predict`` beside it.
 
-It is the loop of notebook 03, with its five words. All that stands round it (resume, several processes, precision,
-averaged weights, progress) is in :mod:`vitlib.training.trainer`.
+It is the loop of notebook 03, with its five words: predict, measure, clear, backpropagate, step. Everything around it
+(resume, several processes, precision, averaged weights, progress) is in :mod:`vitlib.training.trainer`.
 """
 
 from collections.abc import Callable
@@ -31,21 +31,21 @@ def fit(
     resume: ResumeFile | None = None,
     **options,
 ) -> History:
-    """Train ``model`` in place, and return what happened.
+    """Train ``model`` in place and return the history.
+
+    Ctrl-C ends the training: the model keeps the weights it has by then, the history is marked ``interrupted``, and
+    the unfinished epoch is not part of it.
 
     Args:
-        model: a ViT, wrapped or not, or any other classifier that takes images ``[B, C, H, W]`` to logits.
+        model: a ViT, wrapped or not, or any other classifier that maps images ``[B, C, H, W]`` to logits.
         card: gives the normalisation.
-        after_epoch: called after every epoch with the model to keep and the history; files are written there.
-        resume: where an interrupted training goes on from, and which file to keep up to date.
+        after_epoch: called after every epoch with the model to keep and the history; it may write them to files.
+        resume: the file from which an interrupted training resumes, and in which this one saves its state.
         options: the fields of :class:`TrainingOptions`, such as ``epochs`` and ``batch_size``.
 
-    Ctrl-C ends the training: the model keeps the weights it has, ``interrupted`` is set in the history, and the epoch
-    that was cut short is not part of it.
-
     Raises:
-        ValueError: if the images do not fit the model, the loss is no longer finite, or the resume file belongs to
-            another training.
+        ValueError: if the images do not fit the model, the loss is not finite, or the resume file belongs to another
+            training.
     """
     options = TrainingOptions(**options)
     _check_can_learn(model, train, validation, card)
@@ -54,7 +54,7 @@ def fit(
         for epoch in trainer.epochs_to_go():
             with trainer.timed_epoch(epoch):
                 model.train()
-                for batch in trainer.batches(epoch):  # random order; an interrupted epoch goes on where it was
+                for batch in trainer.batches(epoch):  # random order; an interrupted epoch resumes where it stopped
                     images, own_share = trainer.augment(batch)  # normalised, cropped, flipped, mixed
                     with trainer.autocast():  # bfloat16 where it is fast, else float32
                         logits = trainer.forward(images, *batch.kept_patches)  # predict
@@ -64,8 +64,8 @@ def fit(
                     trainer.context.backward(loss)  # backpropagate; several processes average here
                     trainer.optimizer.step(trainer.step)  # step: this step's learning rate, clipping, update
                     trainer.end_step(loss, logits, batch)  # averaged weights, progress bar, resume file
-                trainer.end_epoch(evaluate(trainer.ema_model, validation, card, steps=options.eval_steps_per_epoch,
-                                           batch_size=options.batch_size))  # fmt: skip
+                score = evaluate(trainer.ema_model, validation, card, options.batch_size, options.eval_steps_per_epoch)
+                trainer.end_epoch(score)
             after_epoch(trainer.ema_model, trainer.history)
             trainer.save()
     except KeyboardInterrupt:
@@ -79,7 +79,7 @@ def fit(
 def predict(model: nn.Module, images: Tensor, card: ModelCard, batch_size: int = 256) -> Tensor:
     """Return logits ``[N, num_classes]``, float32 on the CPU, for uint8 images ``[N, C, H, W]``.
 
-    The model is switched to eval mode for this and back to the mode it was in.
+    The model is in eval mode meanwhile, and afterwards in the mode it was in before.
 
     Raises:
         ValueError: for images that do not fit the model or the card, or logits that are not finite.
@@ -96,8 +96,8 @@ def predict(model: nn.Module, images: Tensor, card: ModelCard, batch_size: int =
     logits = torch.cat(logits)
     if not logits.isfinite().all():
         raise ValueError(
-            "The model's logits are not finite (nan or infinity), so they say nothing; its weights are damaged or its "
-            "training diverged: take other weights, or train again at a lower learning rate."
+            "The model's logits are not finite (nan or infinity): its weights are damaged or its training diverged; "
+            "take other weights, or train again at a lower learning rate."
         )
     return logits
 
@@ -105,13 +105,13 @@ def predict(model: nn.Module, images: Tensor, card: ModelCard, batch_size: int =
 def evaluate(
     model: nn.Module, data: LabelledImages, card: ModelCard, batch_size: int = 256, steps: int | None = None
 ) -> dict[str, float]:
-    """Return the mean cross-entropy ("loss") and the top-1 accuracy as a share ("accuracy") over ``data``, in float32.
+    """Return the mean cross-entropy ("loss") and the top-1 accuracy in [0, 1] ("accuracy") over ``data``, in float32.
 
-    Where it is known which test images ciFAIR kept (``data.kept``), "images_kept" and "accuracy_kept" count those
-    alone: the others have a near-duplicate in CIFAR's training set or test set.
+    If ``data.kept`` says which test images ciFAIR kept, "images_kept" and "accuracy_kept" are about those alone; the
+    others have a near-duplicate in CIFAR's training set or test set.
 
-    With ``steps``, only that many batches are looked at, evenly spread over the data, since folders come sorted by
-    class. Where several processes train together, each looks at its share, and all of them must call this.
+    With ``steps``, only as many batches are evaluated. Their images are spread evenly over the data, since folders come
+    sorted by class. Of several processes each evaluates its share; all of them must call this.
 
     Raises:
         ValueError: for no images, or images or labels that do not fit the model.
@@ -138,20 +138,18 @@ def evaluate(
 
 
 def _check_can_learn(model: nn.Module, train: LabelledImages, validation: LabelledImages, card: ModelCard) -> None:
-    """Ask with one image, before the training, whether the images and labels fit the model."""
+    """Check before the training, with one image, that images and labels fit the model."""
     if not len(train) or not len(validation):
         raise ValueError(
             f"{len(train)} training and {len(validation)} validation images are too few; give one of each."
         )
     if len(train.labels.unique()) == 1:
-        raise ValueError(
-            f"All images of {train} are of one class, so nothing can be learned; give two classes or more."
-        )
+        raise ValueError(f"All images of {train} are of one class, so there is nothing to learn; give two classes.")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("No parameter of the model requires a gradient, so it cannot learn; set requires_grad_(True).")
     try:
         logits = predict(without_wrappers(model), train.images[:1], card)
-    except RuntimeError as error:  # a model other than a ViT has no sentence of its own
+    except RuntimeError as error:  # only a ViT explains what it takes
         reason = str(error).splitlines()[0]
         raise ValueError(f"The model cannot take {train} ({reason:.200}); give images that fit.") from error
     _check_logits(logits, train)
@@ -162,5 +160,5 @@ def _check_logits(logits: Tensor, data: LabelledImages) -> None:
     if logits.ndim != 2 or logits.shape[1] < classes:
         raise ValueError(
             f"The model gives {list(logits.shape)} logits for {len(logits)} images, but their labels need {classes} "
-            "classes; give a model with a classifier of as many, or data with fewer."
+            "classes; give a model with a classifier for as many, or data with fewer."
         )

@@ -1,4 +1,4 @@
-"""How models are trained: the recipes of the course, and the optimiser and learning rates that follow from one."""
+"""The recipes of the course, and the optimiser and learning rates that follow from a recipe."""
 
 import difflib
 import math
@@ -14,7 +14,7 @@ from vitlib.model import ViTModel
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained, apart from how long and on what.
+    """How a model is trained, but not for how long or on which images.
 
     Args:
         optimizer: "sgd", "adamw", or "muon" for the matrices of the blocks and AdamW for everything else.
@@ -61,19 +61,19 @@ class Recipe:
     keep_patches: tuple[tuple[float, float], ...] = ()
     statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
-    def __post_init__(self):  # a misspelt name would silently train something else
+    def __post_init__(self):  # a misspelt name would silently select another one
         for name, known in (("optimizer", ("sgd", "adamw", "muon")), ("schedule", ("constant", "cosine"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; choose one of {', '.join(known)}.")
 
     def share_of_patches(self, progress: float) -> float:
-        """The share of its patches that a training image keeps when this share of the training is over."""
+        """Return the share of its patches that an image keeps after this share of the training."""
         return next((share for until, share in self.keep_patches if progress <= until), 1.0)
 
 
 # Each recipe says what it is for, its command, its time on two CPU cores and what it reached (RESULTS.md has more).
 
-# The published small system to the letter (FastEstimator's ViT example); norm_first is the model's.
+# The published small system (FastEstimator's ViT example), in every detail but norm_first, which the model decides.
 #   python -m vitlib pretrain --recipe published --norm-first false: not yet run for 100 epochs here; its own record is
 #   51.54 % on ciFAIR-100, 2,576 s on a GTX 1080 Ti
 PUBLISHED_RECIPE = Recipe(
@@ -98,8 +98,7 @@ MODERN = Recipe(
     ema_decay=0.999,
     augmentation=Augmentation(padding=4, flip=0.5, cutout=0),
 )
-# Runs of minutes, as in class: there a crop costs more than it gives, and positions have to leave their small start
-# quickly.
+# Runs of minutes, as in class. In so short a time a crop costs more than it gives, and positions have to grow fast.
 #   python -m vitlib pretrain --upstream shapes100 --preset mini --recipe short --batch-size 32 --pretrain-epochs 5:
 #   77 to 81 % on shapes100's test images, two minutes
 SHORT = replace(
@@ -129,7 +128,7 @@ LONG = replace(
 )
 RECIPES = {"published": PUBLISHED_RECIPE, "modern": MODERN, "short": SHORT, "muon": MUON, "long": LONG}
 
-# Fine-tuning: the pretrained encoder is to move little, its new head a lot.
+# Fine-tuning: the pretrained encoder should change little, its new head a lot.
 _MODERN = replace(
     MODERN,
     learning_rate=5e-4,
@@ -151,7 +150,7 @@ FINETUNING = {
 
 
 def named_recipe(recipe: str | Recipe, known: dict[str, Recipe]) -> Recipe:
-    """Return a recipe by its name in ``known``, or your own recipe as it is.
+    """Return the recipe of this name; a ``Recipe`` is returned as it is.
 
     Raises:
         ValueError: for a name that is not in ``known``.
@@ -166,9 +165,9 @@ def named_recipe(recipe: str | Recipe, known: dict[str, Recipe]) -> Recipe:
 
 
 class Optimizer:
-    """The recipe's optimiser with its schedule, over all parameters that are to be trained.
+    """The recipe's optimiser with its schedule, for all parameters that require a gradient.
 
-    Under Muon two work side by side: Muon for the matrices of the blocks, AdamW for the rest.
+    For Muon there are two: Muon for the matrices of the blocks, AdamW for the rest.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe, total_steps: int):
@@ -177,7 +176,7 @@ class Optimizer:
         self._peaks = [[group["lr"] for group in part.param_groups] for part in self.parts]
 
     def rate(self, step: int) -> float:
-        """The learning rate of optimiser step ``step``, from 0, without the factors for some layers."""
+        """Return the learning rate of optimiser step ``step``, from 0, without the factors of single layers."""
         return self.recipe.learning_rate * rate_factor(self.recipe, step, self.total_steps)
 
     def zero_grad(self) -> None:
@@ -203,14 +202,14 @@ class Optimizer:
 
 
 def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Return the recipe's optimiser over all parameters that are to be trained; for Muon two, AdamW and Muon.
+    """Return the recipe's optimiser for all parameters that require a gradient; for Muon two, AdamW and Muon.
 
     AdamW and Muon decay the weights of linear layers and convolutions only: decay would harm biases, norms, CLS and
-    positions, whose size matters. SGD decays everything, as the published system does. In a model other than a ViT
-    the factors for CLS, positions and the matrices of the blocks find nothing.
+    positions, whose size matters. SGD decays everything, as the published system does. A model other than a ViT has no
+    CLS, positions or blocks, so their factors change nothing there.
 
     Raises:
-        ValueError: for a layer decay for a model without the blocks of a ViT.
+        ValueError: for a layer decay with a model other than a ViT.
     """
     if recipe.layer_decay != 1 and not isinstance(model, ViTModel):
         raise ValueError(f"layer_decay={recipe.layer_decay} needs the blocks of a ViTModel; give a recipe without it.")
@@ -245,7 +244,7 @@ def _as_groups(parameters: dict[tuple[float, float], list[nn.Parameter]]) -> lis
 
 
 def _layers_above(name: str, blocks: int) -> int:
-    """How many layers lie between a parameter and the logits: 0 for head and final norm, ``blocks`` + 1 for the
+    """Return how many layers lie between a parameter and the logits: 0 for head and final norm, ``blocks`` + 1 for the
     embeddings (Clark et al. 2020, arXiv:2003.10555, appendix B; BEiT's code counts the same way)."""
     if "embedding" in name or "cls_token" in name:
         return blocks + 1
@@ -254,7 +253,7 @@ def _layers_above(name: str, blocks: int) -> int:
 
 
 def rate_factor(recipe: Recipe, step: int, total: int) -> float:
-    """The share of the highest learning rate to use in optimiser step ``step`` (from 0) of ``total``."""
+    """Return the learning rate of optimiser step ``step`` (from 0) of ``total``, as a share of the highest."""
     warmup = round(recipe.warmup * total)
     if step < warmup:
         return (step + 1) / (warmup + 1)

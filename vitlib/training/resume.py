@@ -9,12 +9,12 @@ import torch
 
 from vitlib.utils import atomic_write
 
-# settings that are fingerprints: two hashes would tell nobody anything
+# settings that are fingerprints; to show the two hashes would help nobody
 _CHANGED = {"images": "the training images have changed since", "start": "it started from other weights"}
 
 
 class OtherTraining(ValueError):
-    """A resume file belongs to a training with other settings. Made of the sentence, and of the difference alone."""
+    """A resume file belongs to a training with other settings: ``OtherTraining(message, difference)``."""
 
     def __str__(self) -> str:
         return self.args[0]
@@ -25,15 +25,14 @@ class OtherTraining(ValueError):
 
 
 class ResumeFile:
-    """Keep the state of an unfinished training on disk.
+    """The state of an unfinished training on disk.
 
     The file before the last one is kept too, as ``<name>-previous.pt``, in case the last is damaged. Files are read
     with ``weights_only=True``, which runs no code from them.
 
     Args:
-        path: of the file.
-        settings: everything that decides the course of the training, as JSON can hold it; fingerprints of data are
-            named ``images`` and ``start``. A file with other settings is refused.
+        settings: everything that the numbers of the training depend on, in types of JSON. ``images`` and ``start`` are
+            fingerprints of data. A file with other settings is refused.
         minutes: time between two files within an epoch.
     """
 
@@ -52,7 +51,7 @@ class ResumeFile:
         return time.monotonic() - self.written >= 60 * self.minutes
 
     def save(self, state: dict) -> None:
-        """Write ``state``: tensors, numbers, texts, and lists and dicts of them."""
+        """Write ``state``, made of tensors, numbers, texts, lists and dicts."""
         with atomic_write(self.path) as temporary:
             torch.save({"format": self.FORMAT, "settings": json.dumps(self.settings), "state": state}, temporary)
             if self.path.exists():
@@ -65,9 +64,9 @@ class ResumeFile:
         Raises:
             ValueError: if the file is damaged or foreign, or belongs to a training with other settings.
         """
-        for unfinished in self.path.parent.glob(f".{self.path.name}.*.part"):  # left by a kill while it was written
+        for unfinished in self.path.parent.glob(f".{self.path.name}.*.part"):  # of a process that was killed
             unfinished.unlink(missing_ok=True)
-        path = self.path if self.path.exists() else self.previous  # killed between the two moves of save
+        path = self.path if self.path.exists() else self.previous  # after a kill between the two moves of save
         if not path.exists():
             return None
         try:
@@ -87,7 +86,7 @@ class ResumeFile:
 
     def _compare(self, path: Path, theirs: dict, ours: dict) -> None:
         differing = [name for name in theirs | ours if theirs.get(name) != ours.get(name)]
-        # the cause is named first: another model takes other images, these can change settings, and these the start
+        # name the cause first: another model takes other images, other images may change settings, and these the start
         model = {name for name in differing if name.startswith("config.")} - {"config.num_classes"}
         for name in sorted(differing, key=lambda name: (name not in model, name != "images", name == "start", name)):
             if name in _CHANGED:

@@ -20,7 +20,7 @@ from vitlib.weights.checkpoint import ModelCard, fingerprint, save_checkpoint, t
 
 @dataclass(frozen=True)
 class Trained:
-    """What training leaves: the model with its last weights, its card, and the history."""
+    """The result of a training: the model with its last weights, its card, and the history."""
 
     model: nn.Module
     card: ModelCard
@@ -38,14 +38,13 @@ def pretrain(
     source: str | None = None,
     **options,
 ) -> Trained:
-    """Train a new model on ``train``, part of which is set aside to measure progress.
+    """Train a new model on ``train``, and measure its progress on a part that is held out.
 
     Args:
-        train: the upstream training images; their size and channels decide those of the model.
+        train: the upstream training images; the model takes their size and channels.
         preset: a key of ``vitlib.model.PRESETS``.
         recipe: a key of ``RECIPES``, or a recipe of your own.
-        norm_first: False for post-norm blocks, as in the published system.
-        pooling: what the classifier sees, "cls" or "mean"; see :class:`vitlib.model.ViTModel`.
+        norm_first, pooling: see :class:`vitlib.model.ViTModel`.
         source: name of the data set, for the record.
         options: see :func:`train_stage`, and the fields of :class:`vitlib.training.trainer.TrainingOptions`.
 
@@ -80,13 +79,13 @@ def finetune(
     source: str | None = None,
     **options,
 ) -> Trained:
-    """Move the encoder of ``pretrained``, and only that, to a new task and train it there with a new head.
+    """Copy the encoder of ``pretrained``, and only that, and train it on a new task with a new head.
 
     Args:
-        pretrained: the upstream model, plain or wrapped; it is left as it is.
+        pretrained: the upstream model, plain or wrapped; it does not change.
         card: the upstream model's card; its normalisation is kept, since the encoder knows no other.
-        train: the downstream training images; where they are larger or smaller than the upstream ones, the positions
-            of the encoder are interpolated (:func:`vitlib.model.interpolate_positions`).
+        train: the downstream training images. If they are larger or smaller than the upstream ones, the encoder's
+            positions are interpolated (:func:`vitlib.model.interpolate_positions`).
         recipe: a key of ``FINETUNING``, or a recipe of your own.
         freeze_encoder: True trains the head alone (a linear probe).
         source: name of the data set, for the record.
@@ -108,15 +107,15 @@ def finetune(
 
 
 def record_test(trained: Trained, test: LabelledImages, source: str, checkpoint: str | Path | None = None) -> Trained:
-    """Score the final weights on the test split, once, and write the result into their card.
+    """Evaluate the final weights on the test split, once, and write the result into their card.
 
     Args:
-        source: name of the test set, for the record: CIFAR and ciFAIR differ by some points.
-        checkpoint: the file to write the card to as well, together with the weights.
+        source: name of the test set, for the record; CIFAR and ciFAIR differ by some points.
+        checkpoint: the file to write card and weights to, if any.
 
     Returns:
-        ``trained`` with ``test`` in its card's record: source, images, loss, accuracy, and for CIFAR's test images
-        the accuracy on those that ciFAIR kept (:func:`vitlib.training.loop.evaluate`).
+        ``trained`` with ``test`` in its card's record: source, images, and what
+        :func:`vitlib.training.loop.evaluate` returns.
     """
     score = evaluate(trained.model, test, trained.card)
     result = {"source": f"{source}, test split", "images": len(test), **score}
@@ -139,19 +138,19 @@ def train_stage(
     resume: bool = False,
     **options,
 ) -> Trained:
-    """What both stages share: split, train, keep the files in step with the training.
+    """Split the data, train, and write files after every epoch: what both stages share.
 
     Args:
         name: of the files, such as ``pretrained``.
         validation_fraction: share of ``train`` that is never trained on.
         device: see :func:`vitlib.training.devices.resolve_device`.
-        run_dir: where to write ``<name>.safetensors`` (last weights), ``<name>-best.safetensors`` (best by validation
-            accuracy) and ``<name>-history.json`` after every epoch; None to write nothing.
-        resume: True keeps ``<name>-resume.pt`` in ``run_dir`` too, and resumes an interrupted call with the same
-            settings; the weights end up the same to the last bit.
+        run_dir: folder for ``<name>.safetensors`` (last weights), ``<name>-best.safetensors`` (best by validation
+            accuracy) and ``<name>-history.json``; None to write nothing.
+        resume: True also keeps ``<name>-resume.pt`` there, and resumes an interrupted call with the same settings; the
+            weights end up the same to the last bit.
     """
     if resume and run_dir is None:
-        raise ValueError("resume=True needs a run_dir; name the folder that the training is kept in.")
+        raise ValueError("resume=True needs a run_dir; name the folder for the files of the training.")
     run_dir = None if run_dir is None else Path(run_dir).expanduser()
     device = resolve_device(device)
     model = model.to(device)
@@ -170,7 +169,7 @@ def train_stage(
         }
         resume_file = ResumeFile(run_dir / f"{name}-resume.pt", settings | identity)
     train, validation = train_validation_split(train, validation_fraction, settings["seed"])
-    if run_dir is not None and current_context().is_first:  # better refused now than after the first epoch
+    if run_dir is not None and current_context().is_first:  # now, so that it does not fail after the first epoch
         run_dir.mkdir(parents=True, exist_ok=True)
 
     def described(history: History) -> ModelCard:
@@ -183,7 +182,7 @@ def train_stage(
             return
         save_checkpoint(run_dir / f"{name}.safetensors", model, described(history))
         history.save(run_dir / f"{name}-history.json")
-        # what Ctrl-C leaves in the middle of an epoch has not been validated
+        # after Ctrl-C in the middle of an epoch the weights have not been validated
         if not history.interrupted and history.best is history.epochs[-1]:
             save_checkpoint(run_dir / f"{name}-best.safetensors", model, described(history))
 
@@ -194,7 +193,7 @@ def train_stage(
 
 
 def _side(data: LabelledImages) -> int:
-    """Pixels along a side of the images, which must be square."""
+    """Return the side of the images in pixels; they must be square."""
     height, width = data.images.shape[-2:]
     if height != width:
         raise ValueError(

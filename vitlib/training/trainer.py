@@ -1,11 +1,11 @@
-"""All that a training carries from step to step, so that it can be saved and resumed exactly."""
+"""What a training carries from step to step; saved and loaded again, it resumes exactly."""
 
 import copy
 import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -24,17 +24,17 @@ from vitlib.weights.checkpoint import ModelCard, without_wrappers
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How long and where to train; how is the recipe's matter.
+    """The settings of a training that are not part of its recipe.
 
     Args:
         epochs: passes over the training images.
         batch_size: images per optimiser step, over all processes; the last batch of an epoch may be smaller.
-        train_steps_per_epoch, eval_steps_per_epoch: at most so many batches per epoch; None for all.
+        train_steps_per_epoch, eval_steps_per_epoch: the largest number of batches per epoch; None for all.
         seed: decides the order of the images, the augmentation and dropout.
         precision: see :func:`vitlib.training.devices.resolve_precision`; float32 gives the same numbers everywhere.
-        compile: whether ``torch.compile`` translates the model first, which takes a minute and pays in long trainings.
+        compile: whether to compile the model with ``torch.compile``; it takes a minute, and pays in long trainings.
         description: first word of the progress bar.
-        progress: whether to show one.
+        progress: whether to show a progress bar.
     """
 
     epochs: int
@@ -47,7 +47,7 @@ class TrainingOptions:
     description: str = "training"
     progress: bool = True
 
-    def __post_init__(self):  # a training of no steps would end late, or look finished
+    def __post_init__(self):  # a training without steps would look like a finished one
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed; give a whole number of at least 1.")
@@ -61,32 +61,33 @@ class Batch:
         images: uint8 ``[b, C, H, W]``, not augmented yet.
         labels: int64 ``[b]``.
         drawn: the random numbers of the augmentation, each ``[b, ...]``.
-        size: images in the step over all processes.
-        kept_patches: nothing, or one tensor ``[b, n]``: the patches that stay (PatchDropout).
+        size: images of all processes in this step.
+        kept_patches: under PatchDropout ``([b, n],)``, the patches to keep; else empty. The model is called with it as
+            further arguments, since only a ViT takes any.
     """
 
     images: Tensor
     labels: Tensor
     drawn: dict[str, Tensor]
     size: int
-    kept_patches: tuple[Tensor, ...] = field(default=())
+    kept_patches: tuple[Tensor, ...] = ()
 
 
 class Trainer:
-    """A training under way.
+    """A running training: its model, optimiser, history and random numbers.
 
     Args:
         model: is trained in place.
-        train: the training images.
         card: gives the normalisation.
-        resume: the file to go on from, if there is one, and to keep up to date.
+        resume: the file to resume from, if it exists, and to save the state in.
 
     Attributes:
-        ema_model: the model to evaluate and to keep: the one with averaged weights (EMA) if the recipe asks for it.
+        ema_model: the model to evaluate and to keep: with averaged weights if the recipe has them, else ``model``.
         forward: the model as it is called: compiled, or wrapped for several processes.
         history: what has happened up to the last whole epoch.
-        losses, hits, seconds: the current epoch's: the loss of each step and the number of right answers, both only of
-            this process's images, and the time since its start.
+        losses, hits: of the current epoch the loss of each step and the number of right answers, counted on this
+            process's images alone.
+        seconds: since the start of the current epoch.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class Trainer:
         self.model, self.card, self.recipe, self.options = model, card, recipe, options
         self.device = next(model.parameters()).device
         self.context = current_context()
-        # one process moves all images once; of several each moves its share of every epoch
+        # a single process moves all images once; each of several moves its share of every epoch
         self.train = train.to(self.device) if self.context.world_size == 1 else train
         self.steps_per_epoch = math.ceil(len(train) / options.batch_size)
         if options.train_steps_per_epoch is not None:
@@ -124,16 +125,17 @@ class Trainer:
         return len(self.history.steps) + len(self.losses)
 
     def epochs_to_go(self) -> range:
+        """Return the numbers of the epochs that are not finished, from 1."""
         return range(len(self.history.epochs) + 1, self.options.epochs + 1)
 
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
     def batches(self, epoch: int) -> Iterator[Batch]:
-        """Yield what is left of an epoch, in a random order that seed and epoch decide.
+        """Yield the remaining batches of an epoch, in a random order that depends on seed and epoch.
 
-        All random numbers of an epoch are drawn at once: what happens to an image depends neither on the size of the
-        batches nor on the number of processes.
+        All random numbers of an epoch are drawn at once, so that they depend neither on the size of the batches nor on
+        the number of processes.
         """
         options, recipe, context = self.options, self.recipe, self.context
         generator = torch.Generator().manual_seed((options.seed << 20) + epoch)
@@ -147,7 +149,7 @@ class Trainer:
             drawn["kept_patches"] = draw_kept_patches(len(order), patches, share, generator)
 
         steps = torch.arange(len(order)).split(options.batch_size)
-        mine = [context.shard(step) for step in steps]
+        mine = [context.shard(step) for step in steps]  # this process's part of each step
         data = self.train.subset(order[torch.cat(mine)].to(self.train.labels.device)).to(self.device)
         drawn = {name: numbers[torch.cat(mine)].to(self.device) for name, numbers in drawn.items()}
         starts = torch.tensor([0, *map(len, mine)]).cumsum(0).tolist()
@@ -161,13 +163,13 @@ class Trainer:
             self.seconds = time.perf_counter() - self._started
 
     def augment(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the augmented images, float32 and normalised, and ``[b]`` the share of its own content in each."""
+        """Return the augmented images, float32 and normalised, and how much of each is its own content, ``[b]``."""
         images = self.recipe.augmentation.apply(batch.images, batch.drawn, self.card.mean, self.card.std)
         return self.recipe.augmentation.mix(images, batch.drawn)
 
     @contextmanager
     def timed_epoch(self, epoch: int) -> Iterator[None]:
-        """Show the progress of an epoch and take its time."""
+        """Show the progress of an epoch and measure its time."""
         options = self.options
         images = min(len(self.train), self.steps_per_epoch * options.batch_size)
         with progress_bar(
@@ -182,7 +184,7 @@ class Trainer:
             yield
 
     def end_step(self, loss: Tensor, logits: Tensor, batch: Batch) -> None:
-        """Update the averaged weights, count, show progress, write the resume file when it is due."""
+        """Update the averaged weights, count, show progress, and save the state when it is due."""
         self._update_average()
         self.losses.append(loss.detach())
         self.hits += (logits.detach().argmax(1) == batch.labels).sum()
@@ -190,18 +192,18 @@ class Trainer:
         self._bar.update(batch.size)
         now = time.perf_counter()
         self.seconds = now - self._started
-        if now - self._shown > 1 and not self._bar.disable:  # reading a loss waits for the device: once a second
+        if now - self._shown > 1 and not self._bar.disable:  # once a second: reading a loss waits for the device
             self._shown = now
             recent, accuracy = self.losses[-1].item(), self.hits.item() / max(1, self._seen)
             self._check_finite([recent])
             self._bar.set_postfix_str(f"loss {recent:.3f}, accuracy {accuracy:.1%}", refresh=False)
-        # processes ask each other seldom: it makes them wait
+        # several processes agree on it every 20 steps only, since they wait for each other
         asks = self.context.world_size == 1 or len(self.losses) % 20 == 1
         if self.resume is not None and asks and self.context.from_first(self.resume.is_due):
             self.save()
 
     def end_epoch(self, score: dict[str, float]) -> None:
-        """Move the epoch's steps and averages to the history, with the score of the validation images."""
+        """Add the finished epoch to the history: its steps, averages, and score on the validation images."""
         losses = self.context.total(torch.stack(self.losses)).tolist()
         hits = self.context.total(self.hits).item()
         seconds, batch_size = self.seconds, self.options.batch_size
@@ -213,23 +215,23 @@ class Trainer:
             for i, loss in enumerate(losses)
         ]
         self._begin_epoch()
-        record = {
-            "epoch": epoch,
-            "step": len(self.history.steps),
-            "train_loss": sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / images,
-            "train_accuracy": hits / images,
-            "seconds": seconds,
-            "images_per_second": images / seconds,
-            "validation_loss": score["loss"],
-            "validation_accuracy": score["accuracy"],
-        }
-        self.history.epochs.append(record)
-        self._bar.set_postfix_str(
-            "loss {train_loss:.3f}, validation accuracy {validation_accuracy:.1%}".format(**record)
+        train_loss = sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / images
+        self.history.epochs.append(
+            {
+                "epoch": epoch,
+                "step": len(self.history.steps),
+                "train_loss": train_loss,
+                "train_accuracy": hits / images,
+                "seconds": seconds,
+                "images_per_second": images / seconds,
+                "validation_loss": score["loss"],
+                "validation_accuracy": score["accuracy"],
+            }
         )
+        self._bar.set_postfix_str(f"loss {train_loss:.3f}, validation accuracy {score['accuracy']:.1%}")
 
     def save(self) -> None:
-        """Write all that is needed to go on from here exactly, if there is a file; every process must call this."""
+        """Write the resume file, if the training has one; every process must call this."""
         if self.resume is None:
             return
         losses = self.context.total(torch.stack(self.losses)) if self.losses else torch.zeros(0)
@@ -251,7 +253,7 @@ class Trainer:
             )
 
     def _load(self) -> None:
-        """Load the saved training state, if there is one; every process must call this."""
+        """Load the resume file, if it exists; every process must call this."""
         state = refusal = None
         if self.context.is_first:
             try:
@@ -259,7 +261,7 @@ class Trainer:
             except ValueError as error:
                 refusal = error
         state, refusal = self.context.from_first((state, refusal))
-        if refusal is not None:  # every process says so, else the others would wait for the first
+        if refusal is not None:  # in every process, or the others would wait for the first
             raise refusal
         if state is None:
             return
@@ -267,7 +269,7 @@ class Trainer:
         without_wrappers(self.ema_model).load_state_dict(state["ema_model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.history = History(**state["history"])
-        # what was summed over the processes is counted once, by the first
+        # the saved sums are those of all processes; the first one carries them on
         counted = 1 if self.context.is_first else 0
         self.losses = list((counted * state["losses"]).to(self.device).unbind())
         self.hits = (counted * state["hits"]).to(self.device)
@@ -283,20 +285,20 @@ class Trainer:
 
     def _update_average(self) -> None:
         if self.recipe.ema_decay:
-            # the first weights are random: they are forgotten quickly, and in short trainings altogether
+            # a smaller decay at the start forgets the first, random weights quickly
             decay = min(self.recipe.ema_decay, (1 + self.step) / (10 + self.step))
             get_ema_multi_avg_fn(decay)(list(self.ema_model.parameters()), list(self.model.parameters()), None)
-            # a ViT has no buffers; the running statistics of batch norm are averages already
+            # a ViT has no buffers; those of batch norm are averages already
             for averaged, buffer in zip(self.ema_model.buffers(), self.model.buffers(), strict=True):
                 averaged.copy_(buffer)
 
     def _check_finite(self, losses: list[float]) -> None:
-        """Stop a training that has diverged: no number that follows would mean anything."""
+        """Raise ValueError if a loss is not finite: the training has diverged."""
         bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
         if bad is not None:
             step = self.step - len(losses) + bad
             raise ValueError(
                 f"The loss is {losses[bad]} in step {step + 1} of {self.total_steps}, at learning rate "
                 f"{self.optimizer.rate(step):.3g}: the training has diverged; lower the learning rate, clip the "
-                "gradient or compute in float32."
+                "gradient, or compute in float32."
             )
