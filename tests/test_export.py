@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-import warnings
 from functools import cache
 from pathlib import Path
 
@@ -178,29 +177,28 @@ def test_the_docstrings_example_prepares_files_as_predict(tmp_path, num_channels
 
 
 @pytest.fixture
-def place(tmp_path) -> Path:
-    """A folder with files that former exports have left."""
-    for suffix in RUN:
-        (tmp_path / f"model{suffix}").write_text("a former export")
-    return tmp_path
+def former(tmp_path) -> Path:
+    """A file that a former export has left, alone in its folder."""
+    path = tmp_path / "model.pt2"
+    path.write_text("a former export")
+    return path
 
 
-def export_for_test(monkeypatch, suffix: str, run, before=lambda: None) -> None:
-    """Replace PyTorch's exporter, which takes seconds: what it writes computes ``run``; ``before`` is called first."""
+def assert_untouched(former: Path) -> None:
+    assert list(former.parent.iterdir()) == [former] and former.read_text() == "a former export"
+
+
+def export_for_test(monkeypatch, run) -> None:
+    """Replace PyTorch's exporter, which takes seconds; what it writes computes ``run``."""
 
     def write(deployable, example, path, about):
-        before()
         path.write_text("a new export")
 
-    monkeypatch.setitem(export.FORMATS, suffix, (write, lambda path: run))
-
-
-def files_of(place: Path) -> dict[str, str]:
-    return {path.name: path.read_text() for path in place.iterdir()}
+    monkeypatch.setitem(export.FORMATS, ".pt2", (write, lambda path: run))
 
 
 @pytest.mark.parametrize("wrong", ["nan", "shape", "one batch size"])
-def test_a_file_that_gives_other_logits_is_not_kept(place, monkeypatch, wrong):
+def test_a_file_that_gives_other_logits_is_not_kept(former, monkeypatch, wrong):
     model, card = trained()
     right = Deployable(model, card)
     given = {
@@ -208,23 +206,21 @@ def test_a_file_that_gives_other_logits_is_not_kept(place, monkeypatch, wrong):
         "shape": lambda images: right(images)[None],
         "one batch size": lambda images: right(images) + (2 * TOLERANCE if len(images) == 5 else 0),
     }
-    export_for_test(monkeypatch, ".pt2", run=given[wrong])
-    before = files_of(place)
+    export_for_test(monkeypatch, given[wrong])
     with pytest.raises(ValueError, match=r"logits differ .* more than 0.0001, so model.pt2 is not written"):
-        export_model(model, card, place / "model.pt2")
-    assert files_of(place) == before
+        export_model(model, card, former)
+    assert_untouched(former)
 
 
-def test_a_failed_export_leaves_the_existing_file(place, monkeypatch):
+def test_a_failed_export_leaves_the_existing_file(former, monkeypatch):
     def fail(deployable, example, path, about):
         path.write_text("half a fi")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setitem(export.FORMATS, ".pt2", (fail, export.FORMATS[".pt2"][1]))
-    before = files_of(place)
     with pytest.raises(OSError, match="No space left"):
-        export_model(*trained(), place / "model.pt2")
-    assert files_of(place) == before
+        export_model(*trained(), former)
+    assert_untouched(former)
 
 
 @pytest.mark.parametrize("name", ["model.onnx.txt", ".pt2", "folder.pt2"])
@@ -235,23 +231,14 @@ def test_another_ending_or_a_folder_is_refused(tmp_path, name):
     assert [path.name for path in tmp_path.iterdir()] == ["folder.pt2"]
 
 
-def test_equal_logits_are_kept_in_a_new_folder(place, monkeypatch):
-    model, card = trained()
-    export_for_test(monkeypatch, ".pt2", run=Deployable(model, card))
-    for path in (place / "model.pt2", place / "a" / "b" / "model.pt2"):
-        assert export_model(model, card, path) < 1e-5  # the number of threads decides the order of the sums
-        assert path.read_text() == "a new export"
-    assert [path.name for path in (place / "a" / "b").iterdir()] == ["model.pt2"]
-
-
-def test_a_card_of_another_model_and_logits_that_are_not_finite_are_refused(tmp_path):
+def test_a_card_of_another_model_and_logits_that_are_not_finite_are_refused(former):
     model, card = trained()
     with pytest.raises(ValueError, match="The model takes images of shape"):
-        export_model(model, ModelCard(CLASSES, (0.5,), (0.5,)), tmp_path / "model.pt2")
+        export_model(model, ModelCard(CLASSES, (0.5,), (0.5,)), former)
     torch.nn.init.constant_(model.linear_classifier.bias, torch.inf)
     with pytest.raises(ValueError, match="logits are not finite"):
-        export_model(model, card, tmp_path / "model.pt2")
-    assert list(tmp_path.iterdir()) == []
+        export_model(model, card, former)
+    assert_untouched(former)
 
 
 def test_a_missing_package_is_one_line_with_its_command(weights, tmp_path, monkeypatch):
@@ -262,17 +249,6 @@ def test_a_missing_package_is_one_line_with_its_command(weights, tmp_path, monke
     assert result.stderr == (
         'Error: onnxscript is not installed; install it with `pip install "vitlib[export]"`, or export to .pt2.\n'
     )
-
-
-# --- quiet, but not deaf -------------------------------------------------------------------------------------------
-
-
-def test_warnings_that_are_not_chatter_are_shown(tmp_path, monkeypatch):
-    model, card = trained()
-    words = "this operator is computed in half precision"
-    export_for_test(monkeypatch, ".pt2", Deployable(model, card), lambda: warnings.warn(words, stacklevel=1))
-    with pytest.warns(UserWarning, match=words):
-        export_model(model, card, tmp_path / "model.pt2")
 
 
 # --- the command ---------------------------------------------------------------------------------------------------
@@ -304,10 +280,10 @@ def test_the_command_prints_one_line_and_nothing_else(weights, tmp_path, capfd):
     assert "logits [batch, 4]" in line and line.endswith("(allowed: 0.0001).")
 
 
-def test_the_command_says_the_measured_difference(weights, tmp_path, monkeypatch):
+def test_the_command_says_the_measured_difference(weights, former, monkeypatch):
     right = Deployable(*load_checkpoint(weights))
-    export_for_test(monkeypatch, ".pt2", run=lambda images: right(images) + 3e-5)
-    result = call(weights, tmp_path / "model.pt2")
-    assert result.exit_code == 0, result.output
+    export_for_test(monkeypatch, lambda images: right(images) + 3e-5)
+    result = call(weights, former)
+    assert result.exit_code == 0 and former.read_text() == "a new export", result.output
     (measured,) = re.findall(r"they differ from the model's by at most (\S+) \(allowed: 0\.0001\)\.\n$", result.stdout)
     assert float(measured) == pytest.approx(3e-5, abs=5e-6)

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from vitlib.model import ViTModel, patchify
 
+BATCH = 32  # images that go through a model at a time
+
 
 def position_similarity(position_embedding: Tensor) -> Tensor:
     """Return the cosine between the position embeddings of any two patches: the paper's figure 7 (centre).
@@ -58,24 +60,23 @@ def with_temperature(weights: Tensor, temperature: float) -> Tensor:
     return (weights.log() / temperature).softmax(dim=-1)
 
 
-def attention_of(model: ViTModel, images: Tensor, batch: int = 32) -> Tensor:
+def attention_of(model: ViTModel, images: Tensor) -> Tensor:
     """Return the attention weights of every layer and head.
 
     Args:
         model: in eval mode.
         images: float ``[B, C, S, S]``, normalised as the model expects them.
-        batch: images that go through the model at a time.
 
     Returns:
         ``[L, B, H, T, T]``; row i of a matrix says how much token i takes from each token, and sums to 1.
     """
     found = None
     with torch.no_grad():
-        for start in range(0, len(images), batch):
-            part = model.intermediates(images[start : start + batch])["attention"]
+        for start in range(0, len(images), BATCH):
+            part = model.intermediates(images[start : start + BATCH])["attention"]
             if found is None:  # to join all parts at the end would take twice the memory
                 found = part.new_empty(len(part), len(images), *part.shape[2:])
-            found[:, start : start + batch] = part
+            found[:, start : start + BATCH] = part
     return found
 
 
@@ -145,7 +146,7 @@ def patch_relevance(matrix: Tensor, pooling: str = "cls") -> Tensor:
     return seen[:, 1:]
 
 
-def gradient_relevance(model: ViTModel, images: Tensor, classes: Tensor | None = None, batch: int = 32) -> Tensor:
+def gradient_relevance(model: ViTModel, images: Tensor, classes: Tensor | None = None) -> Tensor:
     """Return gradient times input, its absolute value summed over each patch (Shrikumar et al. 2016, arXiv:1605.01713).
 
     Attention maps are the same for every class; this is the map of one class.
@@ -154,13 +155,12 @@ def gradient_relevance(model: ViTModel, images: Tensor, classes: Tensor | None =
         model: in eval mode.
         images: float ``[B, C, S, S]``, normalised.
         classes: int64 ``[B]``; by default the predicted ones.
-        batch: images that go through the model at a time.
     """
     relevance = []
-    for start in range(0, len(images), batch):
-        part = images[start : start + batch].detach().requires_grad_()
+    for start in range(0, len(images), BATCH):
+        part = images[start : start + BATCH].detach().requires_grad_()
         logits = model(part)
-        asked = logits.argmax(dim=1) if classes is None else classes[start : start + batch]
+        asked = logits.argmax(dim=1) if classes is None else classes[start : start + BATCH]
         (gradient,) = torch.autograd.grad(logits.gather(1, asked[:, None]).sum(), part)
         relevance.append(patchify((gradient * part.detach()).abs(), model.config["patch_size"]).sum(dim=2))
     return torch.cat(relevance)
@@ -198,9 +198,7 @@ def delete_patches(images: Tensor, relevance: Tensor, count: int) -> Tensor:
     return images * mask
 
 
-def deletion_curve(
-    model: nn.Module, images: Tensor, relevance: Tensor, counts: Sequence[int], batch: int = 32
-) -> Tensor:
+def deletion_curve(model: nn.Module, images: Tensor, relevance: Tensor, counts: Sequence[int]) -> Tensor:
     """Return how the predicted probability falls as patches are deleted, the most relevant first (Petsiuk et al. 2018,
     arXiv:1806.07421). The better ``relevance`` explains the prediction, the steeper the fall.
 
@@ -211,14 +209,13 @@ def deletion_curve(
         images: float ``[B, C, S, S]``, normalised.
         relevance: ``[B, N]``.
         counts: how many patches to delete, one number per point of the curve.
-        batch: images that go through the model at a time.
 
     Returns:
         ``[len(counts), B]``: the probability of the class that the model predicts for the whole image.
     """
 
     def logits_of(images: Tensor) -> Tensor:
-        return torch.cat([model(part) for part in images.split(batch)])
+        return torch.cat([model(part) for part in images.split(BATCH)])
 
     with torch.no_grad():
         predicted = logits_of(images).argmax(dim=1, keepdim=True)  # [B, 1]

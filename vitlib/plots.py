@@ -103,10 +103,10 @@ def png(figure: Figure) -> bytes:
     return file.getvalue()
 
 
-def panels(count: int, height: float = 3.8) -> list[Axes]:
+def panels(count: int) -> list[Axes]:
     """Return ``count`` axes side by side in a new figure, each for the ``ax=`` of one drawing."""
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, count, figsize=(WIDEST, height), squeeze=False)
+        figure, axes = plt.subplots(1, count, figsize=(WIDEST, 3.8), squeeze=False)
     plt.close(figure)
     return list(axes[0])
 

@@ -145,8 +145,6 @@ def _check_can_learn(model: nn.Module, train: LabelledImages, validation: Labell
         )
     if len(train.labels.unique()) == 1:
         raise ValueError(f"All images of {train} are of one class, so there is nothing to learn; give two classes.")
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError("No parameter of the model requires a gradient, so it cannot learn; set requires_grad_(True).")
     try:
         logits = predict(without_wrappers(model), train.images[:1], card)
     except RuntimeError as error:  # only a ViT explains what it takes

@@ -1,6 +1,5 @@
 """The recipes of the course, and the optimiser and learning rates that follow from a recipe."""
 
-import difflib
 import math
 import re
 from dataclasses import dataclass, replace
@@ -158,9 +157,7 @@ def named_recipe(recipe: str | Recipe, known: dict[str, Recipe]) -> Recipe:
     if isinstance(recipe, Recipe):
         return recipe
     if recipe not in known:
-        close = difflib.get_close_matches(str(recipe), known, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ValueError(f"recipe={recipe!r} is not known{hint}; choose one of {', '.join(known)}, or give a Recipe.")
+        raise ValueError(f"recipe={recipe!r} is not known; choose one of {', '.join(known)}, or give a Recipe.")
     return known[recipe]
 
 
