@@ -43,7 +43,7 @@ def speed(busy: int, **settings) -> float:
 
 
 @click.command(help=__doc__.split("\n\n")[0])
-@common.names_option("--presets", ("mini", "small"), "mini,small", "Sizes of the model.")
+@common.listed("--presets", click.Choice(["mini", "small"]), "mini,small", "Sizes of the model.")
 @common.precisions_option
 @common.whole_number("--threads", usable_cores(), "Threads of the training.")
 @common.whole_number("--batch-size", 32, "Images a step.")

@@ -5,7 +5,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
@@ -17,6 +17,7 @@ import torch
 
 from vitlib.course.doctor import usable_cores
 from vitlib.data import LabelledImages
+from vitlib.model import PRESETS
 from vitlib.training import PRECISIONS, hardware, resolve_device
 from vitlib.utils import atomic_write, progress_bar, text_table
 from vitlib.weights import versions
@@ -24,7 +25,7 @@ from vitlib.weights import versions
 
 @dataclass(frozen=True)
 class Spread:
-    """The median of several measurements, the lowest and the highest of them. Prints as ``2.41 (2.33 to 2.50)``."""
+    """Median, lowest and highest of several measurements. Prints as ``2.41 (2.33 to 2.50)``."""
 
     median: float
     low: float
@@ -39,10 +40,7 @@ class Spread:
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
-    """The spread of the ratios round by round: what slows down a whole round cancels out of its ratio.
-
-    Both come from the same rounds; ValueError if their numbers differ.
-    """
+    """Return the spread of the ratios round by round: what slows down a whole round cancels out of its ratio."""
     return Spread.of([above / below for above, below in zip(numerators, denominators, strict=True)])
 
 
@@ -51,8 +49,7 @@ def interleave(
 ) -> dict[Hashable, list[Any]]:
     """Run every task once per round, each round in another order, and collect what the tasks return.
 
-    A machine that gets slower or busier in the course of a run then does so for all tasks alike. The orders are
-    the same in every run.
+    A machine that gets busier during a run then does so for all tasks alike. The orders are the same in every run.
     """
     results = {name: [] for name in tasks}
     with progress_bar(description=description, total=rounds * len(tasks)) as bar:
@@ -64,7 +61,7 @@ def interleave(
 
 
 def clock(device: torch.device) -> float:
-    """Seconds from an arbitrary start, read when the device has done everything it was given."""
+    """Return seconds from an arbitrary start, read when the device has done everything it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()
@@ -72,7 +69,7 @@ def clock(device: torch.device) -> float:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Computes on ``count`` threads, and afterwards on as many as before."""
+    """Compute on ``count`` threads, and afterwards on as many as before."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -82,7 +79,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def machine(device: torch.device) -> dict:
-    """What the figures depend on, for the record; neither the machine's name nor a path is part of it."""
+    """Return what the results depend on, for the record, without the machine's name or a path."""
     return {
         "date": date.today().isoformat(),
         "processor": _processor(),
@@ -95,7 +92,7 @@ def machine(device: torch.device) -> dict:
 
 
 def _processor() -> str:
-    """The name of the CPU; Python knows it on some systems only."""
+    """Return the name of the CPU; Python knows it on some systems only."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -109,15 +106,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def mean_and_range(shares: Sequence[float]) -> str:
-    """The mean, the lowest and the highest in percent, ``41.3 (40.9 to 41.8)``; "-" of nothing."""
-    if not shares:
-        return "-"
+    """Return the mean, the lowest and the highest in percent, ``41.3 (40.9 to 41.8)``."""
     percent = [100 * share for share in shares]
     return f"{statistics.mean(percent):.1f} ({min(percent):.1f} to {max(percent):.1f})"
 
 
 def random_images(count: int, size: int = 32) -> LabelledImages:
-    """``count`` images of noise in 100 classes, of CIFAR-100's size unless told otherwise."""
+    """Return ``count`` images of noise in 100 classes."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
     labels = torch.randint(100, (count,), generator=generator)
@@ -133,7 +128,7 @@ def write_json(path: str | Path | None, content: dict) -> None:
 
 
 def finished(path: str | Path | None, settings: dict) -> dict:
-    """The record of measurements at ``path`` that is to be gone on with; empty if there is none.
+    """Return the record of measurements at ``path`` that is to be continued; empty without one.
 
     Raises:
         ValueError: if it was measured with other settings.
@@ -159,30 +154,30 @@ def whole_number(flag: str, default: int | None, help: str, least: int = 1):
     return click.option(flag, default=default, show_default=True, type=click.IntRange(min=least), help=help)
 
 
-def whole_numbers(flag: str, default: str, help: str):
-    """A click option for whole numbers separated by commas, of which it makes a list in rising order."""
+def listed(flag: str, kind: click.ParamType, default: str, help: str):
+    """A click option for values of one kind separated by commas, of which it makes a list with each of them once."""
 
-    def split(context, option, text: str) -> list[int]:
-        words = text.split(",")
-        if not all(word.strip().isdecimal() for word in words):
-            raise click.BadParameter(f"{text!r} is not a list of whole numbers such as 20,50,100.")
-        return sorted({int(word) for word in words})
+    def split(context, option, text: str) -> list:
+        return list(dict.fromkeys(kind.convert(word.strip(), option, context) for word in text.split(",")))
 
     return click.option(flag, default=default, show_default=True, callback=split, help=help)
 
 
-def names_option(flag: str, known: Collection[str], default: str, help: str):
-    """A click option for some of the ``known`` names, separated by commas."""
-
-    def split(context, option, text: str) -> list[str]:
-        names = [name.strip() for name in text.split(",")]
-        if unknown := [name for name in names if name not in known]:
-            raise click.BadParameter(f"{', '.join(unknown)} is not known; choose from {', '.join(known)}.")
-        return list(dict.fromkeys(names))
-
-    return click.option(flag, default=default, show_default=True, callback=split, help=help)
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Show what is wrong with data or settings as one line, without a traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
 
 
+upstream_option = click.option(
+    "--upstream", default="cifair100", show_default=True, help="A data set's name, or a folder of images."
+)
+preset_option = click.option(
+    "--preset", default="small", show_default=True, type=click.Choice(list(PRESETS)), help="Size of the model."
+)
 device_option = click.option(
     "--device", default="auto", show_default=True, callback=_device, help="auto, cpu, cuda and so on."
 )

@@ -33,7 +33,7 @@ from vitlib.weights import ModelCard
 
 
 def torchvision_transform(recipe: str) -> Callable:
-    """The recipe's augmentation out of torchvision.transforms.v2: uint8 ``[3, 32, 32]`` to float32, the same shape."""
+    """Return the recipe's augmentation by torchvision.transforms.v2: uint8 ``[3, 32, 32]`` to float32."""
     import_torchvision()
     from torchvision.transforms import v2
 
@@ -65,7 +65,7 @@ class OneByOne(Dataset):
 
 
 def new_trainer(recipe: str, precision: str, data: LabelledImages, batch_size: int) -> Trainer:
-    """The first epoch of a training of the model ``small``, on the device of ``data``."""
+    """Return a trainer of the model ``small`` for one epoch, on the device of ``data``."""
     norm_first, recipe = recipe != "published", RECIPES[recipe]
     model = create_model(
         "small", len(data.classes), drop=recipe.drop, drop_path=recipe.drop_path, norm_first=norm_first
@@ -76,7 +76,7 @@ def new_trainer(recipe: str, precision: str, data: LabelledImages, batch_size: i
 
 
 def vitlib_task(trainer: Trainer, data: LabelledImages, cores: int) -> Callable[[], float]:
-    """A function that prepares all images once and returns images/s."""
+    """Return a function that prepares all images once and returns images/s."""
 
     def prepare() -> float:
         with common.threads(cores):
@@ -89,7 +89,7 @@ def vitlib_task(trainer: Trainer, data: LabelledImages, cores: int) -> Callable[
 
 
 def torchvision_task(recipe: str, data: LabelledImages, batch_size: int, cores: int) -> Callable[[], float]:
-    """A function that fetches all images once and returns images/s. Workers live on between its calls."""
+    """Return a function that fetches all images once and returns images/s. Workers live on between its calls."""
     workers = 0 if cores == 1 else cores
     loader = DataLoader(
         OneByOne(data, recipe), batch_size, shuffle=True, num_workers=workers, persistent_workers=workers > 0
@@ -106,7 +106,7 @@ def torchvision_task(recipe: str, data: LabelledImages, batch_size: int, cores: 
 
 
 def step_task(trainer: Trainer, data: LabelledImages, steps: int, cores: int) -> Callable[[], float]:
-    """A function that trains for ``steps`` and returns seconds per step, with drawing and gathering."""
+    """Return a function that trains for ``steps`` and returns seconds per step, with drawing and gathering."""
     options = {"epochs": 1, "train_steps_per_epoch": steps, "batch_size": trainer.options.batch_size}
     options |= {"precision": trainer.precision, "progress": False}
 
@@ -135,16 +135,16 @@ class Results:
     batch_size: int
 
     def factor(self, recipe: str, cores: int) -> Spread:
-        """How many times as fast as torchvision vitlib is, on as many cores."""
+        """Return vitlib's speed divided by torchvision's, on as many cores."""
         return ratio(self.speeds["vitlib", recipe, cores], self.speeds["torchvision", recipe, cores])
 
     def share(self, recipe: str, precision: str) -> Spread:
-        """Percentage of a training step that preparing its images takes."""
+        """Return the percentage of a training step that preparing its images takes."""
         preparing = [100 * self.batch_size / speed for speed in self.speeds["vitlib", recipe, self.cores]]
         return ratio(preparing, self.steps[recipe, precision])
 
     def tables(self) -> str:
-        """One line per recipe and number of cores, then one per recipe and precision."""
+        """Return one line per recipe and number of cores, then one per recipe and precision."""
         speeds = [
             [recipe, str(cores)]
             + [f"{median(self.speeds[name, recipe, cores]):,.0f}" for name in ("torchvision", "vitlib")]
@@ -160,7 +160,7 @@ class Results:
         return first + "\n\n" + common.table(["training step", "precision", "ms", "% for its images"], steps)
 
     def conclusion(self) -> str:
-        """One sentence, with the goals of 10 times and of 5 %."""
+        """Return one sentence, with the goals of 10 times and of 5 %."""
         pairs = [(recipe, cores) for library, recipe, cores in self.speeds if library == "vitlib"]
         slowest = min(pairs, key=lambda pair: self.factor(*pair).median)
         largest = max(self.steps, key=lambda step: self.share(*step).median)
@@ -177,7 +177,7 @@ class Results:
 @common.whole_number("--rounds", 5, "How often everything is measured.")
 @common.whole_number("--steps", 2, "Training steps per recipe, precision and round.")
 @common.whole_number("--cores", usable_cores(), "Cores for vitlib's threads and for the DataLoader's workers.")
-@common.names_option("--recipes", RECIPES, "published,modern", "Whose augmentation is measured.")
+@common.listed("--recipes", click.Choice(list(RECIPES)), "published,modern", "Whose augmentation is measured.")
 @common.device_option
 @common.precisions_option
 @common.out_option

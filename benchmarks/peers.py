@@ -105,7 +105,7 @@ PEERS = {
 
 
 def build_models(names: Sequence[str]) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """vitlib's model and the peers of these names, and why those that are missing are."""
+    """Return vitlib's model and the peers of these names, and the reason for each that is missing."""
     models, skipped = {OURS: create_model("small", 100, drop=0.0)}, {}
     for name in names:
         try:
@@ -116,7 +116,7 @@ def build_models(names: Sequence[str]) -> tuple[dict[str, nn.Module], dict[str, 
 
 
 def installed_versions() -> dict[str, str]:
-    """The versions of the peers' packages, those that are installed."""
+    """Return the versions of the peers' installed packages."""
     found = {}
     for package in ("torchvision", "timm", "transformers", "vit-pytorch"):
         with suppress(PackageNotFoundError):
@@ -125,7 +125,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def compare_sizes(models: dict[str, nn.Module]) -> list[str]:
-    """One line per model with its number of parameters, and the reason where it is not vitlib's.
+    """Return one line per model with its number of parameters, and the reason where it is not vitlib's.
 
     Raises:
         ValueError: if a model is not of vitlib's size, to 1 %.

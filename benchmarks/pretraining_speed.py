@@ -6,15 +6,9 @@ Trains as ``vitlib.training.fit`` does, on noise of the size of CIFAR's images, 
 of all random numbers, the gathering of the images and all steps, until the device is done. The first epoch, with
 compilation and everything else that happens once, is reported apart.
 
-Arithmetic: with T tokens of width D, MLP width F, L layers, N patches of P x P pixels and C classes, the forward pass
-of one image takes
-
-    L * (4 T D^2 + 2 T D F + 2 T^2 D) + 3 N P^2 D + D C    multiply-adds,
-
-for the linear layers, attention, the patch embedding and the head: 218.3 million with ``small``. One is two
-floating-point operations, and training takes three times the forward pass (the gradients of activations and weights
-cost as much again, each): 1.31 GFLOP. 100 epochs of 50,000 images are 6.55 PFLOP, so at 790 TFLOP/s, about what one
-H200 reaches in large bfloat16 products, they take 8.3 s at least: the arithmetic floor.
+A step takes three times the FLOPs of the forward pass (``vitlib.costs``): the gradients of activations and of weights
+cost as much again, each. With ``small`` that is 1.31 GFLOP an image, so 100 epochs of 50,000 images are 6.55 PFLOP. At
+790 TFLOP/s, about what one H200 reaches in large bfloat16 products, they take 8.3 s at least: the arithmetic floor.
 """
 
 import statistics
@@ -23,8 +17,9 @@ import click
 import common
 import torch
 
+from vitlib.costs import costs
 from vitlib.data import channel_statistics
-from vitlib.model import PRESETS, ViTModel, create_model
+from vitlib.model import PRESETS, create_model
 from vitlib.training import fit, resolve_precision
 from vitlib.training.recipes import RECIPES
 from vitlib.weights import ModelCard
@@ -32,19 +27,8 @@ from vitlib.weights import ModelCard
 FULL = 100 * 50_000  # images of a whole pretraining: 100 epochs of CIFAR-100
 
 
-def training_flops(model: ViTModel) -> int:
-    """Floating-point operations to train on one image; norms, softmax, GELU and the optimiser are left out."""
-    config = model.config
-    width, layers, patch = config["em_dim"], config["num_layers"], config["patch_size"]
-    patches = (config["image_size"] // patch) ** 2
-    tokens = patches + 1
-    layer = 4 * tokens * width**2 + 2 * tokens * width * config["ff_dim"] + 2 * tokens**2 * width
-    embedding = patches * config["num_channels"] * patch**2 * width
-    return 3 * 2 * (layers * layer + embedding + width * config["num_classes"])
-
-
 def summary(seconds: list[float], images: int, flops: int, peak_tflops: float) -> dict[str, float]:
-    """The figures that follow from the seconds of all epochs, the first of them apart."""
+    """Return the results that follow from the seconds of all epochs, the first of them apart."""
     steady = statistics.median(seconds[1:])
     floor = FULL * flops / (peak_tflops * 1e12)
     projected = FULL * steady / images
@@ -63,9 +47,7 @@ def summary(seconds: list[float], images: int, flops: int, peak_tflops: float) -
 @common.whole_number("--images", 50_000, "Images per epoch.")
 @common.whole_number("--epochs", 3, "Epochs; the first is reported apart.", least=2)
 @common.whole_number("--batch-size", 128, "Images per step.")
-@click.option(
-    "--preset", default="small", show_default=True, type=click.Choice(list(PRESETS)), help="Size of the model."
-)
+@common.preset_option
 @click.option(
     "--recipe", default="modern", show_default=True, type=click.Choice(list(RECIPES)), help="How it is trained."
 )
@@ -91,7 +73,7 @@ def main(images, epochs, batch_size, preset, recipe, device, precision, compile,
     options = {"epochs": epochs, "batch_size": batch_size, "precision": precision, "compile": compile}
     history = fit(model, data, data.subset(slice(0, 1)), card, chosen, **options)
     seconds = [epoch["seconds"] for epoch in history.epochs]
-    figures = summary(seconds, images, training_flops(model), peak_tflops)
+    figures = summary(seconds, images, 3 * costs(model.config).forward_flops.total, peak_tflops)
     click.echo(
         "first epoch: {first_epoch_seconds:.2f} s, compilation included\n"
         "later epochs: {epoch_seconds:.2f} s, {images_per_second:,.0f} images/s, {tflops:.3g} TFLOP/s\n"

@@ -33,7 +33,7 @@ STEPS = 20  # optimiser steps per "epoch" of a trial, so that schedules end wher
 
 
 def seconds_per_step(recipe: Recipe, batch_size: int, train, **options) -> float:
-    """The mean over the schedule: each stage of dropped patches is timed on a few steps of its own."""
+    """Return the mean over the schedule: each stage of dropped patches is timed on a few steps of its own."""
     start, total = 0.0, 0.0
     for until, share in (*recipe.keep_patches, (1.0, 1.0)):
         stage = replace(recipe, keep_patches=((1.0, share),))
@@ -46,11 +46,11 @@ def seconds_per_step(recipe: Recipe, batch_size: int, train, **options) -> float
 
 @click.command(help=__doc__.splitlines()[0])
 @click.argument("source")
-@click.argument("names", nargs=-1)
-@click.option("--seconds", default=240.0, help="of training in each trial")
-@click.option("--precision", default="auto")
-@click.option("--seed", default=0)
-@click.option("--out", type=click.Path(path_type=common.Path), help="file for the results, JSON")
+@click.argument("names", nargs=-1, type=click.Choice(list(TRIALS)))
+@click.option("--seconds", default=240.0, show_default=True, help="Of training in each trial.")
+@common.precision_option
+@common.whole_number("--seed", 0, "Start of all random numbers.", least=0)
+@common.out_option
 def main(source, names, seconds, precision, seed, out):
     train, held_out = train_validation_split(load_images(source, "train"), 0.1, seed=1234)
     results = []
@@ -72,8 +72,7 @@ def main(source, names, seconds, precision, seed, out):
         click.echo("{trial:18} {accuracy:.2%} of the held-out images (loss {loss:.3f}) after {seconds:.0f} s, "
                    "{passes:.2f} passes, {images_per_second:.0f} images/s; training loss {train_loss:.3f}"
                    .format(**results[-1]))  # fmt: skip
-        if out:
-            common.write_json(out, {"threads": torch.get_num_threads(), "trials": results})
+        common.write_json(out, {"threads": torch.get_num_threads(), "trials": results})
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ PHASES = ("forward", "backward", "step")
 
 
 def training_task(model: nn.Module, images: Tensor, labels: Tensor, precision: str, steps: int) -> Callable[[], dict]:
-    """A function that trains for ``steps`` and returns the seconds spent in each of ``PHASES``."""
+    """Return a function that trains for ``steps`` and returns the seconds spent in each of ``PHASES``."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
     device = images.device
 
@@ -54,7 +54,7 @@ def training_task(model: nn.Module, images: Tensor, labels: Tensor, precision: s
 
 
 def prediction_task(model: nn.Module, images: Tensor, precision: str, steps: int) -> Callable[[], dict]:
-    """A function that predicts ``steps`` times and returns the seconds: eval mode, no gradients."""
+    """Return a function that predicts ``steps`` times and returns the seconds: eval mode, no gradients."""
     device = images.device
 
     @torch.inference_mode()
@@ -87,22 +87,22 @@ class Results:
         return list(dict.fromkeys(precision for _, precision in self.rounds))
 
     def speeds(self, model: tuple[str, str]) -> list[float]:
-        """Images/s, round by round."""
+        """Return images/s, round by round."""
         return [self.batch_size * self.steps / sum(seconds.values()) for seconds in self.rounds[model]]
 
     def fastest_other(self, precision: str) -> tuple[str, str]:
-        """The model in this precision with the highest median, vitlib's apart."""
+        """Return the model in this precision with the highest median, vitlib's apart."""
         others = [model for model in self.rounds if model[1] == precision and model[0] != OURS]
         return max(others, key=lambda model: Spread.of(self.speeds(model)).median)
 
     def against(self, model: tuple[str, str], reference: tuple[str, str]) -> str:
-        """How many times as fast ``model`` is as ``reference``, with the spread; "-" if one was not measured."""
+        """Return how many times as fast ``model`` is as ``reference``, or "-" if one was not measured."""
         if model not in self.rounds or reference not in self.rounds:
             return "-"
         return f"{ratio(self.speeds(model), self.speeds(reference)):.2f}"
 
     def table(self) -> str:
-        """A line per model: its speed, milliseconds per step, and ratios to others in the same precision."""
+        """Return a line per model: speed, milliseconds per step, and ratios to others in the same precision."""
         phases = list(next(iter(self.rounds.values()))[0])
         header = ["model", "precision", "images/s", *(f"{phase}, ms" for phase in phases)]
         rows = []
@@ -115,7 +115,7 @@ class Results:
         return common.table([*header, "x published", "x fastest other"], rows)
 
     def conclusion(self) -> str:
-        """One sentence: how many times as fast vitlib is as the fastest other and as the published model."""
+        """Return one sentence: vitlib's speed divided by the fastest other's and by the published model's."""
         parts = []
         for precision in self.precisions:
             fastest = self.fastest_other(precision)
@@ -135,7 +135,7 @@ class Results:
 @common.whole_number("--steps", 2, "Steps per model and round.")
 @common.whole_number("--threads", None, "Threads of the CPU; without it PyTorch's own choice.")
 @common.device_option
-@common.names_option("--models", PEERS, ",".join(PEERS), "What is measured beside vitlib.")
+@common.listed("--models", click.Choice(list(PEERS)), ",".join(PEERS), "What is measured beside vitlib.")
 @common.precisions_option
 @click.option("--forward-only", is_flag=True, help="Predict in place of training.")
 @common.out_option

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from vitlib.data import LabelledImages, channel_statistics, load_images
 from vitlib.model import PRESETS, create_model
-from vitlib.plots import COLOURS, STYLE, plt
+from vitlib.plots import lines
 from vitlib.training import fit, resolve_precision
 from vitlib.training.recipes import RECIPES
 from vitlib.weights import ModelCard
@@ -31,19 +31,12 @@ NORM_FIRST = {"published": False, "modern": True}
 def learning_curve(
     name: str, train: LabelledImages, test: LabelledImages, preset: str, epochs: int, device: torch.device, **options
 ) -> list[dict]:
-    """Train with the recipe ``name`` and return, after every epoch: epoch, step, seconds of training so far, accuracy
-    and loss on the test images."""
+    """Train with the recipe ``name``; return epoch, step, seconds so far, test accuracy and loss after every epoch."""
     recipe = RECIPES[name]
     torch.manual_seed(options["seed"])
-    model = create_model(
-        preset,
-        len(train.classes),
-        image_size=train.images.shape[-1],
-        num_channels=train.images.shape[1],
-        norm_first=NORM_FIRST[name],
-        drop=recipe.drop,
-        drop_path=recipe.drop_path,
-    )
+    sizes = {"image_size": train.images.shape[-1], "num_channels": train.images.shape[1]}
+    layers = {"norm_first": NORM_FIRST[name], "drop": recipe.drop, "drop_path": recipe.drop_path}
+    model = create_model(preset, len(train.classes), **sizes, **layers)
     card = ModelCard(train.classes, *(recipe.statistics or channel_statistics(train.images)))
     history = fit(model.to(device), train, test, card, recipe, epochs=epochs, description=name, **options)
     if history.interrupted:
@@ -57,12 +50,12 @@ def learning_curve(
 
 
 def first_to_reach(curve: list[dict], accuracy: float) -> dict | None:
-    """The first point of the curve with at least this accuracy, if there is one."""
+    """Return the first point of the curve with at least this accuracy, or None."""
     return next((point for point in curve if point["accuracy"] >= accuracy), None)
 
 
 def conclusion(curves: dict[str, list[dict]]) -> str:
-    """One sentence, with the goal of a third of the steps."""
+    """Return one sentence, with the goal of a third of the steps."""
     end = curves["published"][-1]
     goal = f"published ends with {end['accuracy']:.1%} after {end['step']} steps and {end['seconds']:.0f} s"
     reached = first_to_reach(curves["modern"], end["accuracy"])
@@ -78,34 +71,21 @@ def conclusion(curves: dict[str, list[dict]]) -> str:
 
 
 def draw(curves: dict[str, list[dict]], title: str) -> Figure:
-    """Test accuracy against steps, a line per recipe with its name at its end, and where modern draws level."""
-    with plt.rc_context(STYLE | {"font.size": 13}):
-        figure, ax = plt.subplots(figsize=(8, 5))
-        longest = max(curve[-1]["step"] for curve in curves.values())  # to its right there is no room for its name
-        for (name, curve), colour in zip(curves.items(), COLOURS, strict=False):
-            steps, accuracies = [[point[key] for point in curve] for key in ("step", "accuracy")]
-            ax.plot(steps, [100 * accuracy for accuracy in accuracies], color=colour, marker="o", markersize=4)
-            place = {"xytext": (4, 8), "ha": "right"} if steps[-1] == longest else {"xytext": (8, 0), "va": "center"}
-            end = steps[-1], 100 * accuracies[-1]
-            ax.annotate(name, end, **place, textcoords="offset points", color=colour, weight="bold")
-        end = curves["published"][-1]
-        reached = first_to_reach(curves["modern"], end["accuracy"])
-        ax.axhline(100 * end["accuracy"], color="grey", linestyle="dashed", linewidth=1)
-        if reached is not None:
-            ax.axvline(reached["step"], color="grey", linestyle="dashed", linewidth=1)
-            share = f"{reached['step'] / end['step']:.0%} of the steps"
-            ax.annotate(share, (reached["step"], 0), (6, 6), textcoords="offset points", color="dimgrey")
-        ax.set(xlabel="optimiser steps", ylabel="accuracy on the test images, %", title=title)
-        ax.set_ylim(0, 1.1 * ax.get_ylim()[1])
-    plt.close(figure)
-    return figure
+    """Draw test accuracy against steps, a line per recipe, and where modern draws level."""
+    steps, accuracies = (
+        {name: [point[key] for point in curve] for name, curve in curves.items()} for key in ("step", "accuracy")
+    )
+    end = accuracies["published"][-1]
+    reached = first_to_reach(curves["modern"], end)
+    return lines(
+        steps, accuracies, "optimiser steps", "accuracy on the test images", title, percent=True, ylim=(0, None),
+        reference={"published's last": end}, read_at=reached and reached["step"],
+    )  # fmt: skip
 
 
 @click.command()
-@click.option("--upstream", default="cifair100", show_default=True, help="A data set's name, or a folder of images.")
-@click.option(
-    "--preset", default="small", show_default=True, type=click.Choice(list(PRESETS)), help="Size of the model."
-)
+@common.upstream_option
+@common.preset_option
 @common.whole_number("--epochs", 30, "Passes over the training images with published.")
 @common.whole_number("--modern-epochs", None, "The same with modern; without it a third of --epochs, rounded down.")
 @common.whole_number("--batch-size", 128, "Images per step.")
@@ -117,10 +97,8 @@ def draw(curves: dict[str, list[dict]], title: str) -> Figure:
 def main(upstream, preset, epochs, modern_epochs, batch_size, seed, device, precision, figure, out) -> None:
     """Steps that modern takes to the accuracy that published ends with."""
     size = PRESETS[preset]["image_size"]
-    try:
+    with common.one_line_errors():
         train, test = (load_images(upstream, split, image_size=size) for split in ("train", "test"))
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
     lengths = {"published": epochs, "modern": modern_epochs or max(1, epochs // 3)}
     options = {"batch_size": batch_size, "seed": seed, "precision": resolve_precision(precision, device)}
     curves = {

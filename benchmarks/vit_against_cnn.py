@@ -69,8 +69,8 @@ class Block(nn.Module):
 
 
 def create_cnn(width: int, num_classes: int) -> nn.Sequential:
-    """Images ``[B, 3, H, W]`` to logits: a first convolution, three stages of ``BLOCKS`` blocks, each stage on half the
-    side and with twice the channels of the one before, the mean over all positions, a classifier."""
+    """Return a residual network, images ``[B, 3, H, W]`` to logits: a first convolution, three stages of ``BLOCKS``
+    blocks, each on half the side and with twice the channels of the one before, the mean over all positions, a head."""
     stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
     blocks, channels = [], width
     for stage in range(3):
@@ -83,7 +83,7 @@ def create_cnn(width: int, num_classes: int) -> nn.Sequential:
 
 @cache
 def matching_width(parameters: int, num_classes: int) -> int:
-    """The width at which the CNN's parameters come closest to ``parameters``.
+    """Return the width at which the CNN's parameters come closest to ``parameters``.
 
     Raises:
         ValueError: if none comes within 1 %.
@@ -100,7 +100,7 @@ def matching_width(parameters: int, num_classes: int) -> int:
 
 
 def create(name: str, num_classes: int, seed: int = 0) -> nn.Module:
-    """A new "ViT" or "CNN"; see :func:`matching_width` for the error."""
+    """Return a new "ViT" or "CNN"; see :func:`matching_width` for the error."""
     torch.manual_seed(seed)
     vit = create_model(PRESET, num_classes, drop=RECIPE.drop, drop_path=RECIPE.drop_path)
     if name == "ViT":
@@ -109,7 +109,7 @@ def create(name: str, num_classes: int, seed: int = 0) -> nn.Module:
 
 
 def description(name: str, num_classes: int) -> dict:
-    """What a model is: its parameters, and the FLOPs of the forward pass of one image (a multiply-add counts as 2)."""
+    """Return a model's parameters, and the FLOPs of the forward pass of one image (a multiply-add counts as 2)."""
     model = create(name, num_classes).eval()
     # the counter knows no formula for the CPU's fused attention and would leave it out
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -119,29 +119,21 @@ def description(name: str, num_classes: int) -> dict:
 
 
 def set_aside(train: LabelledImages) -> tuple[LabelledImages, LabelledImages]:
-    """What the learning rates are chosen on: images to train on, in random order, and images to validate on."""
+    """Return images to train on, in random order, and to validate on, for the choice of the learning rates."""
     others, validation = train_validation_split(train, VALIDATION_FRACTION)
     order = torch.randperm(len(others), generator=torch.Generator().manual_seed(0))  # folders come sorted by class
     return others.subset(order), validation
 
 
 def train_once(
-    name: str,
-    images: LabelledImages,
-    scored: LabelledImages,
-    recipe: Recipe,
-    steps: int,
-    batch_size: int,
-    seed: int,
-    device: torch.device,
-    precision: str,
-) -> dict[str, float]:
+    name: str, images: LabelledImages, scored: LabelledImages, recipe: Recipe, steps: int,
+    batch_size: int, seed: int, device: torch.device, precision: str,
+) -> dict[str, float]:  # fmt: skip
     """Train a new model for ``steps`` full batches from ``images``.
 
     Returns:
-        of its last weights, in the precision of the training: ``accuracy`` and ``loss`` on ``scored``, and
-        ``train_accuracy`` on the images that it was trained on, without augmentation. Accuracies are shares from 0 to
-        1, the loss is the mean cross-entropy.
+        in the precision of the training: ``accuracy`` and ``loss`` (mean cross-entropy) on ``scored``, and
+        ``train_accuracy`` on the images that it was trained on, without augmentation. Accuracies are from 0 to 1.
     """
     model = create(name, len(images.classes), seed).to(device)
     # one epoch of as many images as the steps need, however few there are
@@ -156,7 +148,7 @@ def train_once(
 
 
 def speeds(num_classes: int, batch_size: int, device: torch.device, precision: str) -> dict[str, list[float]]:
-    """Images/s of whole training steps, round by round, the models in turn."""
+    """Return images/s of whole training steps, round by round, the models in turn."""
     images, labels = torch.randn(batch_size, 3, SIDE, SIDE), torch.randint(num_classes, (batch_size,))
     tasks = {}
     for name in NAMES:
@@ -174,9 +166,8 @@ def speeds(num_classes: int, batch_size: int, device: torch.device, precision: s
 def choose_rates(
     record: dict, train: LabelledImages, rates: list[float], steps: int, save: Callable[[], None], **how
 ) -> None:
-    """Train each model once with each of the ``rates``, as far as the record does not have that yet, and note in it
-    the loss and accuracy on validation images, and as each model's rate the one of the lowest loss: after few steps,
-    the loss differs more clearly than the number of right answers."""
+    """Train each model once with each of the ``rates`` that the record lacks, and note loss and accuracy on validation
+    images in it. Each model's rate is that of its lowest loss: after few steps it says more than the accuracy."""
     others, validation = set_aside(train)
     sweep = record.setdefault("sweep", {name: {} for name in NAMES})
     for rate in rates:
@@ -196,7 +187,7 @@ def choose_rates(
 
 
 def missing(trainings: dict, sizes: list[int], seeds: int) -> Iterator[tuple[str, int, int]]:
-    """Model, size of the training set and seed of what is not there yet: all of one seed before the next."""
+    """Yield model, size of the training set and seed of each missing training: all of one seed before the next."""
     for seed in range(seeds):
         for size in sizes:
             for name in NAMES:
@@ -205,8 +196,7 @@ def missing(trainings: dict, sizes: list[int], seeds: int) -> Iterator[tuple[str
 
 
 def summary(record: dict) -> str:
-    """A row per size and model, shares in percent: means over the seeds, the lowest and the highest; and how much the
-    CNN computes against the ViT."""
+    """Return a row per size and model, in percent, over the seeds; and how much the CNN computes against the ViT."""
     rows = []
     for size in sorted({size for cells in record["trainings"].values() for size in cells}, key=int):
         for name in NAMES:
@@ -221,37 +211,17 @@ def summary(record: dict) -> str:
     return f"{scores}\n\nThe CNN has {cnn / vit:.2f} times the FLOPs of the ViT and trains {speed:.2f} times as fast."
 
 
-def check_sizes(sizes: list[int], steps: int, batch_size: int) -> None:
-    """Raises ValueError if a training set has images that would never be seen."""
-    if sizes[-1] > steps * batch_size:
-        raise ValueError(
-            f"a training set of {sizes[-1]} images has more than the {steps * batch_size} that {steps} steps of "
-            f"{batch_size} see; give more --steps or smaller --sizes."
-        )
-
-
-def _rates(context, option, text: str) -> list[float]:
-    try:
-        rates = sorted({float(word) for word in text.split(",")})
-    except ValueError as error:
-        raise click.BadParameter(f"{text!r} is not a list of numbers such as 5e-4,1e-3.") from error
-    if not all(0 < rate < 1 for rate in rates):
-        raise click.BadParameter(f"{text!r} has learning rates that do not lie between 0 and 1; 1e-3 is usual.")
-    return rates
-
-
 @click.command()
-@click.option("--upstream", default="cifair100", show_default=True, help="A data set's name, or a folder of images.")
-@common.whole_numbers("--sizes", "2000,19200", "Numbers of training images, separated by commas.")
+@common.upstream_option
+@common.listed("--sizes", click.IntRange(1), "2000,19200", "Numbers of training images, separated by commas.")
 @common.whole_number("--steps", 600, "Training steps of every training.")
 @common.whole_number("--batch-size", 32, "Images per step.")
 @common.whole_number("--seeds", 3, "Repetitions, each with other images and weights.")
-@click.option(
+@common.listed(
     "--rates",
-    default="5e-5,1.5e-4,5e-4,1.5e-3,4.5e-3",
-    show_default=True,
-    callback=_rates,
-    help="Learning rates to choose from, separated by commas.",
+    click.FloatRange(0, 1, min_open=True, max_open=True),
+    "5e-5,1.5e-4,5e-4,1.5e-3,4.5e-3",
+    "Learning rates to choose from, separated by commas.",
 )
 @common.whole_number("--sweep-steps", 200, "Training steps for each of the learning rates.")
 @common.device_option
@@ -260,8 +230,13 @@ def _rates(context, option, text: str) -> list[float]:
 def main(upstream, sizes, steps, batch_size, seeds, rates, sweep_steps, device, precision, out) -> None:
     """Test accuracy of a ViT and of a CNN with as many parameters, after as many steps on the same images."""
     how = {"batch_size": batch_size, "device": device, "precision": resolve_precision(precision, device)}
-    try:
-        check_sizes(sizes, steps, batch_size)
+    sizes, rates = sorted(sizes), sorted(rates)
+    with common.one_line_errors():
+        if sizes[-1] > steps * batch_size:
+            raise ValueError(
+                f"a training set of {sizes[-1]} images has more than the {steps * batch_size} that {steps} steps of "
+                f"{batch_size} see; give more --steps or smaller --sizes."
+            )
         train, test = (load_images(upstream, split, image_size=SIDE) for split in ("train", "test"))
         settings = {"upstream": Path(upstream).name, "classes": len(train.classes), "test_images": len(test)}
         settings |= {"recipe": "modern without averaging", "steps": steps, "batch_size": batch_size}
@@ -269,8 +244,6 @@ def main(upstream, sizes, steps, batch_size, seeds, rates, sweep_steps, device, 
         record = common.finished(out, settings)
         subsets = {(size, seed): draw_evenly(train, size, seed) for size in sizes for seed in range(seeds)}
         models = {name: description(name, len(train.classes)) for name in NAMES}
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
     for name, facts in models.items():
         click.echo(f"{name}: {facts['what']}, {facts['parameters']:,} parameters, {facts['forward_flops']:,} FLOPs")
     command = (

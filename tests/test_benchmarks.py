@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from vitlib.costs import costs, preset_config
 from vitlib.data.augment import CIFAR10_MEAN, CIFAR10_STD, crop_and_flip, normalise
@@ -46,8 +44,6 @@ def test_ratio_is_the_median_of_the_ratios_of_the_rounds():
     spread = common.ratio([10, 20, 30], [5, 5, 10])  # the ratio of the medians would be 4
     assert (spread.median, spread.low, spread.high) == (3, 2, 4)
     assert f"{spread:.1f}" == "3.0 (2.0 to 4.0)"
-    with pytest.raises(ValueError):
-        common.ratio([1, 2], [1])
 
 
 def test_every_round_measures_everything_once_in_another_order():
@@ -60,27 +56,10 @@ def test_every_round_measures_everything_once_in_another_order():
     assert [seen[position - 1] for position in results["c"]] == ["c"] * 4
 
 
-def test_tables_are_aligned():
-    assert common.table(["name", "x"], [["a", "10"], ["longer", "9"]]).splitlines() == [
-        "name     x",
-        "------  --",
-        "a       10",
-        "longer   9",
-    ]
-
-
 def test_facts_about_the_machine_name_neither_it_nor_a_folder():
     facts = common.machine(torch.device("cpu"))
     assert set(facts) == {"date", "processor", "cores", "instructions", "system", "device", "versions"}
     assert str(Path.home()) not in json.dumps(facts)
-
-
-def test_threads_are_set_back_after_an_error():
-    before = torch.get_num_threads()
-    with pytest.raises(RuntimeError, match="inside"), common.threads(before + 1):
-        assert torch.get_num_threads() == before + 1
-        raise RuntimeError("inside")
-    assert torch.get_num_threads() == before
 
 
 @pytest.mark.parametrize("name", peers.PEERS)
@@ -126,34 +105,24 @@ def test_throughput_arithmetic():
     assert " ".join(published[6:]) == "1.00 (1.00 to 1.00) 0.50 (0.40 to 1.00)"
 
 
-def test_throughput_of_small_models(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "phases"), [([], {"forward", "backward", "step"}), (["--forward-only"], {"forward"})]
+)
+def test_throughput_of_small_models(options, phases, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "vit_pytorch", None)  # as if it were not installed
     out = tmp_path / "out.json"
     output = run(
         throughput, "--models", "published,vit-pytorch", "--batch-size", 2, "--rounds", 2, "--steps", 1,
-        "--device", "cpu", "--out", out,
+        "--device", "cpu", "--out", out, *options,
     )  # fmt: skip
     assert "vit-pytorch: skipped: " in output and "pip install -r benchmarks/requirements.txt" in output
-    assert output.splitlines()[-1].startswith("vitlib is in float32 ")
-    assert "in bfloat16" in output.splitlines()[-1]
+    assert re.match("vitlib is in float32 .* in bfloat16", output.splitlines()[-1])
     record = json.loads(out.read_text())
-    assert list(record["skipped"]) == ["vit-pytorch"]
-    assert record["peers"]["torchvision"] == version("torchvision")
+    assert list(record["skipped"]) == ["vit-pytorch"] and record["peers"]["torchvision"] == version("torchvision")
     models = ["vitlib", "published"]
     assert set(record["seconds"]) == {f"{name}, {kind}" for name in models for kind in ("float32", "bfloat16")}
     for rounds in record["seconds"].values():
-        assert len(rounds) == 2
-        assert all(set(phases) == {"forward", "backward", "step"} for phases in rounds)
-        assert all(seconds > 0 for phases in rounds for seconds in phases.values())
-
-
-def test_throughput_of_prediction_trains_nothing(tmp_path):
-    model = peers.Published(drop=0.1)
-    before = [parameter.clone() for parameter in model.parameters()]
-    seconds = throughput.prediction_task(model, torch.zeros(1, 3, 32, 32), "float32", steps=1)()
-    assert list(seconds) == ["forward"] and seconds["forward"] > 0
-    assert not model.training
-    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+        assert len(rounds) == 2 and all(set(seconds) == phases and min(seconds.values()) > 0 for seconds in rounds)
 
 
 def test_throughput_needs_something_to_compare(monkeypatch):
@@ -161,7 +130,7 @@ def test_throughput_needs_something_to_compare(monkeypatch):
     result = CliRunner().invoke(throughput.main, ["--models", "vit-pytorch", "--device", "cpu"])
     assert result.exit_code == 1 and "nothing to compare" in result.output
     result = CliRunner().invoke(throughput.main, ["--models", "vit-torch"])
-    assert result.exit_code == 2 and "vit-torch is not known; choose from published," in result.output
+    assert result.exit_code == 2 and "'vit-torch' is not one of 'published'," in result.output
     result = CliRunner().invoke(throughput.main, ["--device", "nonsense"])
     assert result.exit_code == 2 and "device='nonsense'" in result.output
 
@@ -215,11 +184,12 @@ def test_time_to_accuracy_arithmetic():
     assert time_to_accuracy.first_to_reach(curves["modern"], 0.3)["step"] == 20
     assert "ends with 30.0% after 40 steps and 16 s" in time_to_accuracy.conclusion(curves)
     assert "after 20 steps and 8 s, 0.50 of the steps" in time_to_accuracy.conclusion(curves)
-    assert "50% of the steps" in [text.get_text() for text in time_to_accuracy.draw(curves, "").axes[0].texts]
+    legend = [text.get_text() for text in time_to_accuracy.draw(curves, "").axes[0].get_legend().texts]
+    assert legend[:2] == ["published: 35.0%", "modern: 30.0%"], "where modern draws level"
     curves["modern"] = made_up_curve([0.25, 0.2])
     assert time_to_accuracy.first_to_reach(curves["modern"], 0.3) is None
     assert "does not reach that in 20 steps (best: 25.0%)" in time_to_accuracy.conclusion(curves)
-    assert [text.get_text() for text in time_to_accuracy.draw(curves, "").axes[0].texts] == ["published", "modern"]
+    assert time_to_accuracy.draw(curves, "").axes[0].get_legend().texts[1].get_text() == "modern"
 
 
 def black_and_white(folder: Path) -> Path:
@@ -241,21 +211,10 @@ def test_time_to_accuracy_on_few_images(tmp_path):
     )  # fmt: skip
     assert "published ends with " in output.splitlines()[-1]
     record = json.loads(out.read_text())
-    assert record["settings"]["source"] == "images" and record["settings"]["test_images"] == 6
+    assert record["settings"].items() >= {"source": "images", "test_images": 6}.items()
     assert [point["step"] for point in record["curves"]["published"]] == [2, 4, 6, 8]
     assert [point["step"] for point in record["curves"]["modern"]] == [2]  # a third of 4 epochs, rounded down
-    seconds = [point["seconds"] for point in record["curves"]["published"]]
-    assert seconds == sorted(seconds)
-    with Image.open(figure) as picture:
-        assert picture.size == (1200, 750)
-
-
-def test_training_flops_are_those_of_the_matrix_products():
-    model = create_model("small", 100, drop=0.0)
-    with FlopCounterMode(display=False) as counter:
-        model.intermediates(torch.zeros(1, 3, 32, 32))  # attention written out: the counter knows no fused kernels
-    assert pretraining_speed.training_flops(model) == 3 * counter.get_total_flops()
-    assert pretraining_speed.training_flops(model) == pytest.approx(1.31e9, rel=1e-3)
+    assert Image.open(figure).format == "PNG"
 
 
 def test_pretraining_speed_arithmetic():
@@ -269,17 +228,12 @@ def test_pretraining_speed_arithmetic():
 
 
 @pytest.mark.skipif("VITLIB_SLOW" not in os.environ, reason="takes half a minute: set VITLIB_SLOW to run it")
-def test_pretraining_speed_of_few_images_as_a_script(tmp_path):
+def test_pretraining_speed_of_few_images(tmp_path):
     out = tmp_path / "out.json"
-    arguments = ["--images", "20", "--epochs", "2", "--batch-size", "8", "--preset", "mini", "--device", "cpu"]
-    script = BENCHMARKS / "pretraining_speed.py"
-    done = subprocess.run(
-        [sys.executable, script, *arguments, "--out", out], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert "first epoch: " in done.stdout and "of training; the arithmetic floor is " in done.stdout
+    arguments = ["--images", 20, "--epochs", 2, "--batch-size", 8, "--preset", "mini", "--device", "cpu", "--out", out]
+    printed = run(pretraining_speed, *arguments)
+    assert "first epoch: " in printed and "of training; the arithmetic floor is " in printed
     record = json.loads(out.read_text())
-    assert len(record["epoch_seconds"]) == 2
     assert record["figures"]["images_per_second"] == pytest.approx(20 / record["epoch_seconds"][1])
 
 
@@ -354,54 +308,6 @@ def test_learning_rates_are_chosen_on_images_that_are_not_trained_on():
     assert set(others.labels[:20].tolist()) == {0, 1, 2, 3}
 
 
-def test_each_model_takes_the_rate_of_its_own_lowest_loss(monkeypatch):
-    losses = {"ViT": [4.2, 4.3, 4.4], "CNN": [4.4, 4.1, 4.2]}
-    rates, asked = [1e-4, 1e-3, 1e-2], []
-
-    def scripted(name, images, scored, recipe, steps, **how):
-        asked.append((name, recipe.learning_rate, steps, how))
-        loss = losses[name][rates.index(recipe.learning_rate)]
-        return {"loss": loss, "accuracy": loss / 10, "train_accuracy": 0.0}
-
-    monkeypatch.setattr(vit_against_cnn, "train_once", scripted)
-    recorded = {"loss": 4.25, "accuracy": 0.5}
-    record = {"models": {"ViT": {}, "CNN": {}}, "sweep": {"ViT": {"0.0001": recorded}, "CNN": {}}}
-    saved = []
-    data = LabelledImages(torch.zeros(8, 1, 1, 1, dtype=torch.uint8), torch.arange(8) % 2, ("a", "b"))
-    vit_against_cnn.choose_rates(
-        record, data, rates, 7, lambda: saved.append(len(record["sweep"]["CNN"])), batch_size=3
-    )
-    assert {name: facts["learning_rate"] for name, facts in record["models"].items()} == {"ViT": 1e-4, "CNN": 1e-3}
-    assert record["sweep"]["ViT"]["0.0001"] == recorded
-    assert record["sweep"]["CNN"]["0.001"] == {"loss": 4.1, "accuracy": 4.1 / 10}
-    assert len(asked) == 5 and all(steps == 7 and how == {"seed": 0, "batch_size": 3} for *_, steps, how in asked)
-    assert saved[:5] == [1, 1, 2, 2, 3], "the file is written after every training"
-
-
-def test_trainings_take_their_models_rate_and_are_scored_on_the_test_images(tmp_path, monkeypatch):
-    trained = []
-
-    def scripted(name, images, scored, recipe, steps, batch_size, seed, device, precision):
-        trained.append((name, len(images), len(scored), recipe.learning_rate, steps, batch_size, seed))
-        loss = abs(recipe.learning_rate - {"ViT": 1e-3, "CNN": 4e-3}[name])
-        return {"loss": loss, "accuracy": 0.5, "train_accuracy": 0.5}
-
-    monkeypatch.setattr(vit_against_cnn, "train_once", scripted)
-    monkeypatch.setattr(vit_against_cnn, "speeds", lambda *_, **__: {"ViT": [2.0], "CNN": [1.0]})
-    run(
-        vit_against_cnn, "--upstream", black_and_white(tmp_path), "--sizes", "4,2", "--steps", 9, "--batch-size", 3,
-        "--rates", "4e-3,1e-3", "--sweep-steps", 5, "--seeds", 2, "--device", "cpu",
-    )  # fmt: skip
-    sweep, trainings = trained[:4], trained[4:]
-    assert sweep == [(name, 14, 2, rate, 5, 3, 0) for rate in (1e-3, 4e-3) for name in ("ViT", "CNN")]
-    assert trainings == [
-        (name, size, 6, rate, 9, 3, seed)
-        for seed in (0, 1)
-        for size in (2, 4)
-        for name, rate in (("ViT", 1e-3), ("CNN", 4e-3))
-    ]
-
-
 @pytest.mark.parametrize("name", vit_against_cnn.NAMES)
 def test_a_seed_decides_the_first_weights(name):
     one, same, other = (vit_against_cnn.create(name, 100, seed).state_dict() for seed in (1, 1, 2))
@@ -409,57 +315,65 @@ def test_a_seed_decides_the_first_weights(name):
     assert any(not torch.equal(one[key], other[key]) for key in one)
 
 
-def test_vit_against_cnn_of_few_images_is_taken_up_where_it_was(tmp_path, monkeypatch):
+def test_vit_against_cnn_of_few_images(tmp_path, monkeypatch):
     monkeypatch.setattr(vit_against_cnn, "ROUNDS", 1)
     monkeypatch.setattr(vit_against_cnn, "STEPS_PER_ROUND", 1)
     out = tmp_path / "out.json"
     arguments = [
         "--upstream", black_and_white(tmp_path), "--sizes", "4,2", "--steps", 2, "--batch-size", 2, "--rates", "1e-3",
-        "--sweep-steps", 2, "--device", "cpu", "--out", out,
+        "--sweep-steps", 2, "--device", "cpu", "--out", out, "--seeds", 1,
     ]  # fmt: skip
-    output = run(vit_against_cnn, *arguments, "--seeds", 1)
+    output = run(vit_against_cnn, *arguments)
     assert output.count("of the validation images") == 2 and output.count("seed 0, ") == 4
-    assert "loss" in output and "images/s" in output
-    first = json.loads(out.read_text())
-    assert first["settings"].items() >= {"upstream": "images", "classes": 2, "test_images": 6, "steps": 2}.items()
-    assert {name: list(cells) for name, cells in first["trainings"].items()} == {"ViT": ["2", "4"], "CNN": ["2", "4"]}
-    assert set(first["images_per_second"]) == set(first["models"]) == {"ViT", "CNN"}
+    record = json.loads(out.read_text())
+    assert record["settings"].items() >= {"upstream": "images", "classes": 2, "test_images": 6, "steps": 2}.items()
+    assert set(record["images_per_second"]) == set(record["models"]) == {"ViT", "CNN"}
     assert str(tmp_path) not in out.read_text()
-    assert "--upstream images --sizes 2,4 --steps 2 --batch-size 2 --seeds 1 --rates 0.001 " in first["command"]
-
-    cell = {"accuracy": 0.25, "loss": 1.0, "train_accuracy": 0.5}
-    for cells in first["trainings"].values():
-        cells["2"], cells["4"] = [cell] * 2, [cell] * 2
-    first["trainings"]["CNN"]["4"].pop()
-    first["images_per_second"] = {"ViT": [10.0, 20.0], "CNN": [5.0, 5.0]}
-    out.write_text(json.dumps(first))
-    output = run(vit_against_cnn, *arguments, "--seeds", 2)
-    added = json.loads(out.read_text())["trainings"]["CNN"]["4"]
-    trained = [line for line in output.splitlines() if "of the test images" in line]
-    assert len(trained) == 1 and trained[0].startswith(f"seed 1, 4 images, CNN: {added[1]['accuracy']:.2%} of the test")
-    rows = [line.split() for line in output.splitlines() if line.startswith("2  ")]
-    assert [row[:4] for row in rows] == [["2", "ViT", "2", "25.0"], ["2", "CNN", "2", "25.0"]]
-    assert "The CNN has 2.19 times the FLOPs of the ViT and trains 0.38 (0.25 to 0.50) times as fast." in output
-
+    assert "--upstream images --sizes 2,4 --steps 2 --batch-size 2 --seeds 1 --rates 0.001 " in record["command"]
     refused = CliRunner().invoke(vit_against_cnn.main, [str(word) for word in [*arguments, "--sweep-steps", 3]])
     assert refused.exit_code == 1 and "was measured with another sweep_steps; give --out another file" in refused.output
 
 
-@pytest.mark.parametrize(
-    "arguments, code, words",
-    [
-        (
-            ["--sizes", "5", "--steps", "2", "--batch-size", "2"],
-            1,
-            "5 images has more than the 4 that 2 steps of 2 see",
-        ),
-        (["--sizes", "3", "--upstream", "shapes10"], 1, "3 images cannot be drawn evenly; give a multiple of 10"),
-        (["--upstream", "nowhere"], 1, "'nowhere' is neither a data set nor a folder"),
-        (["--rates", "1e-3,fast"], 2, "'1e-3,fast' is not a list of numbers such as"),
-        (["--rates", "1e-3,0"], 2, "'1e-3,0' has learning rates that do not lie between 0 and 1"),
-        (["--sizes", "some"], 2, "'some' is not a list of whole numbers"),
-    ],
-)
+def test_a_stopped_comparison_goes_on_and_takes_each_models_best_rate(tmp_path, monkeypatch):
+    trained = []
+
+    def scripted(name, images, scored, recipe, steps, batch_size, seed, device, precision):
+        if len(trained) in (3, 7):  # in the choice of the rates, and in the trainings
+            trained.append("stopped")
+            raise KeyboardInterrupt
+        trained.append((name, len(images), len(scored), recipe.learning_rate, steps, batch_size, seed))
+        loss = abs(recipe.learning_rate - {"ViT": 1e-3, "CNN": 4e-3}[name])
+        return {"loss": loss, "accuracy": 0.25 * (seed + 1), "train_accuracy": 0.5}
+
+    monkeypatch.setattr(vit_against_cnn, "train_once", scripted)
+    monkeypatch.setattr(vit_against_cnn, "speeds", lambda *_, **__: {"ViT": [10.0, 20.0], "CNN": [5.0, 5.0]})
+    arguments = [
+        "--upstream", black_and_white(tmp_path), "--sizes", "4,2", "--steps", 9, "--batch-size", 3, "--rates",
+        "4e-3,1e-3", "--sweep-steps", 5, "--seeds", 2, "--device", "cpu", "--out", tmp_path / "out.json",
+    ]  # fmt: skip
+    for _ in range(2):
+        assert CliRunner().invoke(vit_against_cnn.main, [str(word) for word in arguments]).exit_code == 1
+    output = run(vit_against_cnn, *arguments)
+    trained = [training for training in trained if training != "stopped"]
+    assert trained[:4] == [(name, 14, 2, rate, 5, 3, 0) for rate in (1e-3, 4e-3) for name in ("ViT", "CNN")]
+    assert trained[4:] == [
+        (name, size, 6, rate, 9, 3, seed)
+        for seed in (0, 1)
+        for size in (2, 4)
+        for name, rate in (("ViT", 1e-3), ("CNN", 4e-3))
+    ]
+    assert re.search(r"^2 +ViT +2 +37.5 \(25.0 to 50.0\)", output, re.MULTILINE)
+    assert "The CNN has 2.19 times the FLOPs of the ViT and trains 0.38 (0.25 to 0.50) times as fast." in output
+
+
+@pytest.mark.parametrize(("arguments", "code", "words"), [
+    (["--sizes", "5", "--steps", "2", "--batch-size", "2"], 1, "5 images has more than the 4 that 2 steps of 2 see"),
+    (["--sizes", "3", "--upstream", "shapes10"], 1, "3 images cannot be drawn evenly; give a multiple of 10"),
+    (["--upstream", "nowhere"], 1, "'nowhere' is neither a data set nor a folder"),
+    (["--rates", "1e-3,fast"], 2, "'fast' is not a valid float"),
+    (["--rates", "1e-3,0"], 2, "0.0 is not in the range 0<x<1"),
+    (["--sizes", "some"], 2, "'some' is not a valid integer"),
+])  # fmt: skip
 def test_vit_against_cnn_refuses_bad_arguments(arguments, code, words):
     refused = CliRunner().invoke(vit_against_cnn.main, [*arguments, "--device", "cpu"])
     assert refused.exit_code == code and words in " ".join(refused.output.split())
