@@ -101,16 +101,15 @@ def graded(course, tmp_path_factory):
     helpers = "values = []\nvalues.append(1)", "def help():\n    return values[0]", "import time\ntime.sleep(1000)"
     beside = "print(open('numbers.txt').read(), seed)\nchecks.three(5)\nchecks.three(1)"
     write(folder / "ada" / "01_first.ipynb", *helpers, "checks.one(help())", "%time checks.two(1)", beside)
-    write(folder / "groupA" / "Zoe\u0308" / "01_first (1).ipynb", "answer = 1", "checks.two(2)")
+    write(folder / "groupA" / "Zoe\u0308" / "01_first (1).ipynb", "answer = 1",
+          "import os\nchecks.two(1)\nos._exit(1)", RIGHT[2])  # fmt: skip
     write(folder / "groupB" / "early" / "hw.ipynb", "import mathh", "checks.one(mathh.pi)", "checks.two(1 +)")
     write(folder / "01_first_forger.ipynb", f"import sys\nfrom IPython.display import display{FORGED}",
           "checks.one(0)", "checks.two(0)", "from IPython.display import display\nchecks.three(0)")  # fmt: skip
     write(folder / "shadow" / "01_first.ipynb", "checks.one(1)", setup=f"import sys\nsys.path.insert(0, '')\n{SETUP}")
     (folder / "shadow" / "own_checks.py").write_text(CHECKS)
-    write(folder / "killed" / "01_first.ipynb", "checks.one(1)", "import os\nchecks.two(1)\nos._exit(1)", RIGHT[2])
-    hog = "held = []\nwhile len(held) < 40:\n    held.append(bytearray(64 * 2**20))\nchecks.two(len(held))"
-    write(folder / "hog" / "01_first.ipynb", "checks.one(1)", f"checks.one(1)\n{hog}", "checks.three(1)")
-    write(folder / "lost" / "01_first.ipynb", "checks.four(1)")
+    hog = "held = []\nwhile len(held) < 40:\n    held.append(bytearray(64 * 2**20))\nchecks.four(1)"
+    write(folder / "hog" / "01_first.ipynb", hog)
     write(folder / "notes.ipynb", "print('not homework')")
     for name in ("ada/work.py", "ada/work.zip", "text/01_first.ipynb"):
         (folder / name).parent.mkdir(exist_ok=True)
@@ -138,8 +137,9 @@ def test_only_needed_cells_run_and_the_last_call_counts(graded):
     assert [cell.execution_count for cell in cells if "sleep" in cell.source] == [None]
 
 
-def test_an_answer_whose_check_is_gone_is_checked(graded):
-    assert marks(graded, "groupA/Zoë") == ["correct", "not yet", "missing"]
+def test_an_answer_whose_check_is_gone_is_checked_and_kept_when_the_kernel_dies(graded):
+    assert marks(graded, "groupA/Zoë") == ["correct", "not reached", "not reached"]
+    assert "the kernel died" in graded[1]["groupA/Zoë"][0]["note"]
 
 
 def test_the_first_error_is_the_reason(graded):
@@ -155,20 +155,11 @@ def test_redefined_checks_and_forged_verdicts_gain_nothing(graded):
     assert graded[1]["shadow"][0]["message"].endswith("these are not the course's checks")
 
 
-def test_a_dead_kernel_keeps_what_was_checked(graded):
-    assert marks(graded, "killed") == ["correct", "not reached", "not reached"]
-    assert "the kernel died" in graded[1]["killed"][0]["note"]
-
-
-def test_too_much_memory_ends_a_notebook(graded):
-    assert marks(graded, "hog")[1:] == ["not reached"] * 2
-    assert re.search(r"stopped with \d\.\d GiB of memory, of which it may have 0\.8", graded[1]["hog"][0]["note"])
-
-
-def test_another_chapter_than_the_name_says_is_found(graded):
-    (row,) = graded[1]["lost"]
-    assert (row["chapter"], row["status"]) == ("02_second", "correct")
-    assert row["note"] == "named 01_first, but it calls the checks of 02_second"
+def test_too_much_memory_ends_a_notebook_and_its_checks_name_the_chapter(graded):
+    (row,) = graded[1]["hog"]
+    assert (row["chapter"], row["status"]) == ("02_second", "not reached")
+    assert re.search(r"stopped with \d\.\d GiB of memory, of which it may have 0\.8", row["note"])
+    assert row["note"].endswith("named 01_first, but it calls the checks of 02_second")
 
 
 def test_the_table_names_files_missing_students_and_totals(graded):
@@ -183,7 +174,7 @@ def test_the_table_names_files_missing_students_and_totals(graded):
         "ada/work.zip: an archive; unpack it first",
         "notes.ipynb: belongs to no chapter of the course",
         "linked: not a notebook: it is a link, and links are not followed",
-        "9 notebooks of 9 students; 3 could not be run to the end.",
+        "7 notebooks of 7 students; 3 could not be run to the end.",
     ):
         assert line in printed.splitlines()
     assert rows["ada"][0]["file"] == "ada/01_first.ipynb"
@@ -203,7 +194,7 @@ attempt("own home", lambda: open(os.path.expanduser("~/planted"), "w").write("x"
 attempt("own folder", lambda: open("here.txt", "w").write("x"))
 attempt("huge file", lambda: open("huge", "w").truncate(2**40))
 attempt("home", lambda: open("@home@/secret").read())
-attempt("another's work", lambda: open("@class@/ada/01_first.ipynb").read())
+attempt("another's work", lambda: open("@class@/ada/secret").read())
 attempt("marks", lambda: open("@out@/grades.csv", "a").write("x"))
 attempt("solutions", lambda: open("@solutions@").read())
 attempt("root", lambda: open("/planted", "w").write("x"))
@@ -216,11 +207,12 @@ checks.one(1)
 
 @contained
 def test_a_contained_notebook_reaches_nothing_and_ends(course, tmp_path, monkeypatch):
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "secret").write_text("hunter2")
+    for folder in ("home", "class/ada"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "secret").write_text("hunter2")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("API_TOKEN", "hunter2")
-    write(tmp_path / "class" / "ada" / "01_first.ipynb")
+    monkeypatch.setattr(grade, "_try_solutions", lambda *_: None)
     bystander = subprocess.Popen(["sleep", "300"])
     seconds = f"{300 + os.getpid() / 1e6}"  # by which its process is found
     with socket.socket() as server:
@@ -231,8 +223,7 @@ def test_a_contained_notebook_reaches_nothing_and_ends(course, tmp_path, monkeyp
                  "port": server.getsockname()[1]}  # fmt: skip
         cell = re.sub(r"@(\w+)@", lambda found: str(words[found[1]]), ATTEMPTS)
         write(tmp_path / "class" / "eve" / "01_first.ipynb", cell)
-        found = grade_folder(tmp_path / "class", tmp_path / "out", notebooks=course, jobs=2)
-    eve = next(one for one in found if one.student == "eve")
+        _, eve = grade_folder(tmp_path / "class", tmp_path / "out", notebooks=course)
     came = dict(re.findall(r"^(.+?): (.*)$", printed_by(eve.copy), re.MULTILINE))
     assert eve.verdicts["one"] == ("correct", "") and came.pop("token") == "None"
     assert came.pop("own home") == came.pop("own folder") == "1"
@@ -246,7 +237,7 @@ def test_without_bwrap_limits_hold_and_one_line_says_so(course, tmp_path, monkey
     monkeypatch.setenv("PATH", str(tmp_path))
     sandbox.not_contained.cache_clear()
     write(tmp_path / "class" / "ada" / "01_first.ipynb", "import os", f"{RIGHT[0]}\nprint(os.environ['HOME'])",
-          "if True:\n    checks.two(1)\n    while True: pass")  # fmt: skip
+          "import time\nchecks.two(1)\ntime.sleep(1000)")  # fmt: skip
     said = []
     monkeypatch.setattr(grade, "_try_solutions", lambda *_: None)
     (one,) = grade_folder(tmp_path / "class", tmp_path / "out", notebooks=course, timeout=8, say=said.append)
@@ -257,14 +248,8 @@ def test_without_bwrap_limits_hold_and_one_line_says_so(course, tmp_path, monkey
 
 
 def test_harmless_variables_are_passed_and_no_secrets(tmp_path, monkeypatch):
-    harmless = {
-        "PATH": "/bin",
-        "LC_ALL": "C",
-        "OMP_NUM_THREADS": "2",
-        "GOMP_SPINCOUNT": "7",
-        "OMP_WAIT_POLICY": "active",
-    }
-    secrets = ("API_TOKEN", "AWS_SECRET_ACCESS_KEY", "SSH_AUTH_SOCK", "HTTPS_PROXY", "MY_PATH_TOKEN", "LD_PRELOAD")
+    harmless = {"PATH": "/bin", "LC_ALL": "C", "OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": "7"}
+    secrets = ("API_TOKEN", "AWS_SECRET_ACCESS_KEY", "SSH_AUTH_SOCK", "MY_PATH_TOKEN", "LD_PRELOAD")
     for name, value in {**harmless, **dict.fromkeys(secrets, "secret")}.items():
         monkeypatch.setenv(name, value)
     passed = sandbox._environment(tmp_path, one_thread=False)
@@ -282,29 +267,27 @@ def no_kernel(course, tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    ("path", "student"),
-    [
-        ("ada/01_first.ipynb", "ada"),
-        ("groupA/ada/01_first.ipynb", "groupA/ada"),
-        ("groupA/01_first_ada.ipynb", "groupA/ada"),
-        ("groupA/ada.ipynb", "groupA/ada"),
-        ("01_first/ada.ipynb", "ada"),
-        ("01_first_ada.ipynb", "ada"),
-        ("ada_01-First_final.ipynb", "ada"),
-        ("Copy of 01_first_Zoë {0} (2).ipynb", "Zoë {0}"),
-        ("ada/01_first-Copy1.ipynb", "ada"),
-        ("ada/01_first.ipynb.txt", "ada"),
-        ("01_first (1).ipynb", "01_first (1)"),
-        ("a\nb\x1b[2J/01_first.ipynb", "a b [2J"),
-        ("Zoe\u0308/01_first.IPYNB", "Zoë"),
-    ],
-)
-def test_a_student_is_what_the_path_says(no_kernel, path, student):
-    (no_kernel / "class" / "ada" / "01_first.ipynb").unlink()
-    write(no_kernel / "class" / path, *RIGHT)
-    (one,) = grade_folder("class", "out", notebooks="course")
-    assert one.student == student and one.copy.is_file() and one.copy.is_relative_to(no_kernel / "out")
+def test_a_student_is_what_the_path_says(no_kernel):
+    paths = {
+        "ada/01_first.ipynb": "ada",
+        "groupA/ada/01_first.ipynb": "groupA/ada",
+        "groupA/01_first_ben.ipynb": "groupA/ben",
+        "groupA/eva.ipynb": "groupA/eva",
+        "01_first/finn.ipynb": "finn",
+        "01_first_gus.ipynb": "gus",
+        "hal_01-First_final.ipynb": "hal",
+        "Copy of 01_first_Ida {0} (2).ipynb": "Ida {0}",
+        "jo/01_first-Copy1.ipynb": "jo",
+        "kim/01_first.ipynb.txt": "kim",
+        "01_first (1).ipynb": "01_first (1)",
+        "a\nb\x1b[2J/01_first.ipynb": "a b [2J",
+        "Zoe\u0308/01_first.IPYNB": "Zoë",
+    }
+    for path in paths:
+        write(no_kernel / "class" / path, *RIGHT)
+    found = grade_folder("class", "out", notebooks="course")
+    assert {str(one.path.relative_to(no_kernel / "class")): one.student for one in found} == paths
+    assert all(one.copy.is_file() and one.copy.is_relative_to(no_kernel / "out") for one in found)
 
 
 def test_two_files_of_one_student_have_own_rows(no_kernel):
@@ -324,13 +307,7 @@ def test_an_earlier_result_is_replaced_and_not_graded(no_kernel):
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [
-        ("", "it is empty"),
-        ("[1]", "not a notebook"),
-        ("[" * 100_000, "RecursionError"),
-        ('{"nbformat": 99, "cells": []}', "Unsupported nbformat version 99"),
-        ('{"nbformat": 4}', "not a notebook"),
-    ],
+    [("", "it is empty"), ("[1]", "not a notebook"), ("[" * 100_000, "RecursionError"), ('{"nbformat": 4}', "not a")],
 )
 def test_a_broken_file_is_named_with_a_reason(no_kernel, text, said):
     (no_kernel / "class" / "ada" / "01_first.ipynb").write_text(text)
@@ -338,7 +315,7 @@ def test_a_broken_file_is_named_with_a_reason(no_kernel, text, said):
     assert said in one.note and set(one.verdicts.values()) == {("not reached", "")}
 
 
-@pytest.mark.parametrize("verdict", [[], "correct", {"status": []}, {"status": "correct", "check": []}, {}])
+@pytest.mark.parametrize("verdict", ["correct", {"status": [], "check": "one"}, {"status": "correct", "check": []}])
 def test_a_malformed_verdict_gives_no_mark(no_kernel, monkeypatch, verdict):
     cell = new_code_cell(metadata={"vitlib": {"exercise": "one"}})
     cell.outputs = [nbformat.v4.new_output("display_data", data={VERDICT: verdict})]
@@ -360,8 +337,6 @@ def test_where_the_solutions_fail_nobody_is_graded(course, tmp_path, monkeypatch
     ("arguments", "said"),
     [
         (["-p", "sed", "1"], "did you mean 'seed'"),
-        (["-p", "seed", "one"], "seed='one' is not allowed"),
-        (["--parameters", "absent.yaml"], "There is no file absent.yaml"),
         (["--notebooks", "absent"], "No notebook [0-9]*.ipynb in absent"),
         (["--out", "class"], "would overwrite"),
         (["--roster", "absent.txt"], "absent.txt"),
@@ -394,7 +369,10 @@ def test_needed_cells_are_those_of_the_names(sources, run):
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send Ctrl-C to one process")
 def test_ctrl_c_ends_what_runs_and_exits_with_130(course, tmp_path):
     (tmp_path / "scratch").mkdir()
-    write(tmp_path / "class" / "ada" / "01_first.ipynb", "checks.one(open('begun', 'w').write('') or 1)\nwhile True: 1")
+    write(
+        tmp_path / "class" / "ada" / "02_second.ipynb",
+        "checks.four(open('begun', 'w').write(''))\nimport time; time.sleep(1000)",
+    )
     line = [sys.executable, "-m", "vitlib", "grade", "class", "--out", "out", "--notebooks", str(course)]
     process = subprocess.Popen(
         line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path,
@@ -415,7 +393,9 @@ def test_ctrl_c_ends_what_runs_and_exits_with_130(course, tmp_path):
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS if "VITLIB_SLOW" in os.environ else CHAPTERS[1:2])
-def test_a_solved_chapter_is_correct_and_an_untouched_one_open(tmp_path, chapter):
+def test_a_solved_chapter_is_correct_and_an_untouched_one_open(tmp_path, chapter, monkeypatch):
+    if "VITLIB_SLOW" not in os.environ:
+        monkeypatch.setattr(grade, "_try_solutions", lambda *_: None)
     solutions = nbformat.read(FOLDER / "solutions" / f"{chapter}.ipynb", as_version=4)
     solved = {name: cell for cell in solutions.cells for name in calls_of(cell)}
     notebook = nbformat.read(FOLDER / f"{chapter}.ipynb", as_version=4)

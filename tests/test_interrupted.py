@@ -60,22 +60,20 @@ def to_the_end(name: str, out: Path) -> tuple[object, float]:
     return RESULTS[name](out), time.monotonic() - begin
 
 
+def without_times(figures: dict) -> dict:
+    return {name: value for name, value in figures.items() if not name.endswith(TIMINGS)}
+
+
 def figures_of_the_course(out: Path) -> dict:
-    """Every figure that the notebooks recorded, without times."""
     notebooks = json.loads((out / "metrics.json").read_text())["notebooks"]
     assert {entry["status"] for entry in notebooks.values()} == {"ok"}
-    return {
-        f"{name}: {key}": value
-        for name, entry in notebooks.items()
-        for key, value in entry["figures"].items()
-        if not key.endswith(TIMINGS)
-    }
+    return {name: without_times(entry["figures"]) for name, entry in notebooks.items()}
 
 
 def figures_of_the_training(out: Path) -> dict:
     """Weights, losses, accuracies and the score on the test images."""
     history = json.loads((out / "pretrained-history.json").read_text())
-    epochs = [{key: value for key, value in epoch.items() if key not in TIMINGS} for epoch in history["epochs"]]
+    epochs = [without_times(epoch) for epoch in history["epochs"]]
     return {"weights": load_file(out / "pretrained.safetensors"), "steps": history["steps"], "epochs": epochs}
 
 
