@@ -5,7 +5,6 @@ import io
 import os
 import struct
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -128,7 +127,6 @@ def test_to_moves_images_and_labels():
         ({"labels": torch.zeros(2, dtype=torch.int64)}, "int64 [2]"),
         ({"labels": torch.tensor([0, 1, 2])}, "from 0 to 2"),
         ({"labels": torch.tensor([-1, 0, 0])}, "from -1 to 0"),
-        ({"kept": torch.ones(3)}, "float32 [3]"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(change, part):
@@ -549,17 +547,6 @@ def test_orientation_is_that_of_pillow(tmp_path, kind):
             assert np.array_equal(read_image(tmp_path / "0"), expected.transpose(2, 0, 1))
 
 
-def test_several_threads_decode_at_once(folder, load, monkeypatch):
-    meeting, decode = threading.Barrier(2), folders._pixels
-
-    def wait_for_another(*arguments):
-        meeting.wait(timeout=10)  # breaks, and so makes the image unreadable, if no second thread comes
-        return decode(*arguments)
-
-    monkeypatch.setattr(folders, "_pixels", wait_for_another)
-    assert len(load(folder)) == 6
-
-
 def test_decoding_shows_progress_unless_told_not_to(folder, load, capsys):
     load(folder)
     assert capsys.readouterr() == ("", "")
@@ -619,19 +606,12 @@ def decoded(monkeypatch):
     return calls
 
 
-def test_second_call_reads_the_cache_and_may_change_it(folder, load, decoded):
-    first, again = load(folder), load(folder)
-    assert len(decoded) == 1
-    assert torch.equal(again.images, first.images) and torch.equal(again.labels, first.labels)
-    again.images.zero_()
-    assert torch.equal(load(folder).images, first.images) and len(decoded) == 1
-
-
-def test_each_choice_of_options_has_its_own_cache(folder, load, decoded):
-    choices = ({}, {"image_size": 4}, {"num_channels": 1}, {"split": "test"})
-    for _ in range(2):
-        for options in choices:
-            load(folder, **options)
+def test_each_choice_of_options_is_decoded_once(folder, load, decoded):
+    for options in ({}, {"image_size": 4}, {"num_channels": 1}, {"split": "test"}):
+        first, again = load(folder, **options), load(folder, **options)
+        assert torch.equal(again.images, first.images) and torch.equal(again.labels, first.labels)
+        again.images.zero_()
+        assert torch.equal(load(folder, **options).images, first.images), "the cache is not changed with the images"
     assert len(decoded) == 4
 
 
@@ -745,12 +725,6 @@ def test_splits_and_draws_of_a_seed_never_change():
     part = uneven().subset(uneven().labels > 2)
     drawn = draw_evenly(LabelledImages(part.images, part.labels - 3, ("d", "e")), 6, 1)
     assert numbers(drawn) == [32, 46, 34, 21, 5, 7]
-
-
-def test_the_default_split_holds_out_a_tenth():
-    images = torch.zeros(1000, 1, 1, 1, dtype=torch.uint8)
-    train, validation = train_validation_split(LabelledImages(images, torch.arange(1000) % 10, tuple("abcdefghij")))
-    assert torch.bincount(validation.labels).tolist() == [10] * 10 and len(train) == 900
 
 
 def test_what_cannot_be_split_is_refused():

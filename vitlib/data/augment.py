@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vitlib.data.randaugment import draw_operations, randaugment
 
-CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)  # the published system normalises with these, whatever the data set
+CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)  # the published system normalises every data set with these
 CIFAR10_STD = (0.2471, 0.2435, 0.2616)
 
 

@@ -159,7 +159,9 @@ def find_splits(folder: Path) -> tuple[Path, list[Path]]:
     train, used = next(filter(_folders, trains), None), list(filter(_folders, tests))
     if train:
         return train, used
-    if not (used or (trains and tests)) and len(named) > len(trains + tests):
+    has_splits = used or (trains and tests)
+    has_classes = len(named) > len(trains + tests)
+    if has_classes and not has_splits:
         return folder, []
     raise FileNotFoundError(
         f"{printable(trains[0] if trains else folder / 'train')} does not exist or holds no class folders; a data set "
@@ -292,7 +294,7 @@ def load_folder(
 
 
 def _report(place: Path, paths: list[Path], problems: list[str | None], largest: int) -> None:
-    """Say what is left out, and refuse a folder of which too much is."""
+    """Print what is left out, and refuse a folder with too many unreadable images."""
     others = [path for path, problem in zip(paths, problems, strict=True) if problem == ""]
     unreadable = {path: problem for path, problem in zip(paths, problems, strict=True) if problem}
     if unreadable:

@@ -47,15 +47,11 @@ class LabelledImages:
 
     def __post_init__(self):
         _check_images(self.images)
-        expected = {"labels": (self.labels, torch.int64)}
-        if self.kept is not None:
-            expected["kept"] = (self.kept, torch.bool)
-        for name, (tensor, dtype) in expected.items():
-            if tensor.dtype != dtype or tensor.shape != self.images.shape[:1]:
-                raise ValueError(
-                    f"{name} are {tensor.dtype} {list(tensor.shape)} but must be {dtype} [{len(self)}], one for each "
-                    f"image; convert them with .to({dtype})."
-                )
+        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
+            raise ValueError(
+                f"labels are {self.labels.dtype} {list(self.labels.shape)} but must be torch.int64 [{len(self)}], one "
+                "for each image; convert them with .to(torch.int64)."
+            )
         if len(self) and not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
             raise ValueError(
                 f"labels run from {self.labels.min()} to {self.labels.max()} but must be indices into the "

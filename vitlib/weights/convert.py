@@ -153,7 +153,7 @@ def from_state_dict(
     state = _without_prefix(state, positions)
     if layout == "timm":
         state = _without_layer_scale(state)
-    # "vit." is in front of Hugging Face's names only where a classifier stands beside
+    # Hugging Face's names begin with "vit." only in a model with a classifier
     head = any(name.startswith((classifier, "vit.")) for name in state)
     pre_logits = _has_pre_logits(layout, head) and any(name.startswith(hidden) for name in state)
     start = re.escape(block.partition("{}")[0].removeprefix("" if head else "vit."))
@@ -189,7 +189,7 @@ def from_state_dict(
 
 
 def _without_prefix(state: Mapping[str, Tensor], positions: str) -> dict[str, Tensor]:
-    """Strip what stands before the name of the positions, such as ``module.``, from all names."""
+    """Strip the prefix of the positions' name, such as ``module.``, from all names."""
     bare = positions.removeprefix("vit.")
     prefix = next((name.removesuffix(bare) for name in state if name.endswith(bare)), "")
     prefix = prefix.removesuffix("vit.") if positions != bare else prefix
@@ -199,7 +199,7 @@ def _without_prefix(state: Mapping[str, Tensor], positions: str) -> dict[str, Te
 def _without_layer_scale(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Multiply LayerScale into the layer before it: ``g * (W x + b)`` is ``(g W) x + g b``.
 
-    The mask token of DINOv2 goes too; it stands for patches that are hidden in pretraining.
+    The mask token of DINOv2, which replaces patches in its pretraining, goes too.
     """
     scales = {name: state[name] for name in state if re.search(r"\.ls[12]\.gamma$", name)}
     plain = {name: value for name, value in state.items() if name not in scales and name != "mask_token"}
