@@ -14,7 +14,7 @@ import shutil
 import nbformat
 import pytest
 from nbformat.v4 import new_output
-from test_notebooks import FOLDER, STORED, code_cells, nbval_cells, nbval_failures, read, text_places
+from test_notebooks import FOLDER, STORED, code_cells, compared_cells, nbval_failures, read, text_places
 
 QUICK = [FOLDER / "solutions" / "00_orientation.ipynb"]
 slow = pytest.mark.skipif("VITLIB_SLOW" not in os.environ, reason="takes minutes: set VITLIB_SLOW to run it")
@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
     ],
 )
 def test_nbval_catches_every_altered_cell_and_no_other(path, folder, request, capsys):
-    compared = {item.cell_num for item in nbval_cells(request, path) if item.options["check"]}
+    compared = {item.cell_num for item in compared_cells(request, path)}
     notebook = read(path)
     texts = 0
     for number in compared:

@@ -1,4 +1,4 @@
-"""The stored notebooks: executed, free of one machine's traces, and compared by nbval down to the last character."""
+"""The stored notebooks: executed, free of traces of a machine, and compared by nbval down to the last character."""
 
 import ast
 import copy
@@ -28,7 +28,7 @@ CHAPTERS = sorted(FOLDER.glob("[0-9]*.ipynb"))
 SWEEPS = sorted((FOLDER / "sweeps").glob("*.ipynb"))
 STORED = CHAPTERS + sorted((FOLDER / "solutions").glob("*.ipynb")) + SWEEPS
 
-ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{6,}|site-packages")
+TRACE = re.compile(rf"{MACHINE_PATH.pattern}|\b0x[0-9a-fA-F]{{6,}}|site-packages")
 PROGRESS = re.compile(r"\r|\d+%\||\bit/s\b|\bs/it\b")
 NOT_COMPARED = {"image/png", "image/jpeg", "application/vnd.jupyter.widget-view+json"}
 
@@ -63,20 +63,19 @@ def count_problems(notebook):
 
 def output_problems(notebook):
     """What is in the stored outputs that should not be there."""
-    problems = []
+    problems = ["the notebook stores widget state"] * ("widgets" in notebook.metadata)
     for number, cell in enumerate(code_cells(notebook)):
         for output in cell.outputs:
             if output.output_type == "error":
                 problems.append(f"code cell {number} stopped with {output.ename}")
             for text in texts_of(output):
-                found = MACHINE_PATH.findall(text) + ADDRESS.findall(text)
-                problems += [f"code cell {number} shows {trace}" for trace in found]
+                problems += [f"code cell {number} shows {found}" for found in TRACE.findall(text)]
         if "execution" in cell.metadata:
             problems.append(f"code cell {number} stores its timings")
-    return problems + ["the notebook stores widget state"] * ("widgets" in notebook.metadata)
+    return problems
 
 
-def compared_problems(cell):
+def compared_problems(number, cell):
     """What is in a compared cell's outputs that differs from run to run or machine to machine."""
     problems = []
     for output in cell.outputs:
@@ -84,7 +83,7 @@ def compared_problems(cell):
             problems.append(f"text on stderr: {output.text[:60]}")
         problems += [f"progress: {text[:60]!r}" for text in texts_of(output) if PROGRESS.search(text)]
         problems += [f"{kind} is compared" for kind in output.get("data", {}) if kind == "image/svg+xml"]
-    return problems
+    return [f"code cell {number}: {problem}" for problem in problems]
 
 
 def nbval_cells(request, path):
@@ -133,33 +132,22 @@ def nbval_failures(path, seconds):
     }
 
 
-def test_the_course_has_its_notebooks():
-    assert {"01", "02", "03", "04"} <= {path.stem.split("_")[0] for path in CHAPTERS}
-    assert [path.stem for path in SWEEPS] == ["labels", "patches"]
+def compared_cells(request, path):
+    return [item for item in nbval_cells(request, path) if item.options["check"]]
 
 
 @by_notebook
-def test_every_code_cell_is_stored_executed_in_order(path):
-    assert count_problems(read(path)) == []
-
-
-@by_notebook
-def test_no_stored_error_path_or_widget_state(path):
-    assert output_problems(read(path)) == []
-
-
-@by_notebook
-def test_compared_cells_print_nothing_that_changes(path, request):
-    problems = {
-        item.cell_num: compared_problems(item.cell) for item in nbval_cells(request, path) if item.options["check"]
-    }
-    assert {number: found for number, found in problems.items() if found} == {}
+def test_stored_outputs_are_of_one_run_and_of_no_machine(path, request):
+    problems = count_problems(read(path)) + output_problems(read(path))
+    for item in compared_cells(request, path):
+        problems += compared_problems(item.cell_num, item.cell)
+    assert problems == []
 
 
 @by_notebook
 def test_every_change_to_a_compared_output_fails(path, request):
     """By nbval's own comparison, of the stored outputs with altered copies: no lesson has to run again for it."""
-    compared = [item for item in nbval_cells(request, path) if item.options["check"] and item.cell.outputs]
+    compared = [item for item in compared_cells(request, path) if item.cell.outputs]
     assert compared, "no cell's output is compared"
     for item in compared:
         stored = item.cell.outputs
@@ -213,21 +201,15 @@ def test_a_lesson_needs_only_lessons_before_it(path):
     assert set(read(path).metadata.get("vitlib", {}).get("needs", [])) <= earlier
 
 
-def defaults_of_the_course():
-    """Name to the set of defaults that the lessons give it."""
-    defaults = {}
-    for lesson in read_lessons(FOLDER):
-        for name, value in lesson.defaults.items():
-            defaults.setdefault(name, set()).add(value)
-    return defaults
-
-
 def parameters_file(name):
     return yaml.safe_load((FOLDER / "parameters" / f"{name}.yaml").read_text())
 
 
 def test_class_yaml_is_the_lessons_own_defaults():
-    defaults = defaults_of_the_course()
+    defaults = {}
+    for lesson in read_lessons(FOLDER):
+        for name, value in lesson.defaults.items():
+            defaults.setdefault(name, set()).add(value)
     defaults.pop("run_dir")
     assert defaults == {name: {value} for name, value in parameters_file("class").items()}
 
@@ -235,23 +217,14 @@ def test_class_yaml_is_the_lessons_own_defaults():
 @pytest.mark.parametrize("name", ["class", "smoke", "full"])
 def test_parameters_files_hold_known_names_and_allowed_values(name):
     values = parameters_file(name)
-    assert set(values) <= set(defaults_of_the_course())
+    assert set(values) <= set().union(*(lesson.parameters for lesson in read_lessons(FOLDER)))
     check_parameters(values)
 
 
 def test_full_yaml_is_the_published_setting():
-    published = {
-        "upstream": "cifair100",
-        "downstream": "cifair10",
-        "preset": "small",
-        "recipe": "published",
-        "norm_first": False,
-        "batch_size": 128,
-        "pretrain_epochs": 100,
-        "finetune_epochs": 1,
-        "train_steps_per_epoch": None,
-        "eval_steps_per_epoch": None,
-    }
+    published = {"upstream": "cifair100", "downstream": "cifair10", "preset": "small", "recipe": "published"}
+    published |= {"norm_first": False, "batch_size": 128, "pretrain_epochs": 100, "finetune_epochs": 1}
+    published |= {"train_steps_per_epoch": None, "eval_steps_per_epoch": None}
     assert published.items() <= parameters_file("full").items()
 
 
