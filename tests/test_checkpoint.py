@@ -11,13 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 from conftest import ROOT
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import distributed, nn
 
-from vitlib.__main__ import main
 from vitlib.model import ViTModel, interpolate_positions
 from vitlib.weights import checkpoint
 from vitlib.weights.checkpoint import (
@@ -145,15 +143,10 @@ def test_a_checkpoint_that_would_run_code_is_not_run(tmp_path, kind, name):
     assert not (tmp_path / "sprung").exists()
 
 
-@pytest.mark.parametrize("words", [["predict", "FILE", "image.png"], ["export", "FILE", "out.onnx"]])
-def test_the_commands_refuse_it_in_one_sentence(tmp_path, words):
-    path, sprung = tmp_path / "a.pt", tmp_path / "sprung"
-    TRAPS["by torch"](path, Trap(sprung))
-    result = CliRunner().invoke(main, [str(path) if word == "FILE" else word for word in words])
-    assert result.exit_code == 2 and result.stderr.startswith(f"Error: {path} is not a checkpoint of vitlib: ")
-    assert len(result.stderr.splitlines()) == 1 and not sprung.exists()
-    torch.load(path, weights_only=False)
-    assert sprung.exists(), "the trap of this test must work"
+def test_the_traps_work(tmp_path):
+    TRAPS["by torch"](tmp_path / "file", Trap(tmp_path / "sprung"))
+    torch.load(tmp_path / "file", weights_only=False)
+    assert (tmp_path / "sprung").is_dir()
 
 
 def test_no_source_asks_for_pickled_objects():

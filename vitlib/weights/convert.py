@@ -157,8 +157,9 @@ def from_state_dict(
     head = any(name.startswith((classifier, "vit.")) for name in state)
     pre_logits = _has_pre_logits(layout, head) and any(name.startswith(hidden) for name in state)
     start = re.escape(block.partition("{}")[0].removeprefix("" if head else "vit."))
-    blocks = {match[1] for match in map(re.compile(rf"{start}(\d+)").match, state) if match}
-    pairs = names(layout, max(1, len(blocks)), head=head, pre_logits=pre_logits)
+    blocks = {match[1] for name in state if (match := re.match(start + r"(\d+)", name))}
+    num_layers = max(1, len(blocks))
+    pairs = names(layout, num_layers, head=head, pre_logits=pre_logits)
     known = {theirs for theirs, _ in pairs}
     for kind, wrong in (("missing", known - state.keys()), ("unknown", state.keys() - known)):
         if wrong:
@@ -169,13 +170,13 @@ def from_state_dict(
             )
     try:
         parts = {}
-        for theirs, ours in pairs:
-            parts.setdefault(ours, []).append(_from_flax(theirs, state[theirs]) if layout == "npz" else state[theirs])
+        for theirs, name in pairs:
+            parts.setdefault(name, []).append(_from_flax(theirs, state[theirs]) if layout == "npz" else state[theirs])
         ours = {name: _copy(torch.cat(thirds) if len(thirds) > 1 else thirds[0]) for name, thirds in parts.items()}
         em_dim, channels, patch_size, _ = ours[PATCH + "weight"].shape
         with torch.device("meta"):  # spares time and memory for random weights that are replaced at once
             model = ViTModel(
-                num_classes=len(ours[HEAD + "bias"]) if head else 0, num_layers=max(1, len(blocks)),
+                num_classes=len(ours[HEAD + "bias"]) if head else 0, num_layers=num_layers,
                 image_size=patch_size * math.isqrt(ours[POSITIONS].shape[1] - 1), patch_size=patch_size,
                 num_channels=channels, em_dim=em_dim, drop=0.0, num_heads=num_heads,
                 ff_dim=len(ours[BLOCK.format(0) + "mlp.0.bias"]), patch_bias=True, pooling=pooling, norm_eps=norm_eps,
