@@ -14,11 +14,11 @@ exactly = settings(max_examples=25, derandomize=True, deadline=None)
 
 
 @st.composite
-def configurations(draw, **fixed):
+def configurations(draw):
     """Small models with every option that there is."""
     number = st.integers
     patch, heads = draw(number(1, 4)), draw(number(1, 3))
-    choice = {
+    return {
         "num_classes": draw(number(0, 5)),
         "num_layers": draw(number(1, 3)),
         "image_size": patch * draw(number(1, 4)),
@@ -33,7 +33,6 @@ def configurations(draw, **fixed):
         "pooling": draw(st.sampled_from(["cls", "mean"])),
         "pre_logits": draw(st.none() | number(1, 7)),
     }
-    return {**choice, **fixed}
 
 
 def built(config, device="cpu") -> ViTModel:

@@ -33,23 +33,14 @@ def tiny(num_classes=5, **changes) -> ViTModel:
 
 
 def copy_block(block: EncoderBlock, layer: nn.TransformerEncoderLayer) -> None:
-    """Weights of PyTorch's encoder layer into ours."""
-    pairs = {
-        block.attention.qkv.weight: layer.self_attn.in_proj_weight,
-        block.attention.qkv.bias: layer.self_attn.in_proj_bias,
-        block.attention.output.weight: layer.self_attn.out_proj.weight,
-        block.attention.output.bias: layer.self_attn.out_proj.bias,
-    }
-    for ours, theirs in (
-        (block.mlp[0], layer.linear1),
-        (block.mlp[3], layer.linear2),
-        (block.norm1, layer.norm1),
-        (block.norm2, layer.norm2),
-    ):
-        pairs |= {ours.weight: theirs.weight, ours.bias: theirs.bias}
-    with torch.no_grad():
-        for ours, theirs in pairs.items():
-            ours.copy_(theirs)
+    """Copy the weights of PyTorch's encoder layer."""
+    attention, theirs = block.attention, layer.self_attn
+    attention.qkv.load_state_dict({"weight": theirs.in_proj_weight, "bias": theirs.in_proj_bias})
+    attention.output.load_state_dict(theirs.out_proj.state_dict())
+    block.mlp[0].load_state_dict(layer.linear1.state_dict())
+    block.mlp[3].load_state_dict(layer.linear2.state_dict())
+    block.norm1.load_state_dict(layer.norm1.state_dict())
+    block.norm2.load_state_dict(layer.norm2.state_dict())
 
 
 class PublishedSystem(nn.Module):

@@ -131,7 +131,8 @@ class SelfAttention(nn.Module):
 class DropPath(nn.Module):
     """Stochastic depth (Huang et al. 2016, arXiv:1603.09382): dropout of whole branches, in training only.
 
-    Each image skips the branch with ``probability``. For the others it is scaled up, so that its mean stays the same.
+    Each image skips the branch with this ``probability``. For the other images the branch is scaled up, so that its
+    mean stays the same.
     """
 
     def __init__(self, probability: float):
@@ -159,7 +160,7 @@ class EncoderBlock(nn.Module):
         drop_path: float = 0.0, norm_eps: float | None = None,
     ):  # fmt: skip
         super().__init__()
-        # the ViT paper's code uses 1e-6; the published post-norm system PyTorch's default
+        # the paper's code uses 1e-6; the published post-norm system uses PyTorch's default
         eps = norm_eps or (1e-6 if norm_first else 1e-5)
         self.norm_first = norm_first
         self.attention = SelfAttention(em_dim, num_heads, drop)
@@ -170,12 +171,15 @@ class EncoderBlock(nn.Module):
 
     def forward(self, x: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
         """Map tokens ``[B, T, D]`` to tokens ``[B, T, D]``; weights as in :class:`SelfAttention`."""
-        attended, weights = self.attention(self.norm1(x) if self.norm_first else x, need_weights)
-        x = x + self.dropout(attended)
         if self.norm_first:
-            return x + self.dropout(self.mlp(self.norm2(x))), weights
-        x = self.norm1(x)
-        return self.norm2(x + self.dropout(self.mlp(x))), weights
+            attended, weights = self.attention(self.norm1(x), need_weights)
+            x = x + self.dropout(attended)
+            x = x + self.dropout(self.mlp(self.norm2(x)))
+        else:
+            attended, weights = self.attention(x, need_weights)
+            x = self.norm1(x + self.dropout(attended))
+            x = self.norm2(x + self.dropout(self.mlp(x)))
+        return x, weights
 
 
 class ViTEncoder(nn.Module):
@@ -187,12 +191,11 @@ class ViTEncoder(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.embedding = ViTEmbeddings(image_size, patch_size, num_channels, em_dim, drop, patch_bias)
-        # the deeper a block, the more often its branches are left out: from 0 to drop_path
-        depths = [drop_path * depth / max(1, num_layers - 1) for depth in range(num_layers)]
         # each block gets its own initial weights; in nn.TransformerEncoder all blocks start as copies of one
-        self.encoder = nn.ModuleList(
-            EncoderBlock(em_dim, num_heads, ff_dim, drop, norm_first, probability, norm_eps) for probability in depths
-        )
+        self.encoder = nn.ModuleList()
+        for depth in range(num_layers):
+            probability = drop_path * depth / max(1, num_layers - 1)  # 0 in the first block, drop_path in the last
+            self.encoder.append(EncoderBlock(em_dim, num_heads, ff_dim, drop, norm_first, probability, norm_eps))
         self.layernorm = nn.LayerNorm(em_dim, eps=norm_eps or 1e-6)
 
     def forward(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
@@ -210,7 +213,7 @@ class ViTModel(nn.Module):
     """A Vision Transformer that classifies images; the defaults are ViT-B/16.
 
     Args:
-        num_classes: how many classes to tell apart; 0 leaves out the classifier, and the model returns its input.
+        num_classes: number of classes; with 0 there is no classifier, and the model returns its pooled features.
         num_layers: encoder blocks.
         image_size: side of the square images, in pixels; a multiple of ``patch_size``.
         patch_size: side of a patch, in pixels.

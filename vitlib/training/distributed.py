@@ -46,7 +46,7 @@ class DistributedContext:
         return values
 
     def from_first(self, value: object) -> object:
-        """Return the first process's value (broadcast), whatever the others give."""
+        """Return the first process's value (broadcast); those of the others are ignored."""
         values = [value]
         if self.world_size > 1:
             dist.broadcast_object_list(values, src=0)
