@@ -227,8 +227,8 @@ def _folders(folder: Path) -> list[str]:
 def _files(folder: Path, place: Path) -> list[Path]:
     """Return the files in a class folder and in the folders in it, in the order of folder and name.
 
-    A link to a folder further inside is not followed: it could lead back up, to images twice or test images in
-    training, or out into the whole disk.
+    A link to a folder further inside is not followed: it could lead back up, so that images count twice or test images
+    are trained on, or out into the whole disk.
     """
 
     def refuse(error):

@@ -87,13 +87,13 @@ class _Rows:
         self.used = 0
 
     def bits(self, columns: int) -> np.ndarray:
-        """The next numbers as they are, uint32 [count, columns]."""
+        """Return the next numbers as they are, uint32 [count, columns]."""
         self.used += columns
         assert self.used <= _NUMBERS
         return self.numbers[:, self.used - columns : self.used]
 
     def draw(self, low: int, high: int, columns: int = 1) -> np.ndarray:
-        """Whole numbers from low to high, both included; int32 [count, columns]."""
+        """Return whole numbers from low to high, both included; int32 [count, columns]."""
         span = np.uint32(high - low + 1)
         return ((self.bits(columns) >> np.uint32(16)) * span >> np.uint32(16)).astype(np.int32) + low
 
@@ -110,7 +110,7 @@ def _disc(radius: int, x: int = 0, y: int = 0) -> np.ndarray:
 
 
 def _polygon(*corners: tuple[int, int]) -> np.ndarray:
-    """Even-odd rule: a cell is inside when a line from it to the right crosses the outline an odd number of times."""
+    """Return the cells from which a line to the right crosses the outline an odd number of times."""
     inside = np.zeros(_X.shape, bool)
     for (x0, y0), (x1, y1) in zip(corners, corners[1:] + corners[:1], strict=True):
         spans = (y0 <= _Y) != (y1 <= _Y)
@@ -120,7 +120,7 @@ def _polygon(*corners: tuple[int, int]) -> np.ndarray:
 
 
 def _heart() -> np.ndarray:
-    """The curve (x^2 + y^2 - 1)^3 = x^2 y^3 with y upwards, 195 half cells to the unit."""
+    """Return the inside of the curve (x^2 + y^2 - 1)^3 = x^2 y^3 with y upwards, 195 half cells to the unit."""
     unit, up = 195, 20 - _Y
     return (_X**2 + up**2 - unit**2) ** 3 <= unit * _X**2 * up**3
 
@@ -161,7 +161,7 @@ _PIXELS = np.arange(SIZE, dtype=np.int32) * _UNIT
 
 
 def _coverage(stencils, x, y, radius, angle) -> np.ndarray:
-    """How many of each pixel's 9 samples the placed stencil covers; uint8 [n, 32, 32].
+    """Count how many of each pixel's 9 samples the placed stencil covers; uint8 [n, 32, 32].
 
     stencils, x, y, radius, angle: int32 [n, 1]; x, y and radius in sixths of a pixel, angle in steps of 1/256 turn.
     """
@@ -181,7 +181,7 @@ def _coverage(stencils, x, y, radius, angle) -> np.ndarray:
 
 
 def _ramp(angle, slope) -> np.ndarray:
-    """A plane through the picture's centre, rising by `slope` per pixel along `angle`; int32 [n, 32, 32]."""
+    """Return a plane through the centre that rises by `slope` per pixel along `angle`; int32 [n, 32, 32]."""
     centred = 2 * np.arange(SIZE, dtype=np.int32) - (SIZE - 1)
     cos, sin = (table[angle % _TURN] * slope // 2 for table in (_COS, _SIN))
     return ((cos * centred)[:, None, :] + (sin * centred)[:, :, None]) // _ONE
@@ -205,13 +205,13 @@ def _place(stencils, rows, radii, turn) -> np.ndarray:
 
 
 def _grain(rows, amount) -> np.ndarray:
-    """Film grain, the same in the three colour channels; int32 [n, 1, 32, 32] from -amount to amount."""
+    """Draw film grain, the same in the three channels; int32 [n, 1, 32, 32] from -amount to amount."""
     numbers = np.ascontiguousarray(rows.bits(SIZE * SIZE // 4), dtype="<u4").view(np.uint8)
     return (numbers.reshape(-1, 1, SIZE, SIZE).astype(np.int32) - 128) * amount // 128
 
 
 def _draw_calm(labels, rows):
-    """shapes100: a shape in one of ten colours on a soft, greyish slope."""
+    """Draw shapes100: a shape in one of ten colours on a soft, greyish slope."""
     palette = np.array(list(COLOURS.values()), np.int32)
     shape, colour = np.divmod(labels.astype(np.int32), len(COLOURS))
     grey = rows.draw(96, 168)
@@ -225,7 +225,7 @@ def _draw_calm(labels, rows):
 
 
 def _draw_busy(labels, rows):
-    """shapes10: a shape in any colour on stripes or checks, among splinters."""
+    """Draw shapes10: a shape in any colour on stripes or checks, among splinters."""
     shape = labels.astype(np.int32)[:, None]
     base = rows.draw(32, 224) + rows.draw(-48, 48, 3)
     ends = [base + rows.draw(-44, 44, 3) for _ in range(2)]
