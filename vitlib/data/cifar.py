@@ -1,7 +1,8 @@
 """CIFAR and ciFAIR through torchvision's classes, and the test images of CIFAR that ciFAIR kept.
 
-torchvision checks the md5 of every file before it opens it. ciFAIR is CIFAR with other test images in place of near-duplicates: Barz and Denzler, "Do We Train on Test Data? Purging
-CIFAR of Near-Duplicates", Journal of Imaging 6(6), 41, 2020.
+torchvision checks the md5 of every file before it opens it. ciFAIR is CIFAR with other test images in place of
+near-duplicates: Barz and Denzler, "Do We Train on Test Data? Purging CIFAR of Near-Duplicates", Journal of Imaging
+6(6), 41, 2020.
 """
 
 import contextlib
