@@ -1,14 +1,13 @@
-"""Does the course work with other versions than the pinned ones? Tests and notebooks in environments of their own.
+"""Run tests and notebooks with other versions than the pinned ones, in environments of their own.
 
     python tests/other_versions.py oldest          the lowest torch, torchvision, ipywidgets that pyproject.toml allows
     python tests/other_versions.py newest          the newest of these that there are
     python tests/other_versions.py ipywidgets-7    the pinned versions, but for ipywidgets
     python tests/other_versions.py colab           what Colab publishes of what vitlib depends on, and not our pins
 
-Installs into ``runs/versions`` what requirements.txt pins, the others on top, and runs pytest there, by default on the
-notebooks and on the tests of what depends on these packages. Needs the network for pip, and gigabytes on Linux unless
-pip is told where builds of torch without CUDA are. A torch that is not the pinned one may compute another last digit;
-then a compared output says so.
+Installs into ``runs/versions``, and runs pytest there, by default on the notebooks and on the tests of what depends on
+these packages. Needs the network for pip, and gigabytes on Linux unless pip knows where builds of torch without CUDA
+are. Another torch may compute another last digit; then a compared output says so.
 """
 
 import os
@@ -33,14 +32,14 @@ NBVAL = ["--nbval", "--nbval-current-env", "--nbval-cell-timeout=600"]
 
 
 def lower_bounds() -> dict[str, str]:
-    """Package to the lowest version that pyproject.toml allows."""
+    """Return package to the lowest version that pyproject.toml allows."""
     dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     return dict(dependency.split(">=") for dependency in dependencies)
 
 
 def published_versions(freeze: str, names: Iterable[str]) -> list[str]:
-    """Return these packages in the versions of Colab's ``pip freeze``. It has "torch @ https://.../torch-2.1.0%2Bcu118-"
-    for packages from elsewhere; their CPU builds are on PyPI."""
+    """Return these packages in the versions of Colab's ``pip freeze``."""
+    # packages from elsewhere are "torch @ https://.../torch-2.1.0%2Bcu118-"; their CPU builds are on PyPI
     found = dict(re.findall(r"^([\w.-]+)(?:==| @ \S+/[\w.]+-)(\d[\w.]*)", freeze, re.MULTILINE))
     versions = {name.lower().replace("_", "-"): version for name, version in found.items()}
     return [f"{name}=={versions[name.lower()]}" for name in names if name.lower() in versions]
@@ -53,15 +52,16 @@ def wanted(which: str) -> list[str]:
         return list(OTHERS)
     if which == "colab":
         with urllib.request.urlopen(COLAB, timeout=60) as answer:
-            return published_versions(
-                answer.read().decode(), [*lowest, "ipython", "jupyter-client", "nbclient", "nbformat"]
-            )
-    chosen = OTHERS if which == "oldest" else ("ipywidgets",)
-    return [f"{name}~={lowest[name]}.0" if name != "ipywidgets" else f"{name}~={lowest[name]}" for name in chosen]
+            names = [*lowest, "ipython", "jupyter-client", "nbclient", "nbformat"]
+            return published_versions(answer.read().decode(), names)
+    widgets = f"ipywidgets~={lowest['ipywidgets']}"  # any 7
+    if which == "ipywidgets-7":
+        return [widgets]
+    return [widgets, *(f"{name}~={lowest[name]}.0" for name in ("torch", "torchvision"))]
 
 
 def install(which: str) -> Path:
-    """The Python of the environment."""
+    """Make the environment and return its Python."""
     folder = ROOT / "runs" / "versions" / which
     python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
     pinned = (ROOT / "requirements.txt").read_text().splitlines()
@@ -85,11 +85,8 @@ def main(which: str, what: tuple[str, ...]) -> None:
     python = install(which)
     shown = f"import importlib.metadata as m; print(*(f'{{n}} {{m.version(n)}}' for n in {OTHERS}), sep=', ')"
     subprocess.run([python, "-c", shown], check=True)
-    sys.exit(
-        subprocess.run(
-            [python, "-m", "pytest", *NBVAL, *(what or (CHAPTERS if which == "colab" else TESTED))], cwd=ROOT
-        ).returncode
-    )
+    what = what or (CHAPTERS if which == "colab" else TESTED)
+    sys.exit(subprocess.run([python, "-m", "pytest", *NBVAL, *what], cwd=ROOT).returncode)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Is the comparison of the stored outputs reliable? Again and again, each time in a fresh clone, in another order.
+"""Compare the stored outputs again and again, to see whether the comparison is reliable. Print a line per run.
 
     python tests/repeat_nbval.py --times 5 --threads 1 --threads 2
 
-Each run clones the repository's last commit into a new folder, and lets nbval, as ``make test`` does, compare every
-notebook, in a random order, without network, with an empty folder for data, and so many threads. Prints a line a run.
+Each run is in a fresh clone of the last commit, as in ``make test``: all notebooks in a random order, without network,
+with an empty folder for data, on so many threads.
 """
 
 import os
@@ -21,7 +21,7 @@ NBVAL = ["--nbval", "--nbval-current-env", "--nbval-cell-timeout=600", "-q", "-p
 
 
 def run_once(threads: int, order: random.Random) -> tuple[bool, str]:
-    """Whether every cell passed, and pytest's closing line or, after a failure, all that it said."""
+    """Return whether every cell passed, and pytest's last line or, after a failure, its whole output."""
     with tempfile.TemporaryDirectory() as scratch:
         clone = Path(scratch, "clone")
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)

@@ -40,16 +40,11 @@ def test_dependencies_are_pinned_at_an_allowed_version():
 
 
 def test_all_that_vitlib_imports_is_a_dependency():
-    files = [path.read_text(encoding="utf-8") for path in ROOT.glob("vitlib/**/*.py")]
-    imported = {
-        name
-        for text in files
-        for name in re.findall(r"^\s*(?:from|import) (\w+)(?:[\w.]* import .*| as .*|[.\w]*)$", text, re.M)
-    }
+    text = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.glob("vitlib/**/*.py"))
+    imported = set(re.findall(r"^\s*(?:from|import) (\w+)(?:[\w.]* import .*| as .*|[.\w]*)$", text, re.M))
     optional = [line for group in PROJECT["optional-dependencies"].values() for line in group]
     provided = {Requirement(line).name.lower() for line in PROJECT["dependencies"] + optional}
-    # these come with papermill and ipykernel
-    provided |= {"nbformat", "nbclient", "ipython", "jupyter_client", "packaging"}
+    provided |= {"nbformat", "nbclient", "ipython", "jupyter_client", "packaging"}  # with papermill and ipykernel
     known = packages_distributions()
     homes = {name: {home.lower() for home in known.get(name, [name])} for name in imported}
     unknown = {name for name, home in homes.items() if not home & provided}
@@ -106,17 +101,14 @@ def test_importing_vitlib_says_how_threads_wait(variable, given, expected):
 @not_on_windows
 @pytest.mark.parametrize("script", [".ci/run", "binder/postBuild", "binder/start"])
 def test_scripts_are_executable_and_stop_at_an_error(script):
-    assert os.access(ROOT / script, os.X_OK)
-    assert (ROOT / script).read_text().startswith("#!/bin/bash\n") and "set -euo pipefail" in (
-        ROOT / script
-    ).read_text()
+    text = (ROOT / script).read_text()
+    assert os.access(ROOT / script, os.X_OK) and text.startswith("#!/bin/bash\n") and "set -euo pipefail" in text
 
 
 def test_ci_runs_make_test_on_three_systems():
     job = WORKFLOW["jobs"]["test"]
-    assert (
-        ".ci/run" in [step.get("run") for step in job["steps"]] and "exec make test" in (ROOT / ".ci/run").read_text()
-    )
+    assert ".ci/run" in [step.get("run") for step in job["steps"]]
+    assert "exec make test" in (ROOT / ".ci/run").read_text()
     assert {name.split("-")[0] for name in job["strategy"]["matrix"]["os"]} == {"ubuntu", "macos", "windows"}
     assert job["env"]["PIP_EXTRA_INDEX_URL"] == CPU_INDEX
 

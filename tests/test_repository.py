@@ -25,19 +25,10 @@ SECRETS = re.compile(
     | \w://[^\s/:@'"<>{}]+:[^\s/@'"<>{}]+@""",
     re.VERBOSE,
 )
-# the hosts that files may name; everybody can reach them. One in capitals is the reader's.
-HOSTS = {"127.0.0.1", "arxiv.org", "colab.research.google.com", "creativecommons.org", "download.pytorch.org"}
-HOSTS |= {
-    "github.com",
-    "img.shields.io",
-    "matplotlib.org",
-    "mybinder.org",
-    "pypi.org",
-    "www.w3.org",
-    "raw.githubusercontent.com",
-}
-HOSTS |= {"dl.fbaipublicfiles.com"}  # official weights
-HOSTS |= {"192.0.2.1"}  # nobody's (RFC 5737), for tests
+# the hosts that files may name, which all can reach; one in capitals is the reader's, 192.0.2.1 nobody's (RFC 5737)
+HOSTS = """127.0.0.1 192.0.2.1 arxiv.org colab.research.google.com creativecommons.org dl.fbaipublicfiles.com
+    download.pytorch.org github.com img.shields.io matplotlib.org mybinder.org pypi.org raw.githubusercontent.com
+    www.w3.org"""
 URL = re.compile(r"\b[a-z][a-z0-9+]{2,}://((?:[A-Za-z0-9_-]|\\?\.)+)")  # the dot of a regular expression too
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 REGISTRY = re.compile(r"(?:--(?:extra-)?index-url|--find-links|--trusted-host|PIP_\w*URL)[=: ]+(\w+://\S+|/\S+)")
@@ -56,9 +47,8 @@ def traces_in(data: bytes, suffix: str = "") -> list[str]:
         text += " ".join(base64.b64decode(picture.replace("\\n", "")).decode("latin-1") for picture in pictures)
     found = SECRETS.findall(text) + [path for path in MACHINE_PATH.findall(text) if not path.endswith("ada")]
     hosts = {host.replace("\\", "").strip(".") for host in URL.findall(text)}
-    return found + [host for host in hosts - HOSTS - {""} if not host.isupper()] + [
-        index for index in REGISTRY.findall(text) if CPU_INDEX not in index
-    ]  # fmt: skip
+    found += [host for host in hosts - {"", *HOSTS.split()} if not host.isupper()]
+    return found + [index for index in REGISTRY.findall(text) if CPU_INDEX not in index]
 
 
 def test_no_file_has_a_secret_or_a_trace_of_a_machine():
@@ -68,18 +58,15 @@ def test_no_file_has_a_secret_or_a_trace_of_a_machine():
 
 
 # written apart, so that the samples are not found in this file
-@pytest.mark.parametrize(
-    "parts",
-    [
-        ("-----BEGIN RSA ", "PRIVATE KEY-----"),
-        ("hf", "_", "aB1" * 11),
-        ("https:/", "/ada:lovelace@github.com/a/b"),
-        ("/home", "/eve/vit"),
-        ("C:", "\\Users\\eve"),
-        ("http://", "10.0.0.8:8080/"),
-        ("pip install --index", "-url https://pypi.org/simple"),
-    ],
-)
+@pytest.mark.parametrize("parts", [
+    ("-----BEGIN RSA ", "PRIVATE KEY-----"),
+    ("hf", "_", "aB1" * 11),
+    ("https:/", "/ada:lovelace@github.com/a/b"),
+    ("/home", "/eve/vit"),
+    ("C:", "\\Users\\eve"),
+    ("http://", "10.0.0.8:8080/"),
+    ("pip install --index", "-url https://pypi.org/simple"),
+])  # fmt: skip
 def test_traces_are_found_in_text_and_in_pictures(parts):
     text = f" {''.join(parts)} ".encode()
     assert traces_in(text)
@@ -154,12 +141,9 @@ def test_the_licences_are_those_of_all_pinned_packages():
     """``python docs/licences.py`` writes the page anew."""
     licences = runpy.run_path(str(ROOT / "docs" / "licences.py"))
     text = licences["PAGE"].read_text(encoding="utf-8")
-    rows = {
-        name: (version, words) for name, version, words in re.findall(r"^\| (\w\S*) \| (\d\S*) \| (.+) \|$", text, re.M)
-    }
-    pins = licences["pins"]()
-    assert {name: version for name, (version, _) in rows.items()} == pins
-    for name, (version, words) in rows.items():
+    rows = re.findall(r"^\| (\w\S*) \| (\d\S*) \| (.+) \|$", text, re.M)
+    assert {name: version for name, version, _ in rows} == licences["pins"]()
+    for name, version, words in rows:
         assert all(FREE.fullmatch(part) for part in re.split(r" AND |, ", words)), f"{name}: {words}"
         try:
             if distribution(name).version.split("+")[0] == version:

@@ -1,9 +1,7 @@
-"""Makes the results of a sweep a record that ships with vitlib, as JSON beside the weights: parameters, figures, time
-and memory of every run, the command and the versions, but no host, no folder and no time of day.
+"""Ship the results of a sweep with vitlib, as JSON beside the weights: parameters, figures, time and memory of every
+run, the command and the versions, but no host, no folder and no time of day.
 
-python tools/keep_sweep.py runs/sweep-patches/results.json
-
-The record is named after the sweep's notebook, here sweep_patches.json.
+python tools/keep_sweep.py runs/sweep-patches/results.json     writes sweep_patches.json, after the sweep's notebook
 """
 
 import json
@@ -24,7 +22,6 @@ def keep(results: Path, folder: Path = PRETRAINED) -> Path:
     Raises:
         ValueError: if a run is not finished, runs differ in their versions, or a parameter or the command names a
             folder of this machine.
-        OSError: if ``results`` cannot be read or the record cannot be written.
     """
     content = json.loads(results.read_text(encoding="utf-8"))
     record = record_of(content)
@@ -38,11 +35,10 @@ def keep(results: Path, folder: Path = PRETRAINED) -> Path:
 
 
 def record_of(results: dict) -> dict:
-    """What of results.json is worth keeping; errors are those of :func:`keep`."""
+    """Return the part of results.json that is kept; errors are those of :func:`keep`."""
     runs, varied = results["runs"], results["varied"]
-    unfinished = [run["run"] for run in runs if run["status"] != "ok"]
-    if unfinished:
-        raise ValueError(f"The run {unfinished[0]} is not finished; run the same sweep again, which makes up for it.")
+    if unfinished := [run["run"] for run in runs if run["status"] != "ok"]:
+        raise ValueError(f"The run {unfinished[0]} is not finished; run the same sweep again.")
     versions = [{name: run["versions"][name] for name in VERSIONS} for run in runs]
     if any(other != versions[0] for other in versions):
         raise ValueError("The runs have different versions of the packages; run the sweep again in another folder.")
@@ -59,7 +55,7 @@ def record_of(results: dict) -> dict:
         "varied": varied,
         "parameters": common,
         "runs": [
-            {"parameters": {name: run["parameters"][name] for name in varied}, **{name: run[name] for name in FIGURES}}
+            {"parameters": {name: run["parameters"][name] for name in varied}} | {name: run[name] for name in FIGURES}
             for run in runs
         ],
     }

@@ -1,8 +1,6 @@
 """Ship a checkpoint with vitlib: in float16, with its SHA-256 in index.json and its record, curve included, as JSON.
 
-python tools/ship.py runs/pretrain/pretrained.safetensors cifar100-small [NAME=VALUE ...]
-
-NAME=VALUE adds to the record, such as commit=73dc082.
+python tools/ship.py runs/pretrain/pretrained.safetensors cifar100-small [NAME=VALUE ...]     adds NAME to the record
 """
 
 import hashlib

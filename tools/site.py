@@ -1,6 +1,5 @@
 """Check the built site in site/: links, anchors and images of every page; print what a chapter weighs."""
 
-import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -24,13 +23,8 @@ class Page(HTMLParser):
         self.anchors |= {attributes[name] for name in ("id", "name") if attributes.get(name)}
         if tag == "a" and attributes.get("href"):
             self.links.add(attributes["href"])
-        for name in ("src", "srcset", "href"):
-            if (
-                tag in ("img", "source", "script", "link")
-                and attributes.get(name)
-                and attributes.get("rel") != "canonical"
-            ):
-                self.loaded.add(attributes[name])
+        if tag in ("img", "source", "script", "link") and attributes.get("rel") != "canonical":
+            self.loaded |= {attributes[name] for name in ("src", "srcset", "href") if attributes.get(name)}
 
 
 def target_of(page: Page, link: str) -> tuple[Path, str] | None:
@@ -40,6 +34,12 @@ def target_of(page: Page, link: str) -> tuple[Path, str] | None:
         return None
     path = (page.path.parent / unquote(parts.path)).resolve() if parts.path else page.path
     return path, unquote(parts.fragment)
+
+
+def size_of(page: Page, *parts: str) -> int:
+    """Return the bytes of the files that the page loads whose address has one of these parts."""
+    targets = [target_of(page, link) for link in page.loaded if any(part in link for part in parts)]
+    return sum(target[0].stat().st_size for target in targets if target)
 
 
 def main() -> None:
@@ -54,18 +54,11 @@ def main() -> None:
             if not target.exists() or anchor and target.suffix == ".html" and anchor not in known:
                 faults.append(f"{name} links to {link}")
     for path in sorted(SITE.glob("notebooks/[0-9]*.html")):
-        images = [target_of(pages[path.resolve()], link) for link in pages[path.resolve()].loaded]
-        pictures = sum(target[0].stat().st_size for target in images if target and "_images" in target[0].parts)
-        text = path.stat().st_size
+        text, pictures = path.stat().st_size, size_of(pages[path.resolve()], "_images/")
         print(f"{path.stem}: {(text + pictures) / 1e6:.1f} MB ({text / 1e6:.2f} text, {pictures / 1e6:.2f} figures)")
-    shared = sum(target.stat().st_size for target in _shared(pages[(SITE / "README.html").resolve()]))
+    shared = size_of(pages[(SITE / "README.html").resolve()], ".css", ".js")
     print(f"once for all pages: {shared / 1e6:.1f} MB of style and scripts")
     sys.exit("\n".join(sorted(faults)) or 0)
-
-
-def _shared(page: Page) -> list[Path]:
-    targets = [target_of(page, link) for link in page.loaded if re.search(r"\.(?:css|js)\b", link)]
-    return [target[0] for target in targets if target]
 
 
 if __name__ == "__main__":
