@@ -3,7 +3,7 @@
 image_grid(images, titles)              pictures and maps side by side, in rows
 patch_grid(image, patch_size)           one image cut into numbered patches
 heatmap(matrix, rows, columns)          a matrix in colours, with its numbers where there is room; or tiles of maps
-lines(x, series, xlabel, ylabel)        curves by name, with runs, a reference such as chance, a reading
+lines(x, series, xlabel, ylabel)        curves by name, with bands, runs, a reference such as chance, a reading
 dots(groups, xlabel)                    a row for each group: a dot for each run, a bar at the mean
 cost_bars(costs_by_name)                what the parts of one or several models cost
 panels(count)                           axes side by side, for the ``ax=`` of these functions
@@ -263,6 +263,7 @@ def lines(
     ylabel: str,
     title: str = "",
     *,
+    bands: Mapping[str, tuple[Sequence, Sequence]] | None = None,
     reference: Mapping[str, float] | None = None,
     read_at: float | None = None,
     percent: bool = False,
@@ -275,6 +276,7 @@ def lines(
         x: where the points are, for all curves or for each by name. A shorter curve takes the first of them.
         series: for each curve one number per point, or one per point and run; then the curve connects the means, and
             each run is a dot.
+        bands: by name the lower and the upper edge of a band around the curve.
         reference: numbers to draw dotted lines at, by name, such as ``{"chance": 0.1}``.
         read_at: an x to mark. The legend gives each curve's value there, or its last if it ends earlier.
         percent: whether to write the numbers in percent.
@@ -291,6 +293,8 @@ def lines(
         (curve,) = ax.plot(places, means, marker=dotted, color=colour, linestyle=dashes, label=name)
         if values.ndim == 2:
             ax.plot(places, values, marker, color=colour, alpha=0.6, markersize=6)
+        if name in (bands or {}):
+            ax.fill_between(places, *bands[name], color=colour, alpha=0.2, linewidth=0)
         if read_at is not None:
             last = max((place for place in range(len(places)) if places[place] <= read_at), default=0)
             ax.plot(places[last], means[last], marker, color=colour, markersize=9, zorder=3)
