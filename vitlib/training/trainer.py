@@ -1,4 +1,4 @@
-"""What a training carries from step to step; saved and loaded again, it resumes exactly."""
+"""What surrounds the training loop: batches, averaged weights, progress, and the state to resume from exactly."""
 
 import copy
 import math
@@ -62,8 +62,8 @@ class Batch:
         labels: int64 ``[b]``.
         drawn: the random numbers of the augmentation, each ``[b, ...]``.
         size: images of all processes in this step.
-        kept_patches: under PatchDropout ``([b, n],)``, the patches to keep; else empty. The model is called with it as
-            further arguments, since only a ViT takes any.
+        kept_patches: ``([b, n],)`` under PatchDropout, else ``()``; it is unpacked when the model is called, since only
+            a ViT takes this argument.
     """
 
     images: Tensor
