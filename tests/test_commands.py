@@ -95,20 +95,16 @@ def test_pretrain_prints_the_score_that_the_record_has(pretrained, folder):
     assert "test" not in best.record, "the test images choose nothing"
 
 
-def test_pretrain_called_again_says_the_same_without_training(pretrained, folder, monkeypatch):
+def test_pretrain_called_again_does_not_train_and_other_options_are_refused(pretrained, folder, monkeypatch):
     result, run_dir = pretrained
     before = (run_dir / "pretrained.safetensors").read_bytes()
     monkeypatch.setattr(Trainer, "augment", lambda *arguments: pytest.fail("it trains again"))
-    again = call("pretrain", upstream=folder, preset="mini", pretrain_epochs=2, run_dir=run_dir, seed=5, **SMALL)
+    arguments = {"upstream": folder, "preset": "mini", "run_dir": run_dir, "seed": 5, **SMALL}
+    again = call("pretrain", pretrain_epochs=2, **arguments)
     assert again.exit_code == 0 and again.stdout.splitlines()[-1] == result.stdout.splitlines()[-1]
     assert (run_dir / "pretrained.safetensors").read_bytes() == before
-
-
-def test_pretrain_called_again_with_other_options_is_refused(pretrained, folder):
-    _, run_dir = pretrained
-    result = call("pretrain", upstream=folder, preset="mini", pretrain_epochs=3, run_dir=run_dir, seed=5, **SMALL)
-    assert result.exit_code == 2 and result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
-    assert "epochs=2, this one has epochs=3" in result.stderr
+    other = call("pretrain", pretrain_epochs=3, **arguments)
+    assert other.exit_code == 2 and other.stderr.count("\n") == 1 and "this one has epochs=3" in other.stderr
 
 
 def test_pretrain_stopped_by_ctrl_c_exits_with_130_and_goes_on(folder, tmp_path, monkeypatch):
@@ -149,11 +145,8 @@ def test_finetune_with_shipped_weights_takes_their_image_size(folder, tmp_path):
     result = call("finetune", downstream=folder, weights="shapes100-mini", run_dir=tmp_path, **settings)
     assert result.exit_code == 0, result.output
     model, card = load_checkpoint(tmp_path / "finetuned.safetensors")
-    shipped, shipped_card = load_pretrained("shapes100-mini")
-    assert model.config["image_size"] == 32 and card.mean == shipped_card.mean and card.preset == "mini"
-    assert card.record["upstream"] == shipped_card.record and card.record["stage"] == "fine-tuning"
-    first = model.vit_encoder.encoder[0].mlp[0].weight
-    torch.testing.assert_close(first, shipped.vit_encoder.encoder[0].mlp[0].weight, rtol=0, atol=0.01)
+    assert model.config["image_size"] == 32 and card.record["stage"] == "fine-tuning"
+    assert card.record["upstream"] == load_pretrained("shapes100-mini")[1].record
 
 
 @pytest.mark.parametrize("freeze", [False, True])

@@ -58,7 +58,6 @@ SENTENCES = {
 
 @pytest.fixture(scope="module")
 def said():
-    """What the command says about the machine of these tests."""
     command = [sys.executable, "-m", "vitlib", "doctor"]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 

@@ -11,12 +11,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import nbformat
 import psutil
 import pytest
+from children import start_command, wait_until
 from click.testing import CliRunner
 from nbformat.v4 import new_code_cell, new_notebook
 
@@ -373,17 +373,9 @@ def test_ctrl_c_ends_what_runs_and_exits_with_130(course, tmp_path):
         tmp_path / "class" / "ada" / "02_second.ipynb",
         "checks.four(open('begun', 'w').write(''))\nimport time; time.sleep(1000)",
     )
-    line = [sys.executable, "-m", "vitlib", "grade", "class", "--out", "out", "--notebooks", str(course)]
-    process = subprocess.Popen(
-        line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path,
-        env={**os.environ, "TMPDIR": str(tmp_path / "scratch")},
-        # whoever starts the tests in the background has Ctrl-C ignored, and children inherit that
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("scratch/vitlib-grade-*/folder/begun")):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
+    process = start_command("grade", "class", "--out", "out", "--notebooks", course,
+                            cwd=tmp_path, env={**os.environ, "TMPDIR": str(tmp_path / "scratch")})  # fmt: skip
+    wait_until(lambda: list(tmp_path.glob("scratch/vitlib-grade-*/folder/begun")), process)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=60)

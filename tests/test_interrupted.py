@@ -10,12 +10,12 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+from children import start_command
 from safetensors.torch import load_file
 from torch import equal
 
@@ -38,22 +38,17 @@ COMMANDS = {
 }
 
 
-def start(name: str, out: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "vitlib", *COMMANDS[name], str(out)]
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored
-    try:
-        with log_of(out).open("w") as log:
-            return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def log_of(out: Path) -> Path:
     return out.with_name(f"{out.name}.log")
 
 
+def start(name: str, out: Path) -> subprocess.Popen:
+    with log_of(out).open("w") as log:
+        return start_command(*COMMANDS[name], out, cwd=ROOT, stdout=log)
+
+
 def to_the_end(name: str, out: Path) -> tuple[object, float]:
-    """What comes out of the command when nobody stops it, and the seconds it took."""
+    """Return the results of the command when nobody stops it, and the seconds it took."""
     begin = time.monotonic()
     process = start(name, out)
     assert process.wait() == 0, log_of(out).read_text()
@@ -71,7 +66,6 @@ def figures_of_the_course(out: Path) -> dict:
 
 
 def figures_of_the_training(out: Path) -> dict:
-    """Weights, losses, accuracies and the score on the test images."""
     history = json.loads((out / "pretrained-history.json").read_text())
     epochs = [without_times(epoch) for epoch in history["epochs"]]
     return {"weights": load_file(out / "pretrained.safetensors"), "steps": history["steps"], "epochs": epochs}
@@ -87,7 +81,7 @@ def same(one: object, other: object) -> bool:
 
 
 def stop(process: subprocess.Popen, number: signal.Signals) -> None:
-    """As a terminal, a batch system or the kernel does it; nothing that it has started may go on for long."""
+    """Stop a command as a terminal, a batch system or the kernel does; nothing it has started may go on for long."""
     started = psutil.Process(process.pid).children(recursive=True)
     if number == signal.SIGINT:
         os.killpg(process.pid, number)
@@ -100,7 +94,6 @@ def stop(process: subprocess.Popen, number: signal.Signals) -> None:
 
 @pytest.fixture(scope="module")
 def left_alone(tmp_path_factory):
-    """Name of a command to its result when nobody stops it, and the seconds it takes."""
     return {name: to_the_end(name, tmp_path_factory.mktemp("alone") / name) for name in COMMANDS}
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from children import start_command, wait_until
 from click.testing import CliRunner
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
@@ -131,15 +132,8 @@ def test_ctrl_c_ends_the_kernel_and_exits_with_130(tmp_path):
     write_notebook(book, "01_long", "import os, pathlib\npathlib.Path(run_dir, 'pid').write_text(str(os.getpid()))",
                    "import time\ntime.sleep(60)")  # fmt: skip
     write_notebook(book, "02_next")
-    line = [sys.executable, "-m", "vitlib", "run", "--notebooks", str(book), "--out", str(out)]
-    process = subprocess.Popen(
-        line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        # whoever starts the tests in the background (nohup, a shell's &) has Ctrl-C ignored, and children inherit that
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    deadline = time.monotonic() + 60
-    while not (out / "pid").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    process = start_command("run", "--notebooks", book, "--out", out)
+    wait_until((out / "pid").exists, process)
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=60)

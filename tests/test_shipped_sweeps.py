@@ -41,7 +41,7 @@ def small(monkeypatch):
 
 
 def run_cells(name, **parameters):
-    """What is left of a sweep's notebook when all of its cells but the one for Colab have run with these parameters."""
+    """Run the cells of a sweep's notebook, but the one for Colab, with these parameters; return its variables."""
     here = {"__name__": "__main__"}
     cells = [cell for cell in nbformat.read(FOLDER / f"{name}.ipynb", as_version=4).cells if cell.cell_type == "code"]
     for cell in cells:

@@ -1,10 +1,11 @@
 """What all parts of vitlib share: atomic writes, the cache folder, the progress bar, the import of torchvision."""
 
+import difflib
 import importlib
 import os
 import sys
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -110,3 +111,9 @@ def text_table(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> li
         "  ".join(f"{text:{'>' if n in right else '<'}{widths[n]}}" for n, text in enumerate(row)).rstrip()
         for row in rows
     ]
+
+
+def near_match(value: object, choices: Iterable[str]) -> str:
+    """Return the words ``(did you mean 'small'?)`` when one of ``choices`` is close to ``value``, else nothing."""
+    close = difflib.get_close_matches(str(value), list(choices), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

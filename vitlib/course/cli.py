@@ -14,7 +14,7 @@ import click
 
 
 class PathOrName(click.Path):
-    """A path in which ``~`` is the home folder, also where no shell has written it out."""
+    """A path in which ``~`` is the home folder, even if no shell has expanded it."""
 
     def convert(self, value, parameter, context):
         return super().convert(os.path.expanduser(value), parameter, context)
@@ -316,8 +316,8 @@ def grade(folder, parameters, given, out, timeout, memory, jobs, notebooks, rost
     DIR holds ada/01_patching.ipynb, 01_patching_ada.ipynb or the like. The first line says whether bubblewrap contains
     their code. The course's own solutions of one chapter run first. Without --parameters smoke.yaml holds them.
 
-    The exit code is 0 when every notebook ran to its end, whatever the marks, 1 when one did not, 2 when nobody was
-    graded: for a wrong command, or where the solutions fail; 130 after Ctrl-C (grades.csv keeps what was done).
+    The exit code is 0 when every notebook ran to its end, 1 when one did not, 2 when nobody was graded (a wrong
+    command, or the solutions fail), 130 after Ctrl-C (grades.csv keeps what was done).
     """
     from vitlib.course import grade as grading
 

@@ -86,13 +86,15 @@ def usable_cores() -> int:
 
 
 def granted_cores() -> int:
-    """Return how many cores this process can keep busy: of those it may run on, a container may grant a share only."""
+    """Return how many cores this process can keep busy; of the usable ones, a container may grant only a share."""
     return max(1, math.ceil(min(usable_cores(), container_limits()[0])))
 
 
 def container_limits(root: Path = Path("/sys/fs/cgroup")) -> tuple[float, float, float]:
-    """Return what a container (cgroups, version 2) grants: cores, memory in bytes, and what is left of it; infinity for
-    no limit. Binder grants 1 core and 2 GB of a machine whose own numbers are far larger."""
+    """Return cores, bytes of memory and free bytes that a container (cgroups, version 2) grants; infinity for no limit.
+
+    Binder grants 1 core and 2 GB of a machine whose own numbers are far larger.
+    """
 
     def words(file: str) -> list[str]:
         return (root / file).read_text().split() if (root / file).exists() else ["max"]

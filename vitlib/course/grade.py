@@ -2,7 +2,7 @@
 
 The verdict on an exercise comes from a cell of the grader's own, which follows the student's: it loads the checks anew
 and hands them what the student handed them. So a notebook that redefines ``checks``, or shows a verdict of its own
-making, gains nothing. It still runs in the student's kernel: whoever alters torch itself can deceive it.
+making, gains nothing. It still runs in the student's kernel: a notebook that alters torch itself can deceive it.
 """
 
 import os
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import nbformat
 from nbformat import NotebookNode
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_raw_cell
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from vitlib.course.cells import calls_of, names_of, needed_cells
 from vitlib.course.checks.frame import CORRECT, NOT_ATTEMPTED, NOT_YET, VERDICT
@@ -61,10 +61,10 @@ _checks.{exercise}({arguments})"""
 
 @dataclass(frozen=True)
 class Chapter:
-    """A notebook of the course: values of its parameters, and each check that it calls, with the arguments as text."""
+    """A notebook of the course."""
 
     name: str
-    exercises: dict[str, str]
+    exercises: dict[str, str]  # each check that it calls, to the arguments as text
     parameters: dict[str, object]
     module: str  # of the checks
 
@@ -121,14 +121,13 @@ def grade_folder(
             tried first, for one of the chapters that were handed in.
         parameters: YAML file of parameters; None for the course's ``parameters/smoke.yaml``.
         given: values that win over those of the file. Texts are parsed.
-        timeout: longest time for one notebook, in seconds.
-        memory: most memory for one notebook and all that it has started, in GiB.
+        timeout, memory: limits of one notebook and all that it has started, in seconds and GiB.
         jobs: number of notebooks at once; with more than one, each computes on one thread.
         whole: whether all cells run. Without it only those that the checks need do.
         say: gets one line on containment, then one line for each notebook that is done.
 
     Returns:
-        all files, those that were not graded too: they have no chapter.
+        all files; those that were not graded have no chapter.
 
     Raises:
         ValueError: for unknown or wrong parameters, an ``out`` that would overwrite originals, a folder without
@@ -147,13 +146,13 @@ def grade_folder(
         names = ", ".join(chapter.name for chapter in chapters)
         raise ValueError(f"No notebook in {folder} belongs to the course, which has {names}.")
     _write_grades(out, [])  # better that it fails now than after the first notebook
-    why = not_contained()
-    say(
-        f"Notebooks are NOT contained ({why}): they can use the network, read and change your files, and leave programs"
-        " running; see Grading in docs/teaching.md."
-        if why
-        else "Notebooks are contained by bwrap: no network, no files but a copy of their own, no other processes."
-    )
+    if why := not_contained():
+        say(
+            f"Notebooks are NOT contained ({why}): they can use the network, read and change your files, and leave "
+            "programs running; see Grading in docs/teaching.md."
+        )
+    else:
+        say("Notebooks are contained by bwrap: no network, no files but a copy of their own, no other processes.")
     limits, stopped = Limits(timeout, memory, one_thread=jobs > 1), threading.Event()
 
     def grade(one: Submission) -> None:
@@ -250,7 +249,7 @@ def _files(folder: Path, out: Path) -> Iterator[Path]:
 
 
 def _read(path: Path) -> NotebookNode:
-    """Read a notebook of any format: sources and the tag of the parameters, since other metadata can stop papermill."""
+    """Read a notebook of any format: sources and tags of parameters only, since other metadata can stop papermill."""
     if path.is_symlink():
         raise ValueError("it is a link, and links are not followed")
     if not path.is_file():
@@ -260,11 +259,11 @@ def _read(path: Path) -> NotebookNode:
     text = path.read_text(encoding="utf-8-sig")
     if not text.strip():
         raise ValueError("it is empty")
-    create = {"code": new_code_cell, "raw": new_raw_cell}
     cells = []
     for cell in nbformat.convert(nbformat.reader.reads(text), 4).cells:
         tags = [tag for tag in cell.get("metadata", {}).get("tags", ()) if tag in ("parameters", "injected-parameters")]
-        cells.append(create.get(cell.cell_type, new_markdown_cell)("".join(cell.source), metadata={"tags": tags}))
+        create = new_code_cell if cell.cell_type == "code" else new_markdown_cell
+        cells.append(create("".join(cell.source), metadata={"tags": tags}))
     if not any("parameters" in cell.metadata.tags for cell in cells):  # the tag was lost, perhaps not the cell
         setting = re.compile(r"^strict_checks\b.*=", re.MULTILINE)
         for cell in [cell for cell in cells if cell.cell_type == "code" and setting.search(cell.source)][:1]:
@@ -307,8 +306,9 @@ def _prepared(one: Submission, whole: bool) -> NotebookNode:
     names = {index: names_of(cell) for index, cell in code.items()}
     place = {name: index for index, called in calls.items() for name in called if name in exercises}
     for name in exercises.keys() - place.keys():  # no call, or by another name: after the cell that defines the answer
-        for index in (index for index, cell in names.items() if exercises[name] in cell.bound - cell.imported):
-            place[name] = index
+        places = [index for index, cell in names.items() if exercises[name] in cell.bound - cell.imported]
+        if places:
+            place[name] = places[-1]
     needed = set(code) if whole else needed_cells(code, names, set(place.values()))
     prepared = []
     for index, cell in enumerate(cells):
@@ -340,7 +340,9 @@ def _grade(
             )  # fmt: skip
             one.stopped = _plain(stop)
         if executed and one.copy:
-            _shorten(executed)
+            for output in (output for cell in executed.cells for output in cell.get("outputs", ())):
+                if len(output.get("text", "")) > SHOWN:
+                    output.text = output.text[:SHOWN] + "\n[further output is left out]\n"
             with atomic_write(one.copy) as temporary:
                 nbformat.write(executed, temporary)
     except Exception as error:
@@ -348,12 +350,6 @@ def _grade(
     if not stopped.is_set():
         one.seconds = time.monotonic() - start
         _judge(one, executed)
-
-
-def _shorten(executed: NotebookNode) -> None:
-    for output in (output for cell in executed.cells for output in cell.get("outputs", ())):
-        if len(output.get("text", "")) > SHOWN:
-            output.text = output.text[:SHOWN] + "\n[further output is left out]\n"
 
 
 # What came out
@@ -432,8 +428,8 @@ def tables(found: Sequence[Submission], roster: Sequence[str] = ()) -> str:
         missing = ", ".join(_missing(roster, students))
         blocks.append(text_table(lines) + [f"Missing: {missing}"] * bool(missing))
     if strange := [f"{one.file}: {one.stopped or one.remark}" for one in found if not one.chapter]:
-        more = len(strange) - LISTED
-        blocks.append(["Not graded:", *strange[:LISTED], *([f"and {more} more files"] if more > 0 else [])])
+        more = [f"and {len(strange) - LISTED} more files"] if len(strange) > LISTED else []
+        blocks.append(["Not graded:", *strange[:LISTED], *more])
     count, stopped = len({one.student for one in graded}), sum(bool(one.stopped) for one in graded)
     blocks.append([f"{len(graded)} notebooks of {count} students; {stopped} could not be run to the end."])
     return "\n\n".join("\n".join(lines) for lines in blocks)
@@ -456,7 +452,6 @@ def _missing(roster: Sequence[str], students: Iterable[str]) -> list[str]:
 
     there = set()
     for student in students:
-        there |= set(
-            sorted((name for name in roster if words(name) <= words(student)), key=lambda n: len(words(n)))[-1:]
-        )
+        known = [name for name in roster if words(name) <= words(student)]
+        there.add(max(known, key=lambda name: len(words(name)), default=None))
     return [name for name in roster if name not in there]

@@ -11,19 +11,19 @@ from vitlib.classify import confident_mistakes
 from vitlib.data import LabelledImages
 from vitlib.utils import atomic_write
 
-STEPS = 16  # that a new head and its encoder get at least
+STEPS = 16  # a new head and its encoder get at least as many
 
 
 def batch_size_for(images: int) -> int:
-    """Return a batch size for so many training images: the largest power of two among them, from 8 to 128.
+    """Return the largest power of two that is at most the number of training images, between 8 and 128.
 
-    The learning rates of the recipes are made for 128.
+    The recipes' learning rates are made for 128.
     """
     return 2 ** min(7, max(3, int(math.log2(max(1, images)))))
 
 
 def epochs_for(images: int, batch_size: int) -> int:
-    """Return the passes over so many training images that are at least ``STEPS`` steps."""
+    """Return how many passes over the training images take at least ``STEPS`` steps."""
     return math.ceil(STEPS / math.ceil(images / batch_size))
 
 

@@ -3,7 +3,6 @@
 Notebooks, the command line and YAML files all check here what people type.
 """
 
-import difflib
 import math
 import os
 import re
@@ -15,6 +14,7 @@ import torch
 from vitlib.data.images import check_source
 from vitlib.model import POOLINGS, PRESETS
 from vitlib.training import PRECISIONS, RECIPES
+from vitlib.utils import near_match
 
 ARMS = ("fine-tuning", "linear probe", "random probe", "from scratch")  # of chapter 04's comparison
 WORDS_FOR_NONE = ("None", "none", "null", "~")
@@ -100,12 +100,6 @@ class Parameter:
             return self.type(text)
         except ValueError:
             return text
-
-
-def near_match(value: object, choices) -> str:
-    """Return the words ``(did you mean 'small'?)`` when one of ``choices`` is close to ``value``, else nothing."""
-    close = difflib.get_close_matches(str(value), list(choices), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def path(name: str, value: str) -> str:

@@ -5,10 +5,10 @@ temporary name and renamed at the end, so a file with its final name is complete
 """
 
 import ast
-import functools
 import json
 import logging
 import platform
+import re
 import subprocess
 import sys
 import threading
@@ -29,7 +29,7 @@ from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
 
 from vitlib.course.figures import format_figure, recorded_figures
-from vitlib.utils import atomic_write, text_table
+from vitlib.utils import atomic_write, near_match, text_table
 
 if TYPE_CHECKING:  # parameters loads torch, which a process that only starts kernels does without
     from vitlib.course.parameters import Parameter
@@ -58,7 +58,7 @@ class RunResult:
 class KernelMonitor:
     """Watch a process and its children from a thread: ``peak_bytes`` is the most memory they have had.
 
-    A text returned by ``end`` kills them, because a cell that hangs in compiled code ignores interrupts; ``ended`` then
+    When ``end`` returns a text, they are killed (a cell that hangs in compiled code ignores interrupts), and ``ended``
     holds the text.
     """
 
@@ -110,9 +110,9 @@ def peak_memory(pid: int) -> int:
 
 def _peak_resident(process: psutil.Process) -> int:
     if sys.platform == "linux":
-        for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        peak = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)  # a process that has ended has none
+        return int(peak[1]) * 1024 if peak else 0
     usage = process.memory_info()
     return getattr(usage, "peak_wset", usage.rss)  # the peak on Windows, the current value on macOS
 
@@ -159,28 +159,12 @@ def run_notebook(
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # the result says it in one line
     start = time.perf_counter()
     with KernelMonitor(end) as monitor:
-        execute = functools.partial(
-            papermill.execute_notebook,
-            _verbatim(notebook) if isinstance(notebook, Path) else notebook,
-            _verbatim(partial),
-            dict(parameters),
-            kernel_name="python3",
-            language="python",
-            kernel_manager_class=_kernel_manager(monitor, folder, environment or {}, log),
-            execution_timeout=cell_timeout,
-            progress_bar=progress_bar,
-            stdout_file=log,
-            stderr_file=log,
-            **options,
-        )
         try:
-            for starts_left in reversed(range(STARTS)):
-                try:
-                    execute()
-                    break
-                except RuntimeError as error:  # Jupyter picks free ports, and another kernel may bind them first
-                    if not starts_left or NOT_STARTED not in str(error):
-                        raise
+            _execute(
+                _verbatim(notebook) if isinstance(notebook, Path) else notebook, _verbatim(partial), dict(parameters),
+                kernel_manager_class=_kernel_manager(monitor, folder, environment or {}, log),
+                execution_timeout=cell_timeout, progress_bar=progress_bar, stdout_file=log, stderr_file=log, **options,
+            )  # fmt: skip
         except KeyboardInterrupt:
             result.status, result.error = "interrupted", "Ctrl-C"
         except Exception as error:  # one notebook's failure must not stop the others
@@ -198,6 +182,17 @@ def run_notebook(
             result.error = f"{last_cell(executed)}{result.error}"
             partial.replace(failed)
     return result
+
+
+def _execute(*arguments, **options) -> None:
+    """Run papermill, again if the kernel did not start: Jupyter picks free ports, and another may bind them first."""
+    for starts_left in reversed(range(STARTS)):
+        try:
+            papermill.execute_notebook(*arguments, kernel_name="python3", language="python", **options)
+            return
+        except RuntimeError as error:
+            if not starts_left or NOT_STARTED not in str(error):
+                raise
 
 
 def _kernel_manager(monitor: KernelMonitor, folder: Path | None, environment: Mapping, log: TextIO | None) -> type:
@@ -273,7 +268,8 @@ def run_course(
 ) -> dict[str, RunResult]:
     """Run notebooks in order into the folder ``out``; a failure stops only the notebooks that need it.
 
-    Kernels start in the current folder, so relative paths mean the same as on the command line.
+    Kernels start in the current folder, so relative paths mean the same as on the command line. Returns one result per
+    selected notebook, in order.
 
     Args:
         out: folder of the run; notebooks with a parameter ``run_dir`` get it.
@@ -282,9 +278,6 @@ def run_course(
         shared: values for the notebooks that take them, as in a parameters file.
         given: values that a selected notebook must take; they win over ``shared``. Texts are parsed.
         timeout: longest time for one cell, in seconds; None for no limit.
-
-    Returns:
-        one result per selected notebook, in order.
 
     Raises:
         ValueError: for an unknown notebook or parameter or a value that is not allowed, before any kernel starts.
@@ -305,6 +298,7 @@ def run_course(
 
     results: dict[str, RunResult] = {}
     width = max(len(lesson.name) for lesson in selected)
+    values["run_dir"] = str(out)
     for lesson in selected:
         missing = [name for name in lesson.needs if name in results and results[name].status != "ok"]
         if any(result.status == "interrupted" for result in results.values()):
@@ -313,8 +307,6 @@ def run_course(
             results[lesson.name] = RunResult("not run", f"needs {', '.join(missing)}")
         else:
             parameters = {name: values[name] for name in lesson.parameters if name in values}
-            if "run_dir" in lesson.parameters:
-                parameters["run_dir"] = str(out)
             bar = {"desc": f"{lesson.name:<{width}}", "mininterval": 0.5 if sys.stderr.isatty() else 30}
             results[lesson.name] = run_notebook(
                 lesson.path, out, lesson.name, parameters,
@@ -376,8 +368,6 @@ def _literal(source: str) -> object:
 
 
 def _select(lessons: list[Lesson], only: Sequence[str]) -> list[Lesson]:
-    from vitlib.course.parameters import near_match
-
     names = [lesson.name for lesson in lessons]
     numbers = {name.split("_")[0]: name for name in names}
     chosen = [numbers.get(word.zfill(2), word) for word in only] or names
@@ -392,8 +382,6 @@ def checked_values(
     lessons: list[Lesson], shared: Mapping[str, object], given: Mapping[str, object]
 ) -> dict[str, object]:
     """Parse and check values of parameters; ``given`` wins. An unknown or wrong one raises ValueError."""
-    from vitlib.course.parameters import near_match
-
     known = {name: parameter for lesson in lessons for name, parameter in lesson.parameters.items()}
     for name in [*shared, *given]:
         if name == "run_dir":

@@ -60,7 +60,7 @@ class Limits:
 
 @functools.cache
 def not_contained() -> str:
-    """Say why notebooks are not contained on this machine; "" if they are. Found out by starting Python in bwrap."""
+    """Return why notebooks are not contained on this machine, "" if they are. Tries to start Python in bwrap."""
     if shutil.which("bwrap") is None:
         return "bwrap is not installed"
     with tempfile.TemporaryDirectory() as own:
@@ -89,7 +89,7 @@ def run_apart(
         stopped: ends it when set.
 
     Returns:
-        the executed notebook as far as it got (None if it did not start), and why it got no further, or "".
+        the executed notebook up to the cell it reached (None if it did not start), and what stopped it, or "".
     """
     with tempfile.TemporaryDirectory(prefix="vitlib-grade-", ignore_cleanup_errors=True) as scratch:
         own = Path(scratch).resolve()
@@ -160,15 +160,12 @@ def _bwrap(own: Path, hidden: Path, readable: Iterable[str]) -> list[str]:
     line = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
     line += ["--proc", "/proc", "--dev", "/dev", "--bind", str(own / "tmp"), "/tmp"]
     shown = [*_of_python(), str(cache_dir()), *readable]
-    around = [path for path in shown if hidden.is_relative_to(path)]
-    for path in around:
-        line += ["--ro-bind-try", path, path]
+    around = [path for path in shown if hidden.is_relative_to(path)]  # first, so that the hidden folder covers them
+    line += [word for path in around for word in ("--ro-bind-try", path, path)]
     line += ["--tmpfs", str(hidden)]
-    for path in shown:
-        if path not in around:
-            line += ["--ro-bind-try", path, path]
-    for path in (path for pattern in DEVICES for path in glob.glob(pattern)):
-        line += ["--dev-bind-try", path, path]
+    line += [word for path in shown if path not in around for word in ("--ro-bind-try", path, path)]
+    devices = [path for pattern in DEVICES for path in glob.glob(pattern)]
+    line += [word for path in devices for word in ("--dev-bind-try", path, path)]
     return [*line, "--bind", str(own), str(own), "--remount-ro", "/", "--chdir", str(own)]
 
 

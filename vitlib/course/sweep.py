@@ -34,6 +34,7 @@ import filelock
 import nbformat
 
 from vitlib.course.runner import (
+    FIGURES_IN_TABLE,
     Lesson,
     RunResult,
     checked_values,
@@ -44,7 +45,7 @@ from vitlib.course.runner import (
     read_lesson,
     run_notebook,
 )
-from vitlib.utils import atomic_write, progress_bar
+from vitlib.utils import atomic_write, near_match, progress_bar
 
 try:
     import dask
@@ -172,8 +173,6 @@ def _named(values: Mapping[str, object]) -> str:
 
 def _read_grid(path: Path) -> tuple[Path, list[dict[str, list]], dict[str, object]]:
     """Return notebook, axes and parameters of a sweep's YAML file; a notebook alone has no axes."""
-    from vitlib.course.parameters import near_match
-
     if path.suffix == ".ipynb":
         return path, [], {}
     if path.suffix not in (".yaml", ".yml"):
@@ -245,21 +244,18 @@ def run_sweep(
     Workers import the program that calls this, so in a script call it below ``if __name__ == "__main__":``.
 
     Args:
-        plan: from :func:`make_plan`.
-        out: folder of the sweep.
         scheduler: address of a Dask scheduler; None for worker processes on this machine.
         workers: number of these; None for as many as cores and memory allow.
         threads: for each run; None for the cores that are left over, on a cluster for one.
         retries: how often a failed run is tried again.
         timeout: longest time for one run, in seconds; None for no limit.
         command: the command as typed, for the record.
-        say: prints a line.
 
     Returns:
         the content of results.json. A run is ok, failed or, where Ctrl-C ended the sweep, not run.
 
     Raises:
-        ValueError: if another sweep works in ``out``, or the address is not one.
+        ValueError: if another sweep works in ``out``, or the address is wrong.
         OSError: if the folder cannot be written, or a scheduler cannot be reached or goes away. The results hold the
             runs that were finished by then.
     """
@@ -269,17 +265,16 @@ def run_sweep(
     try:
         lock = filelock.FileLock(out / ".lock").acquire(timeout=0)
     except filelock.Timeout as error:
-        message = f"Another sweep is at work in {out}; wait for it, or choose another folder with --out."
-        raise ValueError(message) from error
+        raise ValueError(f"Another sweep is at work in {out}; wait for it, or choose another --out.") from error
     with lock:
         shutil.rmtree(work, ignore_errors=True)  # of a sweep that was killed
         records = {run.key: record for run in plan.runs if (record := _finished(out / "runs", run))}
         missing = [run for run in plan.runs if run.key not in records]
         if scheduler:
-            workplace, where, threads = _cluster_workers(scheduler), f"on {scheduler}", threads or 1
+            place, where, threads = _cluster_workers(scheduler), f"on {scheduler}", threads or 1
         else:
             workers, threads = local_size(max(1, len(missing)), workers, threads)
-            workplace, where = _local_workers(workers), f"{workers} at a time on this machine"
+            place, where = _local_workers(workers), f"{workers} at a time on this machine"
         say(
             f"Runs: {len(plan.runs)}; finished before: {len(records)}; to run: {len(missing)}, {where}, "
             f"threads for each: {threads}."
@@ -294,7 +289,7 @@ def run_sweep(
         ]
         try:
             if jobs:
-                with workplace as client, progress_bar(description="sweep", total=len(jobs), unit="run") as bar:
+                with place as client, progress_bar(description="sweep", total=len(jobs), unit="run") as bar:
                     for run, result, attempts in _run_all(client, jobs, retries):
                         records[run.key] = _store(out, plan, run, result, attempts)
                         bar.write(_line(records[run.key]), file=sys.stdout)
@@ -321,7 +316,7 @@ def local_size(runs: int, workers: int | None = None, threads: int | None = None
     """Return how many runs this machine does at a time, and with how many threads each.
 
     A small model gains little from a second thread. So there is a run for each core that the machine or its container
-    grants, as far as memory allows, and the cores left over become threads.
+    grants, if memory allows, and the cores left over become threads.
     """
     if workers is None:
         workers = max(1, min(CPU_COUNT // (threads or 1), int(MEMORY_LIMIT // RUN_MEMORY), runs))
@@ -483,8 +478,8 @@ def _store(out: Path, plan: Plan, run: Run, result: Result, attempts: int) -> di
 
 def _record(plan: Plan, run: Run, result: Result, attempts: int) -> dict:
     given = {"parameters": run.parameters, "seed": run.parameters.get("seed"), "varied": run.varied}
-    how = {"host": result.host, "attempts": attempts}
-    return {"run": run.label, "key": run.key} | _about(plan) | asdict(result.outcome) | given | how
+    tried = asdict(result.outcome) | {"host": result.host, "attempts": attempts}
+    return {"run": run.label, "key": run.key} | _about(plan) | tried | given
 
 
 def _about(plan: Plan) -> dict[str, str]:
@@ -492,7 +487,7 @@ def _about(plan: Plan) -> dict[str, str]:
 
 
 def _finished(folder: Path, run: Run) -> dict | None:
-    """Return the record of a run in the folder ``runs`` or ``failed``; None if there is none, or it is damaged."""
+    """Return the record of a run in the folder ``runs`` or ``failed``, or None if it is missing or damaged."""
     record = _read(folder / run.label)
     return record if record.get("key") == run.key else None
 
@@ -559,17 +554,11 @@ def preview(plan: Plan, out: str | Path) -> str:
 
 def summary(results: Mapping) -> str:
     """Return the table printed at the end: all runs, or of many those that are not ok, and the count of each status."""
-    runs = results["runs"]
-    shown = runs if len(runs) <= MOST_ROWS else [run for run in runs if run["status"] != "ok"][:MOST_ROWS]
-    rows = [
-        {"status": run["status"]}
-        | {name: run["parameters"].get(name) for name in results["varied"]}
-        | main_figures(run["figures"])
-        | {"seconds": run["seconds"], "MiB": (run["peak_memory_bytes"] or 0) >> 20, "error": run["error"]}
-        for run in shown
-    ]
-    table = pd.DataFrame(rows, dtype=object).fillna("").to_string(index=False) if rows else ""
-    statuses = Counter(run["status"] for run in runs)
+    frame, titles = as_frame(results)
+    shown = frame if len(frame) <= MOST_ROWS else frame[frame["status"] != "ok"].head(MOST_ROWS)
+    columns = ["status", *results["varied"], *list(titles.values())[:FIGURES_IN_TABLE], "seconds", "error"]
+    table = shown[columns].fillna("").to_string(index=False, float_format="{:.4g}".format) if len(shown) else ""
+    statuses = Counter(frame["status"])
     return f"{table}\nRuns: {', '.join(f'{count} {status}' for status, count in statuses.items())}."
 
 

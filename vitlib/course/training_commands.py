@@ -90,7 +90,7 @@ def _say(sentence: str) -> None:
 
 
 def _check_apart(source: str, run_dir: str) -> None:
-    """Refuse a run's folder in a folder of classes, where its figures would be one more class next time."""
+    """Refuse a run's folder inside a folder of classes, where it would count as a class next time."""
     folder = Path(source).resolve()
     if folder.is_dir() and Path(run_dir).resolve().is_relative_to(folder) and find_splits(folder)[0] == folder:
         raise ValueError(f"run_dir={run_dir} is among the classes in {folder}; choose one outside of it.")
@@ -111,7 +111,7 @@ def _random_encoder(train: LabelledImages, seed: int) -> tuple[ViTModel, ModelCa
 
 
 def _for_images_of(model: ViTModel, image_size: int) -> ViTModel:
-    """Return the model for images of that size; where this is not its own, a line says what the change means."""
+    """Return the model for images of that size; print what the change means if this is not its own size."""
     other = with_image_size(model, image_size)
     if other is not model:
         before, after = costs(model.config), costs(other.config)
