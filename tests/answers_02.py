@@ -263,7 +263,7 @@ WRONG = {
             lambda tokens, *rest: sequence_first(tokens.view(tokens.shape[1], len(tokens), -1), *rest).reshape(
                 tokens.shape
             ),
-            "output changes when the other images change",
+            "output changes when the others change",
         ),
         "end to end": (
             lambda tokens, *rest: one_by_one(tokens.flatten(0, 1)[None], *rest).reshape(tokens.shape),

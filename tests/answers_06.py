@@ -96,7 +96,7 @@ WRONG = {
         "half an MLP": (lambda S, P, L, D, M, C: counted(S, P, L, D, M, C) - L * (D * M + D), "the MLP has two layers"),
         "no bias of the classifier": (less(head_bias=0), "the classifier has a bias"),
         "attention without biases": (
-            lambda S, P, L, D, M, C: counted(S, P, L, D, M, C) - L * 4 * D, "or the biases of the four layers"
+            lambda S, P, L, D, M, C: counted(S, P, L, D, M, C) - L * 4 * D, "or the four biases of its attention"
         ),
         "no norms at all": (less(norms=0, final=0), "all layer norms are missing"),
         "one layer for q, k and v": (less(qkv=1), "a D x D matrix and a bias each"),

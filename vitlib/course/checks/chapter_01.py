@@ -164,7 +164,7 @@ def tokens(learners: Callable) -> None:
 
 
 def _expect_each_part_in_its_place(learners: Callable, patches: Tensor, cls_token: Tensor, positions: Tensor) -> None:
-    """With the other two inputs at zero, each input shows where it goes."""
+    """Set two of the inputs to zero in turn: then the third shows where it goes."""
     no_patches, no_cls, nowhere = (torch.zeros_like(part) for part in (patches, cls_token, positions))
     in_front = cls_token.expand(len(patches), 1, -1)
     cls = tensor_answer(learners, no_patches, cls_token, nowhere)
@@ -204,7 +204,7 @@ def interpolation(learners: Callable) -> None:
 
 
 def _stretches(learners: Callable, old: int, new: int, width: int) -> None:
-    """Positions of ``old`` x ``old`` patches to ``new`` x ``new``."""
+    """Judge the stretching of ``old`` x ``old`` positions to ``new`` x ``new``."""
 
     def given(cls: Tensor, patches: Tensor, grid: int = new) -> Tensor:
         hints = {
@@ -263,7 +263,7 @@ def _stretches(learners: Callable, old: int, new: int, width: int) -> None:
 
 
 def _bicubic_weights(old: int, new: int) -> Tensor:
-    """``[new, old]``: how much each of ``old`` places along one side gives to each of ``new``.
+    """Return ``[new, old]``: how much each of ``old`` places along one side gives to each of ``new``.
 
     Cubic convolution (Keys 1981) with PyTorch's a = -0.75; beyond the rim the value at the rim goes on.
     """

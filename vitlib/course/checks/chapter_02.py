@@ -164,8 +164,7 @@ def equivariance(learners: Callable) -> None:
     expect(not every_accepted, "every layer passes, even a running sum over the tokens; compare all numbers closely")
     expect(
         nothing not in refused or sorting not in accepted,
-        "you compare with the output of the unshuffled tokens as it is, which tests for invariance; shuffle that "
-        "output too",
+        "you compare with the output of the unshuffled tokens, which tests for invariance; shuffle that output too",
     )
     expect(nothing not in refused, f"{nothing} fails; give its output the same shuffle as its input")
     expect(
@@ -239,13 +238,9 @@ def attend(learners: Callable) -> None:
         }
         other_images = tokens.clone()
         other_images[1:] = torch.randn_like(other_images[1:])
-        otherwise = (
-            "each image is on its own, but the numbers are not those of nn.MultiheadAttention with these weights"
-        )
+        otherwise = "each image is on its own, but the numbers are not those of nn.MultiheadAttention"
         if not close(tensor_answer(learners, other_images, to_qkv, heads)[:1], given[:1]):
-            otherwise = (
-                "the first image's output changes when the other images change; swap axes with transpose, not view"
-            )
+            otherwise = "the first image's output changes when the others change; swap axes with transpose, not view"
         compare(given, right, slips, otherwise)
 
 

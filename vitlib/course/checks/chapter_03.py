@@ -164,9 +164,7 @@ def _expect_logits(model: nn.Module, images: Tensor, labels: Tensor, num_classes
     expect(found == shape, f"{asked} The logits are {found}, but should be [B, num_classes] = {shape}")
     all_ones = torch.ones(len(images))
     probabilities = logits.min() >= 0 and close(logits.sum(1), all_ones, 1e-4)
-    expect(
-        not probabilities, f"{asked} Yours are probabilities, they sum to 1; cross-entropy applies the softmax itself"
-    )
+    expect(not probabilities, f"{asked} Yours are probabilities; cross-entropy applies the softmax itself")
     logarithms = logits.max() <= 0 and logits.min() < 0 and close(logits.exp().sum(1), all_ones, 1e-4)
     expect(not logarithms, f"{asked} Yours are logarithms of probabilities; return what the head gives")
     loss, right = F.cross_entropy(logits, labels).item(), math.log(num_classes)

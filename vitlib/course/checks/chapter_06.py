@@ -35,9 +35,7 @@ def _sizes() -> tuple[dict[str, int], int, dict[int, str]]:
             "3 D are missing: the CLS token, its row of the positions and the bias of the patch embedding": 3 * D,
             "the positions are missing: N + 1 rows of D numbers, all of them trained": (N + 1) * D,
             "the image is cut along both sides: N is the square of S / P": (N - S // P) * D,
-            "4 D a block are missing: its two layer norms, or the biases of the four layers of its attention": L
-            * 4
-            * D,
+            "4 D a block are missing: its two layer norms, or the four biases of its attention": L * 4 * D,
             "all layer norms are missing: two in each block and a final one": L * 4 * D + 2 * D,
             "all layer norms lack their shift, D numbers each": L * 2 * D + D,
             "a block has two layer norms, and each has a scale and a shift": L * 2 * D,
