@@ -19,20 +19,29 @@ def repaired(pretrained, num_classes):
     return model
 
 
-def keep_old_head(pretrained, num_classes):
-    model = ViTModel(**pretrained.config)
-    model.vit_encoder.load_state_dict(pretrained.vit_encoder.state_dict())
-    return model
+def repaired_and(change):
+    """A right transfer, but for what ``change(model, pretrained)`` does afterwards."""
+
+    def transfer(pretrained, num_classes):
+        model = repaired(pretrained, num_classes)
+        change(model, pretrained)
+        return model
+
+    return transfer
+
+
+def share_encoder(model, pretrained):
+    model.vit_encoder = pretrained.vit_encoder
+
+
+@torch.no_grad()
+def keep_rows(model, pretrained):
+    new, old = model.linear_classifier.weight, pretrained.linear_classifier.weight
+    new[: len(old)] = old[: len(new)]
 
 
 def fresh_encoder(pretrained, num_classes):
     return ViTModel(**{**pretrained.config, "num_classes": num_classes})
-
-
-def shared_encoder(pretrained, num_classes):
-    model = fresh_encoder(pretrained, num_classes)
-    model.vit_encoder = pretrained.vit_encoder
-    return model
 
 
 def new_head_in_place(pretrained, num_classes):
@@ -46,46 +55,15 @@ def embedding_only(pretrained, num_classes):
     return model
 
 
-def always_ten(pretrained, num_classes):
-    return repaired(pretrained, 10)
-
-
 def in_the_config(pretrained, num_classes):
     pretrained.config["num_classes"] = num_classes
     return repaired(pretrained, num_classes)
-
-
-def old_rows(pretrained, num_classes):
-    model = repaired(pretrained, num_classes)
-    rows = min(num_classes, len(pretrained.linear_classifier.weight))
-    with torch.no_grad():
-        model.linear_classifier.weight[:rows] = pretrained.linear_classifier.weight[:rows]
-    return model
-
-
-def frozen_encoder(pretrained, num_classes):
-    model = repaired(pretrained, num_classes)
-    model.vit_encoder.requires_grad_(False)
-    return model
 
 
 def rebuilt(pretrained, num_classes):
     model = copy.deepcopy(pretrained)
     model.linear_classifier = nn.Linear(model.config["em_dim"], num_classes)
     return model
-
-
-def attribute_of_the_encoder(model):
-    model.vit_encoder.requires_grad = False
-
-
-def attribute_of_every_part(model):
-    for part in model.vit_encoder.modules():
-        part.requires_grad = False
-
-
-def optimiser_of_the_head(model):
-    return torch.optim.SGD(model.linear_classifier.parameters(), lr=0.1)
 
 
 def frozen_copy(model):
@@ -114,10 +92,6 @@ def all_but_the_head(model):
 def weight_of_the_head(model):
     model.requires_grad_(False)
     model.linear_classifier.weight.requires_grad_(True)
-
-
-def blocks_only(model):
-    model.vit_encoder.encoder.requires_grad_(False)
 
 
 def mean_gain(ours, control):
@@ -197,15 +171,21 @@ RIGHT = {
 
 WRONG = {
     "transfer": {
-        "old head": (keep_old_head, "100 rows for 10 classes"),
+        "old head": (
+            lambda pretrained, _: repaired(pretrained, pretrained.config["num_classes"]),
+            "100 rows for 10 classes",
+        ),
         "nothing loaded": (fresh_encoder, "the encoder is a fresh one"),
         "half loaded": (embedding_only, "only some of the encoder's tensors"),
-        "encoder shared": (shared_encoder, "shares tensors"),
+        "encoder shared": (repaired_and(share_encoder), "shares tensors"),
         "in place": (new_head_in_place, "your function changes the model that it is given"),
         "its config": (in_the_config, "your function changes `pretrained.config`"),
-        "old rows": (old_rows, "rows of the old head are in the new one"),
-        "frozen": (frozen_encoder, "some weights of the new model are frozen"),
-        "fixed size": (always_ten, "must come from num_classes"),
+        "old rows": (repaired_and(keep_rows), "rows of the old head are in the new one"),
+        "frozen": (
+            repaired_and(lambda model, _: model.vit_encoder.requires_grad_(False)),
+            "some weights of the new model are frozen",
+        ),
+        "fixed size": (lambda pretrained, _: repaired(pretrained, 10), "must come from num_classes"),
     },
     "probe_size": {
         "no bias": (lambda width, classes: width * classes, "biases are missing"),
@@ -220,12 +200,16 @@ WRONG = {
     "linear_probe": {
         "all frozen": (lambda model: model.requires_grad_(False), "the head is frozen as well"),
         "embedding": (lambda model: model.vit_encoder.embedding.requires_grad_(False), "are still trained"),
-        "blocks": (blocks_only, "are still trained"),
         "wrong part": (lambda model: model.linear_classifier.requires_grad_(False), "the other way round"),
         "no bias": (weight_of_the_head, "its weight and its bias"),
-        "an attribute": (attribute_of_the_encoder, "only gives it an attribute of that name"),
-        "attributes": (attribute_of_every_part, "only gives it an attribute of that name"),
-        "an optimiser": (optimiser_of_the_head, "the model is not set up"),
+        "an attribute": (
+            lambda model: setattr(model.vit_encoder, "requires_grad", False),
+            "only gives it an attribute of that name",
+        ),
+        "an optimiser": (
+            lambda model: torch.optim.SGD(model.linear_classifier.parameters(), lr=0.1),
+            "the model is not set up",
+        ),
         "a copy": (frozen_copy, "the model that came back is another one"),
         "spoilt": (spoilt_and_frozen, "your function changes the model's weights"),
         "to inference": (lambda model: model.vit_encoder.zero_grad(), "nothing is frozen"),

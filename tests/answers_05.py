@@ -143,7 +143,6 @@ WRONG = {
         "others of the same number": (
             lambda x, r, n, p: delete(x, r.roll(1, 0), n, p), "not those of the most relevant patches"
         ),
-        "grey level changed": (lambda *given: delete(*given) + 1, "should have lost 36 pixels"),
     },
     "without_a_model": {
         "the corners": (lambda images, size: -explain.middle_relevance(images, size), "upside down"),
@@ -151,7 +150,6 @@ WRONG = {
         "chance": (
             lambda images, size: torch.rand(len(images), (images.shape[-1] // size) ** 2), "leaves an area of"
         ),
-        "brightness": (lambda images, size: patchify(images, size).mean(2), "leaves an area of"),
         "pixels": (lambda images, size: images[:, 0], "a number for each patch"),
     },
     "share_on_object": {
