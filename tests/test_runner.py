@@ -156,7 +156,7 @@ def no_kernel(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["-p", "batch_sise", "8"], "train_steps_per_epoch: Optional[int]  training steps per epoch"),
+        (["-p", "batch_sise", "8"], "there are batch_size, preset, train_steps_per_epoch"),
         (["-p", "rate", "nan"], "rate=nan is not allowed"),
         (["-p", "run_dir", "here"], "use --out"),
         (["-p", "rate", "0.1", "--only", "01"], "rate is a parameter of 02_two only"),

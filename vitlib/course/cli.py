@@ -82,7 +82,7 @@ def run(only, parameters, given, out, timeout, notebooks) -> None:
     outcomes = runner.run_course(
         out,
         notebooks=notebooks or runner.COURSE_FOLDER,
-        only=[word.strip() for word in only.split(",") if word.strip()] if only else (),
+        only=[word.strip() for word in (only or "").split(",") if word.strip()],
         shared=runner.parameters_from_file(parameters) if parameters else {},
         given=dict(given),
         timeout=timeout or None,

@@ -388,11 +388,8 @@ def checked_values(
             raise ValueError("run_dir cannot be given as a parameter: it is the folder of the run; use --out.")
         if name not in known:
             of = lessons[0].name if len(lessons) == 1 else "the notebooks"
-            table = "\n".join(text_table([(f"  {name}: {one.annotation}", one.help) for name, one in known.items()]))
-            none = "  none; tag the cell that sets them with 'parameters'"
-            raise ValueError(
-                f"{name!r} is not a parameter of {of}{near_match(name, known)}. There are:\n{table or none}"
-            )
+            allowed = ", ".join(known) or "none; tag the cell that sets them with 'parameters'"
+            raise ValueError(f"{name!r} is not a parameter of {of}{near_match(name, known)}; there are {allowed}.")
     parsed = {name: known[name].parse(value) if isinstance(value, str) else value for name, value in given.items()}
     return {name: known[name].check(value) for name, value in {**shared, **parsed}.items()}
 
