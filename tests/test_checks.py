@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from itertools import permutations
 from pathlib import Path
 
 import IPython
@@ -164,6 +165,14 @@ def test_a_strict_check_raises_unless_the_answer_is_right(name, capsys):
     check(next(iter(RIGHT[name].values())))
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 3 and said[-1].endswith(": correct"), "the verdict is shown in any case"
+
+
+def test_no_other_order_of_the_lines_is_correct(verdict):
+    # B and E are the same line, and the norms change places in answers_02: 60 orders that begin with C are left
+    orders = ("C" + "".join(rest) for rest in permutations("ABDEF"))
+    tried = [order for order in orders if order.index("B") < order.index("E")]
+    assert len(tried) == 60
+    assert [order for order in tried if verdict(checks.block_order, order) == "correct"] == ["CDBFAE"]
 
 
 def test_ctrl_c_still_stops_an_answer_that_never_ends():

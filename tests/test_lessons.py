@@ -3,13 +3,16 @@
 What comes out of the cells is nbval's business (``make test``): it compares every stored verdict with a fresh one.
 """
 
+import math
 import re
 from pathlib import Path
 
 import nbformat
 import pytest
 import torch
+import torch.nn.functional as F
 from prose import outside_blocks
+from torch import nn
 
 from vitlib.course import checks
 from vitlib.weights import load_pretrained
@@ -46,6 +49,11 @@ def is_setup(cell):
 
 def is_folded(cell):
     return "hide-input" in cell.metadata.get("tags", ())
+
+
+def start_of(cells):
+    """The number of the first cell behind the set-up."""
+    return 1 + next(number for number, cell in enumerate(cells) if "check_parameters(globals())" in cell.source)
 
 
 def exercise_cells(path):
@@ -100,10 +108,9 @@ def test_the_minutes_of_the_header_are_honest(path):
 def test_the_way_to_the_lesson_is_short(path):
     """A picture at the head, the set-up folded, and vitlib before torch."""
     cells = cells_of(path)
-    setup = next(number for number, cell in enumerate(cells) if "check_parameters(globals())" in cell.source)
     assert f"](figures/vit-{path.stem[:2]}.svg)" in cells[0].source
     parameters = next(cell for cell in cells if "parameters" in cell.metadata.get("tags", ()))
-    assert all(is_folded(cell) for cell in cells[1 : setup + 1] if cell is not parameters)
+    assert all(is_folded(cell) for cell in cells[1 : start_of(cells)] if cell is not parameters)
     imports = next(cell.source for cell in cells if "course.parameters import" in cell.source)
     assert imports.index("from vitlib") < imports.index("import torch")
 
@@ -121,21 +128,35 @@ def test_the_class_of_chapter_03_gives_the_shipped_logits():
     torch.testing.assert_close(own(images), shipped(images), rtol=0, atol=1e-5)
 
 
+def test_the_code_of_the_folded_asides_of_chapter_02_runs():
+    prose = prose_of(cells_of(FOLDER / "02_attention.ipynb"))
+    asides = re.findall(r"<summary>Aside(?:(?!</details>).)*```python\n(.*?)```", prose, re.S)
+    query, key, value = torch.randn(3, 3, 2)
+    names = {"torch": torch, "nn": nn, "math": math, "F": F, "query": query, "key": key, "value": value}
+    assert len(asides) == 2
+    for code in asides:
+        assert "assert " in code
+        exec(code, {**names, "scores": query @ key.T / math.sqrt(2), "D": 8, "H": 2})
+
+
+def test_the_buggy_function_of_chapter_02_is_the_one_that_the_check_knows(verdict):
+    cells = cells_of(FOLDER / "02_attention.ipynb")
+    (source,) = (cell.source for cell in cells if cell.source.startswith("def attend_sequence_first"))
+    names = {"F": F}
+    exec(source.split("\n\n\n")[0], names)
+    assert "in the other images" in verdict(checks.attend, names["attend_sequence_first"])
+
+
 @by_chapter
 def test_code_cells_are_short_enough_to_read(path):
-    lengths = {
-        number: len(cell.source.splitlines())
-        for number, cell in enumerate(cells_of(path))
-        if cell.cell_type == "code" and not is_setup(cell)
-    }
-    assert {number: length for number, length in lengths.items() if length > LONGEST_CELL} == {}
+    code = [cell.source for cell in cells_of(path) if cell.cell_type == "code" and not is_setup(cell)]
+    assert [source for source in code if len(source.splitlines()) > LONGEST_CELL] == []
 
 
 @by_chapter
 def test_the_reader_is_asked_before_being_shown(path):
     cells = cells_of(path)
-    start = next(number for number, cell in enumerate(cells) if "check_parameters(globals())" in cell.source) + 1
-    since_prompt = 0
+    start, since_prompt = start_of(cells), 0
     for number, cell in enumerate(cells[start:], start=start):
         if cell.cell_type == "markdown":
             if "**Predict.**" in cell.source or "### Exercise" in cell.source:

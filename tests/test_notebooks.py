@@ -86,9 +86,9 @@ def compared_problems(number, cell):
     return [f"code cell {number}: {problem}" for problem in problems]
 
 
-def nbval_cells(request, path):
-    """A notebook's code cells as nbval collects them, with their options, without a kernel."""
-    return list(IPyNbFile.from_parent(request.session, path=path).collect())
+def compared_cells(request, path):
+    """The code cells that nbval compares, as it collects them, without a kernel."""
+    return [item for item in IPyNbFile.from_parent(request.session, path=path).collect() if item.options["check"]]
 
 
 def text_places(output):
@@ -130,10 +130,6 @@ def nbval_failures(path, seconds):
         int(case.get("name").split()[-1]): "".join(part.text or part.tag for part in case if part.tag != "properties")
         for case in cases
     }
-
-
-def compared_cells(request, path):
-    return [item for item in nbval_cells(request, path) if item.options["check"]]
 
 
 @by_notebook
