@@ -103,10 +103,10 @@ def container_limits(root: Path = Path("/sys/fs/cgroup")) -> tuple[float, float,
     cores = math.inf if quota[0] == "max" else int(quota[0]) / int(quota[1])
     if "max" in (limit, used):
         return cores, math.inf, math.inf
-    # files that were read count as used, but make room when memory is wanted
     statistics = words("memory.stat")
-    cached = int(statistics[statistics.index("inactive_file") + 1]) if "inactive_file" in statistics else 0
-    return cores, int(limit), int(limit) - int(used) + cached
+    cached = dict(zip(statistics[::2], statistics[1::2], strict=False)).get("inactive_file", 0)
+    # files that were read count as used, but make room when memory is wanted
+    return cores, int(limit), int(limit) - int(used) + int(cached)
 
 
 def version(package: str) -> str | None:
@@ -261,12 +261,8 @@ def duration(seconds: float) -> str:
     >>> duration(130)
     'about 2 minutes'
     """
-    if seconds < 50:
-        return "less than a minute"
     minutes = round(seconds / 60)
-    if minutes < 90:
-        return f"about {minutes} minute{'s' if minutes > 1 else ''}"
-    return f"about {round(minutes / 60):,} hours"
+    return "less than a minute" if seconds < 50 else f"about {minutes:,} minute{'s' if minutes > 1 else ''}"
 
 
 def gib(size: float) -> str:

@@ -176,20 +176,20 @@ def grade_folder(
 
 def _try_solutions(solutions: Path, graded: list[Submission], grade: Callable, say: Callable[[str], None]) -> None:
     """Grade the course's own solutions of one chapter; where they fail, students cannot do better."""
-    names = sorted({one.chapter.name: one.chapter for one in graded}.items())
-    for path, chapter in ((solutions / f"{name}.ipynb", chapter) for name, chapter in names):
-        if path.is_file():
-            own = Submission(path, path.name, "", chapter, _read(path))
-            grade(own)
-            failed = [f"{n} is {status}. {said}" for n, (status, said) in own.verdicts.items() if status != "correct"]
-            if failed or own.stopped:
-                raise ValueError(
-                    f"The course's own solutions of {chapter.name} fail here, so nobody is graded: "
-                    f"{own.note or failed[0]}\nLook at `python -m vitlib doctor` and at the parameters."
-                )
-            say(f"The course's own solutions of {chapter.name} pass in {own.seconds:.0f} s.")
-            return
-    say("The course's own solutions are not there, so nothing shows that this environment works.")
+    chapters = {one.chapter.name: one.chapter for one in graded}
+    paths = [path for name in sorted(chapters) if (path := solutions / f"{name}.ipynb").is_file()]
+    if not paths:
+        say("The course's own solutions are missing, so nothing shows that this environment works.")
+        return
+    own = Submission(paths[0], paths[0].name, "", chapters[paths[0].stem], _read(paths[0]))
+    grade(own)
+    failed = [f"{name} is {status}. {said}" for name, (status, said) in own.verdicts.items() if status != "correct"]
+    if failed or own.stopped:
+        raise ValueError(
+            f"The course's own solutions of {own.chapter.name} fail here, so nobody is graded; look at "
+            f"`python -m vitlib doctor` and the parameters: {own.note or failed[0]}"
+        )
+    say(f"The course's own solutions of {own.chapter.name} pass in {own.seconds:.0f} s.")
 
 
 # What was handed in
@@ -283,7 +283,7 @@ def _chapter_of(path: Path, notebook: NotebookNode | None, chapters: Iterable[Ch
 
 
 def _student(path: Path, chapters: Iterable[Chapter]) -> str:
-    """Return what a path says beside the chapter, fit to be a folder's name: ``ada`` of 01_patching_ada.ipynb."""
+    """Return the student's name, fit to be a folder's name, from a path: ``ada`` of 01_patching_ada.ipynb."""
     stem = re.split(r"\.ipynb", path.name, maxsplit=1, flags=re.IGNORECASE)[0]
     names = []
     for part in (*path.parts[:-1], stem):
