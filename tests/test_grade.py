@@ -281,7 +281,7 @@ def test_a_student_is_what_the_path_says(no_kernel):
         "kim/01_first.ipynb.txt": "kim",
         "01_first (1).ipynb": "01_first (1)",
         "a\nb\x1b[2J/01_first.ipynb": "a b [2J",
-        "Zoe\u0308/01_first.IPYNB": "Zoë",
+        "Zoe\u0308 v2/01_first.IPYNB": "Zoë v2",
     }
     for path in paths:
         write(no_kernel / "class" / path, *RIGHT)

@@ -287,11 +287,13 @@ def _student(path: Path, chapters: Iterable[Chapter]) -> str:
     stem = re.split(r"\.ipynb", path.name, maxsplit=1, flags=re.IGNORECASE)[0]
     names = []
     for part in (*path.parts[:-1], stem):
-        name = unicodedata.normalize("NFC", part)
+        whole = name = unicodedata.normalize("NFC", part)
         for chapter in chapters:
             name = chapter.pattern.sub(" ", name)
-        name = NOISE.sub("", name.strip()) if part is stem or name != part else name
-        names.append(re.sub(r"[/\\]", "_", _plain(name)).strip(" _-()." if name != part else ". "))
+        has_chapter = name != whole
+        if has_chapter or part is stem:
+            name = NOISE.sub("", name.strip())
+        names.append(re.sub(r"[/\\]", "_", _plain(name)).strip(" _-()." if has_chapter else ". "))
     return "/".join(filter(None, names)) or _plain(stem).strip(". ") or "unnamed"
 
 
