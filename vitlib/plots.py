@@ -28,7 +28,7 @@ from matplotlib.font_manager import findfont, fontManager, get_font
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
-from matplotlib.ticker import EngFormatter, PercentFormatter
+from matplotlib.ticker import EngFormatter
 from torch import Tensor
 
 from vitlib.costs import Costs
@@ -306,7 +306,7 @@ def lines(
         place = {"xy": (1, value), "xycoords": ax.get_yaxis_transform(), "xytext": (0, 3), "ha": "right"}
         ax.annotate(name, textcoords="offset points", fontsize=10, path_effects=[HALO], **place)
     if percent:
-        ax.yaxis.set_major_formatter(PercentFormatter(1))
+        ax.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.4g}%")
     if axis.get("xscale") == "log" and not isinstance(x, Mapping) and len(x) <= 12 and "xticks" not in axis:
         ax.set_xticks(list(x), [f"{place:,}" for place in x])
         ax.set_xticks([], minor=True)
@@ -357,7 +357,7 @@ def dots(
     ax.set_yticks(range(len(groups)), groups)
     ax.set(xlabel=xlabel, title=title, ylim=(len(groups) - 0.4, -0.6), **axis)
     if percent:
-        ax.xaxis.set_major_formatter(PercentFormatter(1))
+        ax.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.4g}%")
     return ax.figure
 
 
