@@ -150,12 +150,12 @@ def _device(context, option, name: str) -> torch.device:
 
 
 def whole_number(flag: str, default: int | None, help: str, least: int = 1):
-    """A click option for a whole number of at least ``least``."""
+    """Make a click option for a whole number of at least ``least``."""
     return click.option(flag, default=default, show_default=True, type=click.IntRange(min=least), help=help)
 
 
 def listed(flag: str, kind: click.ParamType, default: str, help: str):
-    """A click option for values of one kind separated by commas, of which it makes a list with each of them once."""
+    """Make a click option for values of one kind, separated by commas; the command gets a list without repeats."""
 
     def split(context, option, text: str) -> list:
         return list(dict.fromkeys(kind.convert(word.strip(), option, context) for word in text.split(",")))

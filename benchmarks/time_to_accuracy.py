@@ -95,7 +95,7 @@ def draw(curves: dict[str, list[dict]], title: str) -> Figure:
 @click.option("--figure", type=click.Path(dir_okay=False), help="PNG file for the curves.")
 @common.out_option
 def main(upstream, preset, epochs, modern_epochs, batch_size, seed, device, precision, figure, out) -> None:
-    """Steps that modern takes to the accuracy that published ends with."""
+    """Count the steps that modern takes to the accuracy that published ends with."""
     size = PRESETS[preset]["image_size"]
     with common.one_line_errors():
         train, test = (load_images(upstream, split, image_size=size) for split in ("train", "test"))

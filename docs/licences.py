@@ -35,7 +35,7 @@ def pins() -> dict[str, str]:
 
 
 def licence(package: str) -> str:
-    """The licence of an installed package: its SPDX expression, else its short name, else its classifiers.
+    """Return the licence of an installed package: its SPDX expression, else its short name, else its classifiers.
 
     Raises:
         PackageNotFoundError: if it is not installed.

@@ -85,8 +85,8 @@ def confident_mistakes(logits: Tensor, labels: Tensor, count: int = 12) -> Tenso
     model has learned in place of the object.
 
     Args:
-        logits: ``[N, num_classes]``.
-        labels: int64 ``[N]``, the true classes.
+        logits: ``[B, num_classes]``.
+        labels: int64 ``[B]``, the true classes.
     """
     confidence, predicted = logits.softmax(dim=1).max(dim=1)
     wrong = torch.nonzero(predicted != labels).flatten()

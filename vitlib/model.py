@@ -2,7 +2,7 @@
 
 It is the model of "An Image is Worth 16x16 Words" (Dosovitskiy et al. 2021, arXiv:2010.11929; "the paper" below).
 Classes and constructor arguments have the names of the small published system that the course follows. Each dimension
-has one letter, here and in the lessons:
+has one letter, here and in the lessons::
 
     B  images in a batch          N  patches of an image, (S / P)^2     D  width of a token (em_dim)
     C  colour channels            T  tokens of an image, N + 1          H  attention heads

@@ -45,7 +45,7 @@ class OneLineErrors(click.Group):
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.pass_context
 def main(context: click.Context) -> None:
-    """The Vision Transformer course: run its notebooks, fetch its images, train models."""
+    """Run the notebooks of the Vision Transformer course, fetch its images, train models."""
     from vitlib.course.doctor import granted_cores, usable_cores
 
     # torch counts the cores of the machine; where a container grants fewer, its threads would wait for each other

@@ -37,7 +37,7 @@ def fit(
     the unfinished epoch is not part of it.
 
     Args:
-        model: a ViT, wrapped or not, or any other classifier that maps images ``[B, C, H, W]`` to logits.
+        model: a ViT, wrapped or not, or any other classifier that maps images ``[B, C, S, S]`` to logits.
         card: gives the normalisation.
         after_epoch: called after every epoch with the model to keep and the history; it may write them to files.
         resume: the file from which an interrupted training resumes, and in which this one saves its state.
@@ -77,7 +77,7 @@ def fit(
 
 @torch.inference_mode()
 def predict(model: nn.Module, images: Tensor, card: ModelCard, batch_size: int = 256) -> Tensor:
-    """Return logits ``[N, num_classes]``, float32 on the CPU, for uint8 images ``[N, C, H, W]``.
+    """Return logits ``[B, num_classes]``, float32 on the CPU, for uint8 images ``[B, C, S, S]``.
 
     The model is in eval mode meanwhile, and afterwards in the mode it was in before.
 
