@@ -52,7 +52,7 @@ def licence(package: str) -> str:
 
 
 def page() -> str:
-    """What licences.md should say."""
+    """Return what licences.md should say."""
     rows = [f"| {name} | {version} | {licence(name)} |\n" for name, version in sorted(pins().items(), key=_by_name)]
     return TOP + "".join(rows)
 
