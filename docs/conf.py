@@ -127,6 +127,11 @@ def complete_page(app, docname: str, source: list[str]) -> None:
         source[0] = module.sub(lead, source[0])
 
 
+def name_folds(app, pagename: str, templatename: str, context: dict, doctree) -> None:
+    """Let folded cells be called by the words that are seen on them, not by others for screen readers."""
+    context["body"] = context.get("body", "").replace('<summary aria-label="Toggle hidden content">', "<summary>")
+
+
 def finish(app, error) -> None:
     """README is the site's first page, and figures that are named in HTML lie where the notebooks expect them."""
     if not error:
@@ -138,4 +143,5 @@ def finish(app, error) -> None:
 
 def setup(app) -> None:
     app.connect("source-read", complete_page)
+    app.connect("html-page-context", name_folds)
     app.connect("build-finished", finish)

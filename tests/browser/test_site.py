@@ -72,6 +72,7 @@ def test_a_page_is_whole_readable_and_accessible(page_name, window, scheme, brow
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("request", lambda request: foreign.append(request.url) if address not in request.url else None)
     page.goto(f"{address}/{page_name}", wait_until="networkidle")
+    page.add_style_tag(content="* { animation: none !important; transition: none !important; }")  # no half-faded words
     page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
     look = page.evaluate(LOOK)
     page.add_script_tag(path=AXE)
