@@ -179,8 +179,9 @@ class OpenNotebook:
         self._wait(is_done, seconds, "still running")
 
     def prompts(self) -> list[str]:
-        """What stands in the brackets before each code cell: a number, ``*`` (it runs or waits), or nothing."""
-        texts = self.page.locator(".jp-Notebook .jp-CodeCell .jp-InputPrompt").all_inner_texts()
+        """What stands in the brackets before each code cell that is not folded: a number, ``*`` (it waits), or nothing."""
+        shown = ".jp-Notebook .jp-CodeCell .jp-InputPrompt:not(.jp-Placeholder-prompt)"
+        texts = self.page.locator(shown).all_inner_texts()
         return [text.strip().strip("[]:").strip() for text in texts]
 
     def tracebacks(self) -> list[str]:
