@@ -24,7 +24,7 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; font-size: 0.875rem; display: block; overflow-x: auto; }
 th, td { text-align: left; padding: 0.25rem 0.5rem; border-bottom: 1px solid #ccc; max-width: 24rem; }
-pre, td { overflow-wrap: anywhere; white-space: pre-wrap; }
+pre, td { overflow-wrap: break-word; white-space: pre-wrap; }
 img { max-width: 100%; }
 """
 
