@@ -179,7 +179,7 @@ class OpenNotebook:
         self._wait(is_done, seconds, "still running")
 
     def prompts(self) -> list[str]:
-        """What stands in the brackets before each code cell that is not folded: a number, ``*`` (it waits), or nothing."""
+        """What stands in the brackets before each code cell that is not folded: a number, ``*`` (waits), or nothing."""
         shown = ".jp-Notebook .jp-CodeCell .jp-InputPrompt:not(.jp-Placeholder-prompt)"
         texts = self.page.locator(shown).all_inner_texts()
         return [text.strip().strip("[]:").strip() for text in texts]
