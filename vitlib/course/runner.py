@@ -213,6 +213,8 @@ def _kernel_manager(monitor: KernelMonitor, folder: Path | None, environment: Ma
             await super()._async_launch_kernel(*arguments, **options)
             monitor.pid = self.provisioner.pid
 
+        _launch_kernel = _async_launch_kernel  # the name by which jupyter_client 7, Colab's, calls it
+
     return ThisInterpreter
 
 
