@@ -9,9 +9,9 @@ from click.testing import CliRunner
 from test_runner import write_notebook
 
 from vitlib.__main__ import main
-from vitlib.course import sweep as sweeps
+from vitlib.course import grid as grids
+from vitlib.course.grid import make_plan, parse_axes
 from vitlib.course.runner import COURSE_FOLDER, parameters_from_file
-from vitlib.course.sweep import make_plan, parse_axes
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_the_key_holds_content_parameters_and_version(notebook, monkeypatch):
     nbformat.write(content, notebook)
     assert key(grid={"seed": [1]}) == first, "outputs, words and metadata do not matter"
     with monkeypatch.context() as patch:
-        patch.setattr(sweeps, "version", lambda package: "9.9")
+        patch.setattr(grids, "version", lambda package: "9.9")
         assert key(grid={"seed": [1]}) != first
     content.cells[2].source += "\n# changed"
     nbformat.write(content, notebook)

@@ -12,8 +12,8 @@ from prose import MACHINE_PATH
 import vitlib.data
 import vitlib.training
 import vitlib.weights
+from vitlib.course.grid import make_plan
 from vitlib.course.parameters import ARMS
-from vitlib.course.sweep import make_plan
 from vitlib.data.images import LabelledImages
 from vitlib.model import create_model
 from vitlib.training.history import History

@@ -19,8 +19,9 @@ from children import start_command, wait_until
 from test_runner import SHOW, write_notebook
 
 from vitlib.course import sweep as sweeps
+from vitlib.course.grid import make_plan
 from vitlib.course.runner import RunResult
-from vitlib.course.sweep import make_plan, run_sweep
+from vitlib.course.sweep import run_sweep
 
 PARAMETERS = """\
 seed: int = 0  # start of every random draw

@@ -126,15 +126,16 @@ def sweep(notebook, grid, zips, parameters, given, out, dry_run, scheduler, work
     executed notebooks. The same command again runs what is missing or failed. The exit code is 0 when every run is
     finished, 1 when one failed, 2 for a wrong command, 130 after Ctrl-C.
     """
+    from vitlib.course import grid as grids
     from vitlib.course import sweep as sweeps
     from vitlib.course.runner import parameters_from_file
 
     if scheduler and workers:
         raise click.UsageError("--workers is about this machine; the scheduler of --scheduler has workers of its own.")
-    plan = sweeps.make_plan(
+    plan = grids.make_plan(
         notebook,
-        sweeps.parse_axes(word for words in grid for word in words.split("\n")),
-        [sweeps.parse_axes(words.split("\n")) for words in zips],
+        grids.parse_axes(word for words in grid for word in words.split("\n")),
+        [grids.parse_axes(words.split("\n")) for words in zips],
         parameters_from_file(parameters) if parameters else {},
         dict(given),
     )

@@ -1,22 +1,17 @@
-"""Sweeps: run one notebook with every combination of parameters, several at a time, and tabulate the results.
+"""Sweeps: give the runs of a :class:`vitlib.course.grid.Plan` to Dask workers, and tabulate the results.
 
-:func:`make_plan` checks all runs of a grid, and :func:`run_sweep` gives them to Dask workers. The folder of a sweep
-holds ``runs/<label>/`` and ``failed/<label>/`` (executed notebook, log, saved files, ``run.json``), and results.csv,
-results.json and report.html about all runs. Runs work in ``.work`` and are moved when they end. So a folder under its
-final name is complete, and the same command finds the runs that are still missing.
+The folder of a sweep holds ``runs/<label>/`` and ``failed/<label>/`` (executed notebook, log, saved files,
+``run.json``), and results.csv, results.json and report.html about all runs. Runs work in ``.work`` and are moved when
+they end. So a folder under its final name is complete, and the same command finds the runs that are still missing.
 """
 
 import contextlib
-import csv
-import hashlib
 import importlib.metadata
 import io
-import itertools
 import json
 import logging
 import math
 import os
-import re
 import shutil
 import socket
 import sys
@@ -24,7 +19,7 @@ import tempfile
 import time
 import zipfile
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -33,19 +28,16 @@ from pathlib import Path
 import filelock
 import nbformat
 
+from vitlib.course.grid import Plan, Run
 from vitlib.course.runner import (
     FIGURES_IN_TABLE,
-    Lesson,
     RunResult,
-    checked_values,
     escape_formula,
     last_cell,
     main_figures,
-    parameters_from_file,
-    read_lesson,
     run_notebook,
 )
-from vitlib.utils import atomic_write, near_match, progress_bar
+from vitlib.utils import atomic_write, progress_bar
 
 try:
     import dask
@@ -59,12 +51,10 @@ except ModuleNotFoundError as error:
         f'{error.name} is not installed, and sweeps need it; run `pip install "vitlib[sweep]"`.'
     ) from error
 
-MOST_RUNS = 10_000
 MOST_ROWS = 40  # of the table at the end
 RUN_MEMORY = 2**30  # bytes that one run may take; the course's kernels stay below with the class parameters
 EVERY = 5  # seconds between two writings of the tables while runs come in
 PATIENCE = 10  # seconds for a scheduler to answer and to have a worker
-GRID_KEYS = ("notebook", "grid", "zip", "parameters")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")  # Dask sets them for its workers
 # a terminal sends Ctrl-C to the workers too, but the client ends them; kernels do not inherit a function
 IGNORE_CTRL_C = "import signal; signal.signal(signal.SIGINT, lambda number, frame: None)"
@@ -73,149 +63,6 @@ LOCAL_SETTINGS = {
     "distributed.worker.profile.enabled": False,  # it takes a twentieth of a core of each worker
     "distributed.admin.tick.interval": "1s",
 }
-
-
-@dataclass(frozen=True)
-class Run:
-    """One combination. ``label`` names its folders; ``key`` is a hash of all that decides the result."""
-
-    key: str
-    label: str
-    varied: dict[str, object]
-    parameters: dict[str, object]  # all of the notebook's but run_dir
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A notebook and its runs, all checked."""
-
-    lesson: Lesson
-    source: str  # the notebook as JSON, without outputs
-    sha256: str  # of its code cells
-    varied: tuple[str, ...]
-    runs: tuple[Run, ...]
-
-
-def parse_axes(words: Iterable[str]) -> dict[str, list[str]]:
-    """Return the values by name of words such as ``seed=0,1,2``; a value with a comma stands in double quotes.
-
-    Raises:
-        ValueError: for a word of another form, or a name that comes twice.
-    """
-    axes: dict[str, list[str]] = {}
-    for word in words:
-        name, _, values = word.partition("=")
-        if not (name and values):
-            raise ValueError(f"{word!r} is not of the form name=value,value; write for instance seed=0,1,2.")
-        if name in axes:
-            raise ValueError(f"{name} is given twice; write all of its values in one list.")
-        axes[name] = next(csv.reader([values], skipinitialspace=True))
-    return axes
-
-
-def make_plan(
-    path: str | Path,
-    grid: Mapping[str, Sequence] | None = None,
-    zips: Sequence[Mapping[str, Sequence]] = (),
-    parameters: Mapping[str, object] | None = None,
-    given: Mapping[str, object] | None = None,
-) -> Plan:
-    """Return all runs of a grid, each combination checked.
-
-    Args:
-        path: a notebook, or a YAML file with the keys ``notebook``, ``grid``, ``zip`` and ``parameters``. The other
-            arguments win over the file.
-        grid: values by parameter; each is crossed with all others.
-        zips: groups of parameters whose values go together, first with first.
-        parameters: values for all runs. Those of other notebooks of the course are passed over.
-        given: values for all runs that win over ``parameters``; the notebook must take them. Texts are parsed.
-
-    Raises:
-        ValueError: one sentence about the first mistake.
-        OSError: if a file cannot be read.
-    """
-    from vitlib.course.parameters import PARAMETERS  # here, since it loads torch, which workers do without
-
-    grid, given = grid or {}, given or {}
-    notebook, file_axes, file_values = _read_grid(Path(path).expanduser())
-    lesson = read_lesson(notebook)
-    typed = {*grid, *(name for group in zips for name in group)}
-    axes = [axis for axis in file_axes if typed.isdisjoint(axis)]
-    axes += [*({name: values} for name, values in grid.items()), *zips]
-    names = [name for axis in axes for name in axis]
-    if twice := [name for name, count in Counter([*names, *given]).items() if count > 1]:
-        raise ValueError(f"{twice[0]} is given twice; leave it in one place of --grid, --zip and -p.")
-    shared = {
-        name: value
-        for name, value in {**file_values, **(parameters or {})}.items()
-        if name not in names and (name in lesson.parameters or name not in PARAMETERS)
-    }
-    common = checked_values([lesson], shared, given)
-    rows = [_rows(lesson, axis) for axis in axes]
-    if (count := math.prod(map(len, rows))) > MOST_RUNS:
-        raise ValueError(f"The grid has {count:,} runs; at most {MOST_RUNS:,} are allowed, so split it.")
-    source, sha256 = _source(lesson.path)
-    runs = []
-    for parts in itertools.product(*rows):
-        varied = {name: value for part in parts for name, value in part.items()}
-        values = {**lesson.defaults, **common, **varied}
-        values = {name: values[name] for name in lesson.parameters if name != "run_dir"}
-        identity = json.dumps([lesson.name, sha256, values, version("vitlib")], sort_keys=True, default=str)
-        key = hashlib.sha256(identity.encode()).hexdigest()[:16]
-        label = re.sub(r"[^\w=,.+-]+", "_", _named(varied) or lesson.name)[:100].strip("._ ")
-        runs.append(Run(key, f"{label}-{key[:8]}", varied, values))
-    return Plan(lesson, source, sha256, tuple(names), tuple(runs))
-
-
-def _named(values: Mapping[str, object]) -> str:
-    return ",".join(f"{name}={value}" for name, value in values.items())
-
-
-def _read_grid(path: Path) -> tuple[Path, list[dict[str, list]], dict[str, object]]:
-    """Return notebook, axes and parameters of a sweep's YAML file; a notebook alone has no axes."""
-    if path.suffix == ".ipynb":
-        return path, [], {}
-    if path.suffix not in (".yaml", ".yml"):
-        raise ValueError(f"{path} is neither a notebook (.ipynb) nor the file of a sweep (.yaml).")
-    content = parameters_from_file(path)
-    for name in content:
-        if name not in GRID_KEYS:
-            raise ValueError(f"{path} has {name!r}{near_match(name, GRID_KEYS)}; a sweep has {', '.join(GRID_KEYS)}.")
-    if not isinstance(content.get("notebook"), str):
-        raise ValueError(f"{path} names no notebook; write `notebook: FILE.ipynb`, relative to the file.")
-    grid, zips, parameters = (content.get(name) or {} for name in GRID_KEYS[1:])
-    zips = zips if isinstance(zips, list) else [zips] if zips else []
-    for part in (grid, parameters, *zips):
-        if not isinstance(part, dict):
-            raise ValueError(f"{path} has {part!r} where names and values belong; write one 'name: value' a line.")
-    axes = [
-        {name: values if isinstance(values, list) else [values] for name, values in axis.items()}
-        for axis in (*({name: values} for name, values in grid.items()), *zips)
-    ]
-    return path.parent / Path(content["notebook"]).expanduser(), axes, parameters
-
-
-def _rows(lesson: Lesson, axis: Mapping[str, Sequence]) -> list[dict[str, object]]:
-    """Return the checked values of one axis: of one parameter, or of several that go together."""
-    counts = {name: len(values) for name, values in axis.items()}
-    if 0 in counts.values() or len({*counts.values()}) > 1:
-        told = ", ".join(f"{name} has {count}" for name, count in counts.items())
-        raise ValueError(f"A parameter needs values, and those that go together equally many, but {told}.")
-    rows = [checked_values([lesson], {}, dict(zip(axis, row, strict=True))) for row in zip(*axis.values(), strict=True)]
-    for row in rows:
-        if rows.count(row) > 1:
-            raise ValueError(f"{_named(row)} comes twice; each run takes place once.")
-    return rows
-
-
-def _source(path: Path) -> tuple[str, str]:
-    """Return the notebook as JSON without outputs, and the SHA-256 of its code cells and their tags."""
-    notebook = nbformat.read(path, as_version=4)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    for cell in code:
-        cell.outputs, cell.execution_count = [], None
-    cells = [(cell.source, cell.metadata.get("tags", [])) for cell in code]
-    return nbformat.writes(notebook), hashlib.sha256(json.dumps(cells).encode()).hexdigest()
 
 
 @dataclass
