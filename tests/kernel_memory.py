@@ -6,7 +6,7 @@ Classrooms and Binder have 2 GB for everything. The notebooks' own parameters ar
 import psutil
 import pytest
 
-from vitlib.course.runner import peak_memory
+from vitlib.course.kernels import peak_memory
 
 LIMIT = 2**30  # bytes
 peaks: dict[str, int] = {}  # by notebook

@@ -20,7 +20,7 @@ from test_runner import SHOW, write_notebook
 
 from vitlib.course import sweep as sweeps
 from vitlib.course.grid import make_plan
-from vitlib.course.runner import RunResult
+from vitlib.course.kernels import RunResult
 from vitlib.course.sweep import run_sweep
 
 PARAMETERS = """\

@@ -117,3 +117,8 @@ def near_match(value: object, choices: Iterable[str]) -> str:
     """Return the words ``(did you mean 'small'?)`` when one of ``choices`` is close to ``value``, else nothing."""
     close = difflib.get_close_matches(str(value), list(choices), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def escape_formula(cell: object) -> object:
+    """Return the cell of a table, a text that a spreadsheet would run as a formula with a quote before it."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@")) else cell

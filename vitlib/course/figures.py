@@ -5,6 +5,7 @@ import sys
 from collections.abc import Mapping
 
 MIME_TYPE = "application/vnd.vitlib.figures+json"
+FIGURES_IN_TABLE = 4
 
 
 def record_figures(**figures: float | int | str | None) -> None:
@@ -48,6 +49,11 @@ def recorded_figures(notebook: Mapping) -> dict[str, float | int | str | None]:
 def format_figure(value: float | int | str | None) -> str:
     """Format a float with four significant digits, anything else in full."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def main_figures(figures: Mapping[str, object]) -> dict[str, str]:
+    """Return the first figures of a run, as many as fit into a table, as texts."""
+    return {name: format_figure(value) for name, value in list(figures.items())[:FIGURES_IN_TABLE]}
 
 
 def _plain(name: str, value):

@@ -23,19 +23,12 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from vitlib.course.cells import calls_of, names_of, needed_cells
 from vitlib.course.checks.frame import CORRECT, NOT_ATTEMPTED, NOT_YET, VERDICT
+from vitlib.course.kernels import reason
 from vitlib.course.own_images import write_csv
 from vitlib.course.parameters import PARAMETERS
-from vitlib.course.runner import (
-    COURSE_FOLDER,
-    Lesson,
-    checked_values,
-    escape_formula,
-    parameters_from_file,
-    read_lessons,
-    reason,
-)
+from vitlib.course.runner import COURSE_FOLDER, Lesson, checked_values, parameters_from_file, read_lessons
 from vitlib.course.sandbox import Limits, not_contained, run_apart
-from vitlib.utils import atomic_write, text_table
+from vitlib.utils import atomic_write, escape_formula, text_table
 
 WORDS = {CORRECT: "correct", NOT_YET: "not yet", NOT_ATTEMPTED: "open"}  # a verdict's status to the table's word
 MISSING, NOT_REACHED = "missing", "not reached"

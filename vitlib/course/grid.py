@@ -14,6 +14,7 @@ from pathlib import Path
 
 import nbformat
 
+from vitlib.course.parameters import PARAMETERS
 from vitlib.course.runner import Lesson, checked_values, parameters_from_file, read_lesson
 from vitlib.utils import near_match
 
@@ -80,8 +81,6 @@ def make_plan(
         ValueError: one sentence about the first mistake.
         OSError: if a file cannot be read.
     """
-    from vitlib.course.parameters import PARAMETERS  # here, since it loads torch, which workers do without
-
     grid, given = grid or {}, given or {}
     notebook, file_axes, file_values = _read_grid(Path(path).expanduser())
     lesson = read_lesson(notebook)

@@ -27,7 +27,7 @@ import nbformat
 import psutil
 from nbformat import NotebookNode
 
-from vitlib.course.runner import KernelMonitor, kill_tree, run_notebook, with_children
+from vitlib.course.kernels import KernelMonitor, kill_tree, run_notebook, with_children
 from vitlib.utils import cache_dir
 
 # Environment variables that a notebook inherits; tokens and passwords are in others.

@@ -5,6 +5,8 @@ The folder of a sweep holds ``runs/<label>/`` and ``failed/<label>/`` (executed 
 they end. So a folder under its final name is complete, and the same command finds the runs that are still missing.
 """
 
+from __future__ import annotations
+
 import contextlib
 import importlib.metadata
 import io
@@ -24,20 +26,14 @@ from concurrent.futures import CancelledError
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import filelock
 import nbformat
 
-from vitlib.course.grid import Plan, Run
-from vitlib.course.runner import (
-    FIGURES_IN_TABLE,
-    RunResult,
-    escape_formula,
-    last_cell,
-    main_figures,
-    run_notebook,
-)
-from vitlib.utils import atomic_write, progress_bar
+from vitlib.course.figures import FIGURES_IN_TABLE, main_figures
+from vitlib.course.kernels import RunResult, last_cell, run_notebook
+from vitlib.utils import atomic_write, escape_formula, progress_bar
 
 try:
     import dask
@@ -50,6 +46,9 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f'{error.name} is not installed, and sweeps need it; run `pip install "vitlib[sweep]"`.'
     ) from error
+
+if TYPE_CHECKING:  # grids load torch, which workers do without
+    from vitlib.course.grid import Plan, Run
 
 MOST_ROWS = 40  # of the table at the end
 RUN_MEMORY = 2**30  # bytes that one run may take; the course's kernels stay below with the class parameters
