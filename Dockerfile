@@ -3,8 +3,8 @@
 FROM quay.io/jupyter/minimal-notebook:python-3.12
 
 # first, so that a changed lesson does not install torch again
-COPY binder/requirements.txt /tmp/requirements.txt
-RUN pip install --no-cache-dir -r /tmp/requirements.txt nbgitpuller==1.3.0
+COPY binder/requirements.txt requirements.txt
+RUN pip install --no-cache-dir -r requirements.txt nbgitpuller==1.3.0 && rm -f requirements.txt
 
 # not in the home folder, which a hub hides under the student's own volume
 COPY --chown=${NB_UID}:${NB_GID} . /opt/vit-course
