@@ -48,9 +48,13 @@ def speed(busy: int, **settings) -> float:
 @common.whole_number("--threads", usable_cores(), "Threads of the training.")
 @common.whole_number("--batch-size", 32, "Images a step.")
 @common.whole_number("--rounds", 3, "How often everything is measured.")
+@common.whole_number("--spins", None, "Another number of rounds to spin than vitlib's.", least=0)
 @click.option("--seconds", default=3.0, show_default=True, type=click.FloatRange(0.1), help="Of training, each time.")
 @common.out_option
-def main(presets, precisions, threads, batch_size, rounds, seconds, out) -> None:
+def main(presets, precisions, threads, batch_size, rounds, spins, seconds, out) -> None:
+    all_imports = dict(IMPORTS)
+    if spins is not None:
+        all_imports["vitlib"] = f"import os; os.environ['GOMP_SPINCOUNT'] = '{spins}'; {IMPORTS['vitlib']}"
     loads = sorted({0, 1, usable_cores()})
     cases = [(preset, precision, busy) for preset in presets for precision in precisions for busy in loads]
     tasks = {
@@ -59,7 +63,7 @@ def main(presets, precisions, threads, batch_size, rounds, seconds, out) -> None
             batch_size=batch_size,
         )
         for case in cases
-        for setting, imports in IMPORTS.items()
+        for setting, imports in all_imports.items()
     }  # fmt: skip
     found = common.interleave(tasks, rounds)
     rows = []

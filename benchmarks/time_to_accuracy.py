@@ -1,51 +1,33 @@
-"""How soon is ``modern`` as good as ``published`` is in the end?
+"""How soon is one training as good as another one is in the end? Read from their run folders; nothing is trained.
 
-    python benchmarks/time_to_accuracy.py --upstream ../shared/data/cifar100 --epochs 30 --figure curves.png
+    python -m vitlib pretrain --recipe published --norm-first false --pretrain-epochs 100 --run-dir runs/published
+    python -m vitlib pretrain --recipe long --pretrain-epochs 100 --batch-size 256 --run-dir runs/long
+    python benchmarks/time_to_accuracy.py runs/published runs/long --figure curves.png
 
-Both recipes train a model of the same size from the same seed on all training images, ``published`` with post-norm
-blocks, as in the published system, and ``modern`` with pre-norm blocks. After every epoch the accuracy on all test
-images is measured; that takes no part in the training and chooses nothing: ``published`` is judged by its last epoch,
-and ``modern`` by the first that is at least as good. Seconds are those of training alone.
-
-The learning rate of ``modern`` falls to zero over the length that it is given, so it is given a short one: a third of
-the epochs of ``published``, unless --modern-epochs says otherwise.
+The first is judged by its last epoch, the second by the first epoch that is at least as good, both on the validation
+images. A long training seldom has its machine for itself, so seconds are given twice: as they were, and "quiet", where
+every epoch counts as long as the fastest one from it to the end (with fewer patches only the first epochs are faster).
 """
 
 from pathlib import Path
 
 import click
 import common
-import torch
 from matplotlib.figure import Figure
 
-from vitlib.data import LabelledImages, channel_statistics, load_images
-from vitlib.model import PRESETS, create_model
 from vitlib.plots import lines
-from vitlib.training import fit, resolve_precision
-from vitlib.training.recipes import RECIPES
-from vitlib.weights import ModelCard
-
-NORM_FIRST = {"published": False, "modern": True}
+from vitlib.training import History
 
 
-def learning_curve(
-    name: str, train: LabelledImages, test: LabelledImages, preset: str, epochs: int, device: torch.device, **options
-) -> list[dict]:
-    """Train with the recipe ``name``; return epoch, step, seconds so far, test accuracy and loss after every epoch."""
-    recipe = RECIPES[name]
-    torch.manual_seed(options["seed"])
-    sizes = {"image_size": train.images.shape[-1], "num_channels": train.images.shape[1]}
-    layers = {"norm_first": NORM_FIRST[name], "drop": recipe.drop, "drop_path": recipe.drop_path}
-    model = create_model(preset, len(train.classes), **sizes, **layers)
-    card = ModelCard(train.classes, *(recipe.statistics or channel_statistics(train.images)))
-    history = fit(model.to(device), train, test, card, recipe, epochs=epochs, description=name, **options)
-    if history.interrupted:
-        raise click.Abort
-    curve, seconds = [], 0.0
-    for epoch in history.epochs:
+def learning_curve(run_dir: Path) -> list[dict]:
+    """Return epoch, step, accuracy, and the seconds of training until then after every epoch of a pretraining."""
+    epochs = History.load(run_dir / "pretrained-history.json").epochs
+    curve, seconds, quiet = [], 0.0, 0.0
+    for number, epoch in enumerate(epochs):
         seconds += epoch["seconds"]
-        scores = {"accuracy": epoch["validation_accuracy"], "loss": epoch["validation_loss"]}
-        curve.append({"epoch": epoch["epoch"], "step": epoch["step"], "seconds": seconds, **scores})
+        quiet += min(later["seconds"] for later in epochs[number:])
+        point = {"epoch": epoch["epoch"], "step": epoch["step"], "accuracy": epoch["validation_accuracy"]}
+        curve.append(point | {"seconds": seconds, "quiet": quiet})
     return curve
 
 
@@ -54,68 +36,50 @@ def first_to_reach(curve: list[dict], accuracy: float) -> dict | None:
     return next((point for point in curve if point["accuracy"] >= accuracy), None)
 
 
-def conclusion(curves: dict[str, list[dict]]) -> str:
-    """Return one sentence, with the goal of a third of the steps."""
-    end = curves["published"][-1]
-    goal = f"published ends with {end['accuracy']:.1%} after {end['step']} steps and {end['seconds']:.0f} s"
-    reached = first_to_reach(curves["modern"], end["accuracy"])
+def conclusion(slow: list[dict], fast: list[dict]) -> str:
+    """Return one sentence: by what share of the steps and seconds the second curve gets there sooner."""
+    end = slow[-1]
+    goal = f"the first ends with {end['accuracy']:.1%} after {end['step']} steps"
+    reached = first_to_reach(fast, end["accuracy"])
     if reached is None:
-        best = max(curves["modern"], key=lambda point: point["accuracy"])
-        steps = curves["modern"][-1]["step"]
-        return f"{goal}; modern does not reach that in {steps} steps (best: {best['accuracy']:.1%})."
+        best = max(point["accuracy"] for point in fast)
+        return f"{goal}; the second does not reach that in {fast[-1]['step']} steps (best: {best:.1%})."
+    shares = {key: reached[key] / end[key] for key in ("step", "seconds", "quiet")}
     return (
-        f"{goal}; modern reaches that after {reached['step']} steps and {reached['seconds']:.0f} s, "
-        f"{reached['step'] / end['step']:.2f} of the steps (goal: at most 0.33) and "
-        f"{reached['seconds'] / end['seconds']:.2f} of the seconds."
+        f"{goal}; the second reaches that after {reached['step']} steps, {shares['step']:.2f} of the steps, "
+        f"{shares['seconds']:.2f} of the seconds and {shares['quiet']:.2f} of the quiet seconds (goal: at most 0.33)."
     )
 
 
-def draw(curves: dict[str, list[dict]], title: str) -> Figure:
-    """Draw test accuracy against steps, a line per recipe, and where modern draws level."""
-    steps, accuracies = (
-        {name: [point[key] for point in curve] for name, curve in curves.items()} for key in ("step", "accuracy")
+def draw(curves: dict[str, list[dict]]) -> Figure:
+    """Draw validation accuracy against quiet seconds, and where the first ends."""
+    hours, accuracies = (
+        {name: [point[key] / unit for point in curve] for name, curve in curves.items()}
+        for key, unit in (("quiet", 3600), ("accuracy", 1))
     )
-    end = accuracies["published"][-1]
-    reached = first_to_reach(curves["modern"], end)
+    name = next(iter(curves))
     return lines(
-        steps, accuracies, "optimiser steps", "accuracy on the test images", title, percent=True, ylim=(0, None),
-        reference={"published's last": end}, read_at=reached and reached["step"],
+        hours, accuracies, "hours of training on a quiet machine", "accuracy on the validation images", percent=True,
+        ylim=(0, None), reference={f"{name}'s last": accuracies[name][-1]},
     )  # fmt: skip
 
 
-@click.command()
-@common.upstream_option
-@common.preset_option
-@common.whole_number("--epochs", 30, "Passes over the training images with published.")
-@common.whole_number("--modern-epochs", None, "The same with modern; without it a third of --epochs, rounded down.")
-@common.whole_number("--batch-size", 128, "Images per step.")
-@common.whole_number("--seed", 0, "Start of all random numbers.", least=0)
-@common.device_option
-@common.precision_option
+@click.command(help=__doc__.splitlines()[0])
+@click.argument("slow", type=click.Path(exists=True, path_type=Path))
+@click.argument("fast", type=click.Path(exists=True, path_type=Path))
 @click.option("--figure", type=click.Path(dir_okay=False), help="PNG file for the curves.")
-@common.out_option
-def main(upstream, preset, epochs, modern_epochs, batch_size, seed, device, precision, figure, out) -> None:
-    """Count the steps that modern takes to the accuracy that published ends with."""
-    size = PRESETS[preset]["image_size"]
-    with common.one_line_errors():
-        train, test = (load_images(upstream, split, image_size=size) for split in ("train", "test"))
-    lengths = {"published": epochs, "modern": modern_epochs or max(1, epochs // 3)}
-    options = {"batch_size": batch_size, "seed": seed, "precision": resolve_precision(precision, device)}
-    curves = {
-        name: learning_curve(name, train, test, preset, length, device, **options) for name, length in lengths.items()
-    }
+def main(slow, fast, figure) -> None:
+    curves = {str(folder): learning_curve(folder) for folder in (slow, fast)}
+    header = ["run", "epoch", "step", "seconds", "quiet seconds", "validation accuracy, %"]
     rows = [
-        [name, str(point["epoch"]), str(point["step"]), f"{point['seconds']:.1f}", f"{100 * point['accuracy']:.2f}"]
+        [name, str(point["epoch"]), str(point["step"]), f"{point['seconds']:.0f}", f"{point['quiet']:.0f}",
+         f"{100 * point['accuracy']:.1f}"]
         for name, curve in curves.items()
         for point in curve
-    ]
-    click.echo(f"\n{common.table(['recipe', 'epoch', 'step', 'seconds', 'test accuracy, %'], rows)}\n")
-    click.echo(conclusion(curves))
-    sizes = {"train_images": len(train), "test_images": len(test), "classes": len(train.classes)}
-    settings = {"source": Path(upstream).name, "preset": preset, **options, **sizes}
-    common.write_json(out, {"machine": common.machine(device), "settings": settings, "curves": curves})
+    ]  # fmt: skip
+    click.echo(f"{common.table(header, rows)}\n\n{conclusion(*curves.values())}")
     if figure is not None:
-        draw(curves, f"{preset}, {len(train)} images of {len(train.classes)} classes").savefig(figure, dpi=150)
+        draw(curves).savefig(figure, dpi=150)
 
 
 if __name__ == "__main__":

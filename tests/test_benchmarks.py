@@ -27,9 +27,11 @@ import common  # noqa: E402
 import input_pipeline  # noqa: E402
 import peers  # noqa: E402
 import pretraining_speed  # noqa: E402
+import recipe_trials  # noqa: E402
 import sweep  # noqa: E402
 import throughput  # noqa: E402
 import time_to_accuracy  # noqa: E402
+import transfer_trials  # noqa: E402
 import vit_against_cnn  # noqa: E402
 
 
@@ -172,24 +174,29 @@ def test_input_pipeline_of_few_images(tmp_path):
     assert all(rounds[0] > 0 for part in ("images_per_second", "seconds_per_step") for rounds in record[part].values())
 
 
-def made_up_curve(accuracies: list[float]) -> list[dict]:
-    return [
-        {"epoch": i, "step": 10 * i, "seconds": 4.0 * i, "accuracy": accuracy, "loss": 1.0}
-        for i, accuracy in enumerate(accuracies, start=1)
+def made_up_run(folder: Path, accuracies: list[float], seconds: list[float]) -> Path:
+    """The history of a pretraining of ten steps an epoch."""
+    folder.mkdir()
+    epochs = [
+        {"epoch": i, "step": 10 * i, "seconds": took, "validation_accuracy": accuracy}
+        for i, (accuracy, took) in enumerate(zip(accuracies, seconds, strict=True), start=1)
     ]
+    (folder / "pretrained-history.json").write_text(json.dumps({"epochs": epochs}))
+    return folder
 
 
-def test_time_to_accuracy_arithmetic():
-    curves = {"published": made_up_curve([0.1, 0.35, 0.2, 0.3]), "modern": made_up_curve([0.25, 0.3, 0.4])}
-    assert time_to_accuracy.first_to_reach(curves["modern"], 0.3)["step"] == 20
-    assert "ends with 30.0% after 40 steps and 16 s" in time_to_accuracy.conclusion(curves)
-    assert "after 20 steps and 8 s, 0.50 of the steps" in time_to_accuracy.conclusion(curves)
-    legend = [text.get_text() for text in time_to_accuracy.draw(curves, "").axes[0].get_legend().texts]
-    assert legend[:2] == ["published: 35.0%", "modern: 30.0%"], "where modern draws level"
-    curves["modern"] = made_up_curve([0.25, 0.2])
-    assert time_to_accuracy.first_to_reach(curves["modern"], 0.3) is None
-    assert "does not reach that in 20 steps (best: 25.0%)" in time_to_accuracy.conclusion(curves)
-    assert time_to_accuracy.draw(curves, "").axes[0].get_legend().texts[1].get_text() == "modern"
+def test_time_to_accuracy(tmp_path):
+    slow = made_up_run(tmp_path / "published", [0.1, 0.35, 0.2, 0.3], [30, 10, 30, 40])
+    fast = made_up_run(tmp_path / "long", [0.25, 0.3, 0.4], [8, 8, 8])
+    output = run(time_to_accuracy, slow, fast, "--figure", tmp_path / "curves.png")
+    assert re.search(r"published +4 +40 +110 +90 +30\.0", output), "quiet: 10 + 10 + 30 + 40"
+    assert output.endswith(
+        "the first ends with 30.0% after 40 steps; the second reaches that after 20 steps, 0.50 of the steps, "
+        "0.15 of the seconds and 0.18 of the quiet seconds (goal: at most 0.33).\n"
+    )
+    assert Image.open(tmp_path / "curves.png").format == "PNG"
+    never = made_up_run(tmp_path / "never", [0.25, 0.2], [8, 8])
+    assert "does not reach that in 20 steps (best: 25.0%)" in run(time_to_accuracy, slow, never)
 
 
 def black_and_white(folder: Path) -> Path:
@@ -203,18 +210,12 @@ def black_and_white(folder: Path) -> Path:
     return folder / "images"
 
 
-def test_time_to_accuracy_on_few_images(tmp_path):
-    out, figure = tmp_path / "out.json", tmp_path / "curves.png"
-    output = run(
-        time_to_accuracy, "--upstream", black_and_white(tmp_path), "--preset", "mini", "--epochs", 4, "--batch-size", 8,
-        "--device", "cpu", "--out", out, "--figure", figure,
-    )  # fmt: skip
-    assert "published ends with " in output.splitlines()[-1]
-    record = json.loads(out.read_text())
-    assert record["settings"].items() >= {"source": "images", "test_images": 6}.items()
-    assert [point["step"] for point in record["curves"]["published"]] == [2, 4, 6, 8]
-    assert [point["step"] for point in record["curves"]["modern"]] == [2]  # a third of 4 epochs, rounded down
-    assert Image.open(figure).format == "PNG"
+def test_trials_hold_images_out_and_write_every_score(tmp_path):
+    images, out = black_and_white(tmp_path), tmp_path / "trials.json"
+    run(recipe_trials, images, "full", "half", "--seconds", 0.1, "--out", out)
+    assert [trial["trial"] for trial in json.loads(out.read_text())["trials"]] == ["full", "half"]
+    output = run(transfer_trials, images, "batch-64", "--weights", "shapes100-mini", "--steps", 1, "--out", out)
+    assert re.search(r"batch-64 +[\d.]+% of the held-out images .* after 1 steps", output)
 
 
 def test_pretraining_speed_arithmetic():

@@ -1,0 +1,60 @@
+"""Which fine-tuning gains most in one epoch? Trials of recipe `muon` with some values replaced, on validation images.
+
+    python benchmarks/transfer_trials.py FOLDER --weights runs/long/pretrained.safetensors muon batch-64 batch-32
+
+Test images are not touched: a tenth of the training images is held out.
+"""
+
+from dataclasses import replace
+
+import click
+import common
+
+from vitlib.data import load_images, train_validation_split
+from vitlib.training import FINETUNING, Recipe, evaluate, finetune
+from vitlib.weights import load_weights
+
+MUON = FINETUNING["muon"]
+TRIALS: dict[str, tuple[Recipe, int]] = {  # name: recipe and batch size
+    "batch-128": (MUON, 128),
+    "batch-64": (MUON, 64),
+    "batch-32": (MUON, 32),
+    "rate-half": (replace(MUON, learning_rate=MUON.learning_rate / 2), 64),
+    "rate-double": (replace(MUON, learning_rate=MUON.learning_rate * 2), 64),
+    "decay-0.8": (replace(MUON, layer_decay=0.8), 64),
+    "decay-1": (replace(MUON, layer_decay=1.0), 64),
+    "head-2": (replace(MUON, head_rate=2.0), 64),
+    "ema-0.99": (replace(MUON, ema_decay=0.99), 64),
+    "smoothing": (replace(MUON, label_smoothing=0.1), 64),
+}
+
+
+@click.command(help=__doc__.splitlines()[0])
+@click.argument("source")
+@click.argument("names", nargs=-1, type=click.Choice(list(TRIALS)))
+@click.option("--weights", default="cifar100-small", show_default=True, help="A shipped name or a checkpoint.")
+@common.whole_number("--steps", None, "Of each trial; all images once without it.")
+@common.precision_option
+@common.whole_number("--seed", 0, "Start of all random numbers.", least=0)
+@common.out_option
+def main(source, names, weights, steps, precision, seed, out):
+    model, card = load_weights(weights)
+    train, held_out = train_validation_split(load_images(source, "train"), 0.1, seed=1234)
+    results = []
+    for name in names or TRIALS:
+        recipe, batch_size = TRIALS[name]
+        trained = finetune(
+            model, card, train, recipe=recipe, batch_size=batch_size, train_steps_per_epoch=steps,
+            eval_steps_per_epoch=1, precision=precision, seed=seed,
+        )  # fmt: skip
+        score, epoch = evaluate(trained.model, held_out, trained.card), trained.history.epochs[-1]
+        results.append({"trial": name, **score, "steps": epoch["step"], "seconds": epoch["seconds"]})
+        click.echo(
+            "{trial:12} {accuracy:.2%} of the held-out images (loss {loss:.3f}) after {steps} steps in {seconds:.0f} s"
+            .format(**results[-1])
+        )  # fmt: skip
+        common.write_json(out, {"weights": weights, "trials": results})
+
+
+if __name__ == "__main__":
+    main()
