@@ -12,3 +12,5 @@ RUN pip install --no-cache-dir --no-deps --editable /opt/vit-course && cp -r /op
 
 # as many threads as the container has cores
 ENTRYPOINT ["tini", "-g", "--", "start.sh", "/opt/vit-course/binder/start"]
+# an ENTRYPOINT clears the base image's own command
+CMD ["start-notebook.py"]

@@ -1,6 +1,6 @@
 """Which recipe learns most in equal seconds? Short trainings of `small`, scored on validation images only.
 
-    python benchmarks/recipe_trials.py FOLDER --seconds 240 quarter half
+    python benchmarks/recipe_trials.py FOLDER --seconds 240 half quarter-256
 
 Each trial is recipe ``long`` with some values replaced (``TRIALS`` below). The script measures the trial's speed, and
 makes its schedule as long as the seconds allow: every trial decays its learning rate to zero in the same time. Test

@@ -1,6 +1,6 @@
 """Which fine-tuning gains most in one epoch? Trials of recipe `muon` with some values replaced, on validation images.
 
-    python benchmarks/transfer_trials.py FOLDER --weights runs/long/pretrained.safetensors muon batch-64 batch-32
+    python benchmarks/transfer_trials.py FOLDER --weights runs/long/pretrained.safetensors batch-64 batch-32
 
 Test images are not touched: a tenth of the training images is held out.
 """

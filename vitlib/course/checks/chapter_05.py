@@ -193,7 +193,7 @@ def without_a_model(learners: Callable) -> None:
     if area < goal:
         return
     expect(_area(model, images, -given) >= goal, "the order is upside down: give the largest number to what goes first")
-    raise Mistake(f"deleting in this order leaves an area of {area:.3f}, and in the order of rollout {goal:.3f}")
+    raise Mistake(f"this order leaves a mean probability of {area:.3f}, and the order of rollout {goal:.3f}")
 
 
 def _map(learners: Callable, images: Tensor, patch_size: int) -> Tensor:
