@@ -23,7 +23,7 @@ WRONG = {
         ),
         "too many dimensions": (
             lambda image: image.permute(2, 0, 1)[None, None].float() / 255,
-            "should be [1, C, H, W] = [1, 3, 32, 32]",
+            "should be [1, C, height, width] = [1, 3, 32, 32]",
         ),
         "uint8": (lambda image: image.permute(2, 0, 1)[None], "the numbers are still uint8"),
         "double": (lambda image: image.permute(2, 0, 1)[None].double() / 255, "the numbers are float64"),

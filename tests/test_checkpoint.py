@@ -7,7 +7,6 @@ import re
 import runpy
 import unicodedata
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -154,21 +153,6 @@ def test_no_source_asks_for_pickled_objects():
     paths = [path for folder in ("vitlib", "benchmarks", "notebooks") for path in (ROOT / folder).rglob("*")]
     texts = {path: path.read_text() for path in paths if path.suffix in (".py", ".ipynb")}
     assert [p for p, text in texts.items() if "weights_only=False" in text or "allow_pickle=True" in text] == []
-
-
-# ---- cards
-
-
-@pytest.mark.parametrize(
-    ("record", "origin"),
-    [
-        ({"source": None, "epochs_run": []}, "trained on unknown data"),
-        ({"source": Path("data/cifar100")}, "trained on cifar100"),
-        ({"source": "shapes100", "epochs_run": [{}, {}]}, "trained on shapes100 for 2 epochs"),
-    ],
-)
-def test_a_card_without_a_record_has_an_origin(record, origin):
-    assert replace(CARD, record=record).origin == origin
 
 
 # ---- shipped weights

@@ -50,7 +50,6 @@ class Costs:
     forward_flops: Parts
     training_flops: Parts  # forward and backward
     activation_bytes: Parts
-    state_bytes: int  # weights, gradients and AdamW's two running means: 16 bytes a parameter
 
 
 def preset_config(preset: str, num_classes: int, **overrides) -> dict:
@@ -108,5 +107,4 @@ def costs(config: Mapping, batch_size: int = 1) -> Costs:
         norms=(2 * L + 1) * (T * D + 2 * T),
         classifier=pooled + R if R else pooled * bool(classes),  # tanh keeps its output, the classifier's input
     )
-    kept_bytes, state = kept.times(batch_size * FLOAT), 4 * FLOAT * parameters.total
-    return Costs(N, T, parameters, forward, training, kept_bytes, state)
+    return Costs(N, T, parameters, forward, training, kept.times(batch_size * FLOAT))

@@ -254,7 +254,7 @@ class ViTModel(nn.Module):
         pre_logits: int | None = None,
     ):
         super().__init__()
-        self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        self.config = {name: value for name, value in dict(locals()).items() if name not in ("self", "__class__")}
         if pooling not in POOLINGS:
             raise ValueError(f"pooling={pooling!r} is not known; choose {' or '.join(POOLINGS)}.")
         self.pooling = pooling

@@ -13,7 +13,8 @@ def load_record(name: str) -> dict:
     - ``sweep_labels``, ``sweep_patches``: the sweeps of notebooks/sweeps (``runs``: ``parameters`` and ``figures``).
     - ``vit_against_cnn``: benchmarks/vit_against_cnn.py (``models``, ``trainings``: one per seed).
 
-    Shares are in [0, 1], losses in nats. ``command`` measures it again.
+    Shares are in [0, 1], losses in nats. ``command`` (of weights in ``record``) measures it again;
+    ``published`` has none.
 
     Raises:
         ValueError: for another name.

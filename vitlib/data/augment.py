@@ -155,7 +155,7 @@ class Augmentation:
 
         ``generator`` lives on the CPU, so that a seed draws the same numbers on every device. Training draws for a
         whole epoch at once: what happens to an image then depends neither on the batch size nor on the number of
-        processes, and no step waits for numbers to reach the device.
+        processes (only its partner in mixing does), and no step waits for numbers to reach the device.
 
         Returns:
             Numbers by name, each ``[count]``, for RandAugment ``[count, randaugment]``.

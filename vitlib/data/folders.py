@@ -1,7 +1,7 @@
 """Image files as a model takes them, and folders of them: listed, decoded in threads, cached.
 
-The files may come from anywhere. Nothing in them is run, no link inside a class folder is followed out of it, and an
-unreadable file costs one image, unless there are too many of them (``MOST_UNREADABLE``).
+The files may come from anywhere. Nothing in them is run, no link to a folder inside a class folder is followed, and
+an unreadable file costs one image, unless there are too many of them (``MOST_UNREADABLE``).
 """
 
 import functools

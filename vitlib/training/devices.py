@@ -28,7 +28,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 def resolve_precision(precision: str, device: torch.device) -> str:
     """Return the precision of the matrix products: ``float32``, or ``bfloat16`` (autocast; the weights stay float32).
 
-    ``auto`` is bfloat16 on GPUs and CPUs that compute in it natively, and float32 elsewhere. On a CPU with AVX512-BF16
+    ``auto`` is bfloat16 on CUDA GPUs and CPUs that compute in it natively, else float32. On a CPU with AVX512-BF16
     or AMX, bfloat16 is two to three times as fast; on others it is slower than float32 (benchmarks/throughput.py).
 
     Raises:
@@ -47,7 +47,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 
 def hardware(device: torch.device) -> str:
-    """Return the name of the processor that a training runs on."""
+    """Return the GPU's name, or the processor's architecture and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} {device.type}, {torch.get_num_threads()} threads"
@@ -63,6 +63,8 @@ def random_states(device: torch.device) -> dict[str, torch.Tensor]:
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
+    if device.type == "mps":
+        states["mps"] = torch.mps.get_rng_state()
     return states
 
 
@@ -70,3 +72,5 @@ def set_random_states(states: dict[str, torch.Tensor], device: torch.device) -> 
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states["cuda"], device)
+    if device.type == "mps":
+        torch.mps.set_rng_state(states["mps"])

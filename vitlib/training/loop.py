@@ -154,7 +154,7 @@ def _check_can_learn(model: nn.Module, train: LabelledImages, validation: Labell
 
 
 def _check_logits(logits: Tensor, data: LabelledImages) -> None:
-    classes = int(data.labels.max()) + 1
+    classes = int(data.labels.max()) + 1 if len(data) else 0  # of many processes one may have no image
     if logits.ndim != 2 or logits.shape[1] < classes:
         raise ValueError(
             f"The model gives {list(logits.shape)} logits for {len(logits)} images, but their labels need {classes} "

@@ -33,7 +33,8 @@ class Recipe:
         ema_decay: decay of the exponential moving average of the weights (EMA), which is evaluated and kept; 0 keeps
             the weights themselves.
         augmentation: what is done to training images.
-        mix_until: share of the training after which images are no longer mixed with each other.
+        mix_until: share of the training after which images are no longer mixed with each other. Here and in
+            ``keep_patches`` an epoch counts by its end.
         keep_patches: pairs (until, share): up to this share of the training, every training image keeps this share of
             its patches, drawn at random; after the last pair all. A step with half of the patches takes half the time
             (PatchDropout, Liu et al. 2023, arXiv:2208.07220; FLIP, Li et al. 2023, arXiv:2212.00794).
@@ -84,7 +85,6 @@ PUBLISHED_RECIPE = Recipe(
     statistics=(CIFAR10_MEAN, CIFAR10_STD),
 )
 # The usual recipe of today: AdamW, cosine schedule with warm-up, EMA.
-#   python -m vitlib finetune --recipe modern: 74.5 % on CIFAR-10 after one epoch from cifar100-small, 280 s
 MODERN = Recipe(
     optimizer="adamw",
     learning_rate=1e-3,
@@ -128,6 +128,7 @@ LONG = replace(
 RECIPES = {"published": PUBLISHED_RECIPE, "modern": MODERN, "short": SHORT, "muon": MUON, "long": LONG}
 
 # Fine-tuning: the pretrained encoder should change little, its new head a lot.
+#   python -m vitlib finetune --recipe muon: 77.7 % on CIFAR-10 after one epoch from cifar100-small, 289 s; modern 74.5 %
 _MODERN = replace(
     MODERN,
     learning_rate=5e-4,

@@ -9,7 +9,7 @@ import json
 import platform
 import unicodedata
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
@@ -43,13 +43,6 @@ class ModelCard:
         composed = (unicodedata.normalize("NFC", name) for name in self.classes)
         for name, values in (("classes", composed), ("mean", self.mean), ("std", self.std)):
             object.__setattr__(self, name, tuple(values))
-
-    @property
-    def origin(self) -> str:
-        """Data set and length of the training in words, if the record has them."""
-        source, epochs = self.record.get("source"), len(self.record.get("epochs_run") or ())
-        data = Path(source).name if source else "unknown data"
-        return f"trained on {data}" + (f" for {epochs} epochs" if epochs else "")
 
 
 def save_checkpoint(path: str | Path, model: nn.Module, card: ModelCard, dtype: torch.dtype = torch.float32) -> None:
@@ -211,8 +204,9 @@ def unwrap(model: nn.Module) -> ViTModel:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that the record of a run names."""
-    return {"python": platform.python_version(), **{name: version(name) for name in ("torch", "vitlib")}}
+    """Return the versions that the record of a run names; vitlib's only where it is installed."""
+    installed = {found.name: found.version for name in ("torch", "vitlib") for found in distributions(name=name)}
+    return {"python": platform.python_version(), **installed}
 
 
 def fingerprint(*tensors: Tensor) -> str:

@@ -115,6 +115,7 @@ def _layout(name: str) -> tuple:
 
 def layout_of(state: Mapping[str, Tensor]) -> str | None:
     """Return the layout, one of ``LAYOUTS``, whose encoder these names contain, or None."""
+    state = _with_todays_names(state)
     for layout in LAYOUTS:
         if all(any(name.endswith(theirs) for name in state) for theirs, _ in names(layout, 1, head=False)):
             return layout
@@ -150,7 +151,7 @@ def from_state_dict(
         ValueError: listing the entries that are missing or unknown, or naming the first that does not fit.
     """
     (_, positions, _), block, _, (_, hidden, classifier) = _layout(layout)
-    state = _without_prefix(state, positions)
+    state = _without_prefix(_with_todays_names(state), positions)
     if layout == "timm":
         state = _without_layer_scale(state)
     # Hugging Face's names begin with "vit." only in a model with a classifier
@@ -187,6 +188,12 @@ def from_state_dict(
         reason = " ".join(str(error).split()).removeprefix("Error(s) in loading state_dict for ViTModel: ").rstrip(".")
         raise ValueError(f"The entries of this state dict do not fit together: {reason:.200}.") from error
     return model.eval()
+
+
+def _with_todays_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the MLPs of torchvision's published files, which are older than the names in its modules."""
+    renamed = re.compile(r"(?<=\.mlp\.)linear_([12])(?=\.)")
+    return {renamed.sub(lambda match: {"1": "0", "2": "3"}[match[1]], name): value for name, value in state.items()}
 
 
 def _without_prefix(state: Mapping[str, Tensor], positions: str) -> dict[str, Tensor]:

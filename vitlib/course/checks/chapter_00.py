@@ -13,7 +13,7 @@ def model_input(learners: Callable) -> None:
     # a square first, so that fixed sizes get as far as a verdict on the numbers; then a picture wider than high
     for height, width, channels in ((32, 32, 3), (5, 7, 3), (9, 4, 1)):
         image = torch.randint(0, 240, (height, width, channels), dtype=torch.uint8)
-        on_its_side = "height and width are swapped, so the picture lies on its side; the order is C, H, W"
+        on_its_side = "height and width are swapped, so the picture lies on its side; the order is C, height, width"
         hints = {
             (height, width, channels): "that is still the shape of the file; move the channels to the front, then add "
             "a batch dimension",
@@ -23,7 +23,7 @@ def model_input(learners: Callable) -> None:
             (channels, 1, height, width): "the batch dimension is behind the channels; it comes first",
         }
         shape = (1, channels, height, width)
-        given = tensor_answer(learners, image, shape=shape, letters="[1, C, H, W]", hints=hints)
+        given = tensor_answer(learners, image, shape=shape, letters="[1, C, height, width]", hints=hints)
         expect(given.dtype != torch.uint8, "the numbers are still uint8; a model computes with floats: .float() first")
         numbers = str(given.dtype).removeprefix("torch.")
         expect(numbers == "float32", f"the numbers are {numbers}, but a model's weights are float32; use .float()")

@@ -170,8 +170,8 @@ def _expect_logits(model: nn.Module, images: Tensor, labels: Tensor, num_classes
     loss, right = F.cross_entropy(logits, labels).item(), math.log(num_classes)
     expect(
         abs(loss - right) < 0.7,
-        f"is the first loss near ln C? It is {loss:.3g}, but ln {num_classes} is {right:.2f}; the head's weights start "
-        "too large, or its input is not normalised",
+        f"is the first loss near ln(classes)? It is {loss:.3g}, but ln {num_classes} is {right:.2f}; the head's "
+        "weights start too large, or its input is not normalised",
     )
 
 
@@ -216,7 +216,7 @@ def _expect_images_apart(model: nn.Module, images: Tensor) -> None:
 
 @exercise("top-1 accuracy")
 def top1(learners: Callable) -> None:
-    """Of ``top1(logits [B, C], labels [B])``: the share of images whose highest logit is that of the right class."""
+    """Of ``top1(logits [B, classes], labels [B])``: the share of images with the highest logit at their class."""
     # as many classes as images first, so that an argmax over the wrong axis has an answer
     for batch, num_classes in ((60, 60), (60, 7), (53, 130)):
         hits = torch.randint(35, 49, ()).item()
