@@ -104,6 +104,7 @@ def test_a_yaml_file_says_the_same_as_options(notebook, tmp_path):
     assert "Runs: 4; to run: 4." in by_file.output and not (tmp_path / "out").exists()
     (run,) = make_plan(file, {"seed": ["7"]}, [{"batch_size": ["5"]}], {"train_steps_per_epoch": 2}).runs
     assert run.parameters == {"preset": "mini", "seed": 7, "batch_size": 5, "train_steps_per_epoch": 2}, "options win"
+    assert [run.parameters["seed"] for run in make_plan(file, given={"seed": "9"}).runs] == [9, 9], "over a grid, too"
 
 
 def test_a_file_for_the_whole_course_may_be_given(notebook, tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ FIGURES = {  # each kind, with arguments that make it draw all it can
     ),
     "patch_grid": lambda: plots.patch_grid(IMAGES[0], 4),
     "heatmap": lambda: plots.heatmap(torch.rand(9, 9), list("abcdefghi"), ["a long name"] * 9, title="numbers"),
-    "heatmap in colours": lambda: plots.heatmap(torch.randn(30, 30), title="colours", label="value"),
+    "heatmap in colours": lambda: plots.heatmap(torch.randn(30, 30), title="colours", label="value", cuts=[10]),
     "heatmap of tiles": lambda: plots.heatmap(torch.rand(3, 3, 3, 3), range(3), range(3), title="tiles"),
     "lines": lambda: plots.lines(
         [1, 2, 3], {"a": [1, 4, 9], "b": [3, 2]}, "epoch", "loss", "a walk", reference={"chance": 0.5}, read_at=2
@@ -111,12 +111,13 @@ def test_a_small_matrix_has_its_numbers_in_the_cells():
     assert (colours["0%"], colours["100%"]) == ("white", "black"), "on dark and on bright"
 
 
-def test_a_large_matrix_has_a_scale_and_named_places():
-    figure = plots.heatmap(torch.randn(40, 48), columns={8: "red", 24: "green"}, label="value")
+def test_a_large_matrix_has_a_scale_named_places_and_cuts():
+    figure = plots.heatmap(torch.randn(40, 48), columns={8: "red", 24: "green"}, cuts=[16], label="value")
     ax, scale = figure.axes
     assert not ax.texts and scale.get_ylabel() == "value" and {"red", "green"} <= words(figure)
     low, high = ax.images[0].get_clim()
     assert low == -high and ax.images[0].get_cmap().name == "PuOr", "0 is white"
+    assert ax.lines[0].get_xdata()[0] == 15.5
     limited = plots.heatmap(torch.randn(4, 4), limits=(-0.6, 0.6)).axes[0].images[0]
     assert limited.get_clim() == (-0.6, 0.6) and limited.get_cmap().name == "viridis"
 

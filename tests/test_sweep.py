@@ -140,6 +140,8 @@ def test_the_same_command_runs_only_what_is_missing(everything, no_kernel, noteb
     assert not list(out.glob("failed/*"))
     before = files(out / "runs")
     assert sweep(notebook, out, {}, [ALL])["runs"] == mended["runs"] and files(out / "runs") == before
+    turned = sweep(notebook, out, {}, [{name: ALL[name] for name in reversed(ALL)}])
+    assert turned["runs"] == mended["runs"] and files(out / "runs") == before, "known by its key, not its label"
     damaged = out / "runs" / mended["runs"][0]["run"] / "run.json"
     damaged.write_text(damaged.read_text()[:100])
     grown = sweep(notebook, out, {}, [{"case": ["good", "good"], "seed": [1, 2]}])

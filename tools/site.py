@@ -39,7 +39,7 @@ def target_of(page: Page, link: str) -> tuple[Path, str] | None:
 def size_of(page: Page, *parts: str) -> int:
     """Return the bytes of the files that the page loads whose address has one of these parts."""
     targets = [target_of(page, link) for link in page.loaded if any(part in link for part in parts)]
-    return sum(target[0].stat().st_size for target in targets if target)
+    return sum(target[0].stat().st_size for target in targets if target and target[0].exists())
 
 
 def main() -> None:

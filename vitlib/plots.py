@@ -199,6 +199,7 @@ def heatmap(
     numbers: str = "{:.2f}",
     limits: tuple[float, float] | None = None,
     frame: tuple[int, int] | None = None,
+    cuts: Sequence[float] = (),
     ax: Axes | None = None,
 ) -> Figure:
     """Draw a matrix in colours: from dark to bright, or with negative numbers from orange to purple.
@@ -210,6 +211,7 @@ def heatmap(
         numbers: the format of the numbers in the cells, written if there are at most 400 cells; "" for none.
         limits: the numbers at the two ends of a scale from dark to bright.
         frame: row and column of a cell to outline.
+        cuts: columns to draw a line before.
     """
     values, tiled = matrix.detach().cpu().float(), matrix.ndim == 4
     written = bool(numbers) and not tiled and values.numel() <= 400
@@ -244,6 +246,8 @@ def heatmap(
         if axis is ax.xaxis and sum(len(str(name)) + 2 for name in named.values()) > 9 * size[0]:
             plt.setp(ax.get_xticklabels(), rotation=45, ha="right", rotation_mode="anchor")
         axis.set_tick_params(length=0 if len(named) == length or tiled else 3)
+    for cut in cuts:
+        ax.axvline(cut - 0.5, color="black", linewidth=1)
     if frame:
         ax.add_patch(_frame(*frame, 1))
     ax.spines[:].set_visible(False)

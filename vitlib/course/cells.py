@@ -11,7 +11,7 @@ from nbformat import NotebookNode
 
 CALL = re.compile(r"^[ \t]*checks\.(\w+)\(", re.MULTILINE)
 # In cells whose names cannot be read off.
-OPAQUE = re.compile(r"run_cell_magic|run_line_magic\('run'|import \*|\bexec\(|\bglobals\(\)\[")
+OPAQUE = re.compile(r"run_cell_magic|run_line_magic\('run'|import \*|\bexec\(|\bglobals\(\)\[|\bsys\.path\b")
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 

@@ -122,9 +122,9 @@ def sweep(notebook, grid, zips, parameters, given, out, dry_run, scheduler, work
     """Run NOTEBOOK with every combination of parameters, several at a time, and gather the results.
 
     FILE.yaml holds the same as the options: notebook, grid, zip and parameters; options win. Without --out the sweep
-    goes to runs/sweep-<name of NOTEBOOK or FILE>. There results.csv, results.json and report.html grow beside the
-    executed notebooks. The same command again runs what is missing or failed. The exit code is 0 when every run is
-    finished, 1 when one failed, 2 for a wrong command, 130 after Ctrl-C.
+    goes to runs/sweep-<name of NOTEBOOK or FILE>. There results.csv and results.json grow beside the executed
+    notebooks; report.html is written at the end. The same command again runs what is missing or failed. The exit code
+    is 0 when every run is finished, 1 when one failed, 2 for a wrong command, 130 after Ctrl-C.
     """
     from vitlib.course import grid as grids
     from vitlib.course import sweep as sweeps
@@ -304,7 +304,7 @@ def export(model, out) -> None:
 @click.argument("folder", metavar="DIR", type=FILE)
 @with_parameters
 @with_given
-@click.option("--out", metavar="DIR", type=FILE, default="runs/grades", help="For grades.csv and the executed copies.")
+@click.option("--out", metavar="DIR", type=FILE, default="runs/grades", help="For a new grades.csv and the copies.")
 @click.option("--timeout", metavar="SECONDS", type=REAL_LIMIT, default=600, help="Longest time for one notebook.")
 @click.option("--memory", metavar="GIB", type=REAL_LIMIT, default=4, help="Most memory for one notebook.")
 @click.option("--jobs", metavar="N", type=COUNT, default=1, help="How many at once.")

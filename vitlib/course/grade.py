@@ -39,7 +39,7 @@ LISTED = 50  # files that are not graded, each on a line
 # In a file's name beside chapter and student: copies by browsers and Jupyter, versions.
 NOISE = re.compile(
     r"(?<![^\W_])(copy( of)?|copy\d+|final|fixed|new|version|v\d+|submission|homework|hw\d*|assignment\d*|solutions?|"
-    r"notebook|untitled\d*)(?![^\W_])|\(\d+\)|(?<=[_ -])\d{1,2}$",
+    r"notebook|untitled\d*)(?![^\W_])([_ -]\d{1,2}$)?|\(\d+\)",
     re.IGNORECASE,
 )
 CHECK_CELL = """\
@@ -138,7 +138,6 @@ def grade_folder(
     if not graded:
         names = ", ".join(chapter.name for chapter in chapters)
         raise ValueError(f"No notebook in {folder} belongs to the course, which has {names}.")
-    _write_grades(out, [])  # better that it fails now than after the first notebook
     if why := not_contained():
         say(
             f"Notebooks are NOT contained ({why}): they can use the network, read and change your files, and leave "
@@ -152,6 +151,7 @@ def grade_folder(
         _grade(one, found, folder, limits, whole, stopped)
 
     _try_solutions(Path(notebooks).expanduser() / "solutions", graded, grade, say)
+    _write_grades(out, [])  # better that it fails now than after the first notebook
     pool = ThreadPoolExecutor(jobs)
     try:
         futures = {pool.submit(grade, one): one for one in graded}
@@ -282,7 +282,7 @@ def _student(path: Path, chapters: Iterable[Chapter]) -> str:
     for part in (*path.parts[:-1], stem):
         whole = name = unicodedata.normalize("NFC", part)
         for chapter in chapters:
-            name = chapter.pattern.sub(" ", name)
+            name = re.sub(chapter.pattern.pattern + r"([ _-]+\d{1,2}$)?", " ", name, flags=re.IGNORECASE)
         has_chapter = name != whole
         if has_chapter or part is stem:
             name = NOISE.sub("", name.strip())

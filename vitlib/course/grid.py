@@ -84,7 +84,7 @@ def make_plan(
     grid, given = grid or {}, given or {}
     notebook, file_axes, file_values = _read_grid(Path(path).expanduser())
     lesson = read_lesson(notebook)
-    typed = {*grid, *(name for group in zips for name in group)}
+    typed = {*grid, *given, *(name for group in zips for name in group)}
     axes = [axis for axis in file_axes if typed.isdisjoint(axis)]
     axes += [*({name: values} for name, values in grid.items()), *zips]
     names = [name for axis in axes for name in axis]

@@ -73,10 +73,10 @@ class KernelMonitor:
             if self.pid is None:
                 continue
             with suppress(psutil.Error, OSError):  # the process is ending
-                self.peak_bytes = max(self.peak_bytes or 0, peak_memory(self.pid))
                 self.ended = self.ended or self._end()
                 if self.ended:
                     kill_tree(self.pid)
+                self.peak_bytes = max(self.peak_bytes or 0, peak_memory(self.pid))
 
 
 def with_children(pid: int) -> list[psutil.Process]:

@@ -129,7 +129,7 @@ def _result(own: Path, ended: str) -> tuple[NotebookNode | None, str]:
         said = (own / "errors.txt").read_text(errors="replace").strip() or "no word from it"
         return None, ended or f"it did not start: {said.splitlines()[-1]}"
     error = own / "error.txt"
-    why = ended or (error.read_text() if error.exists() else "its process was ended")
+    why = ended or (error.read_text(encoding="utf-8") if error.exists() else "its process was ended")
     return nbformat.read(found[-1], as_version=4), why
 
 
@@ -225,7 +225,7 @@ def main(job: str) -> None:
         iopub_timeout=30, raise_on_iopub_timeout=False,  # messages that a flood has lost
         store_widget_state=False, shutdown_kernel="immediate",
     )  # fmt: skip
-    (own / "error.txt").write_text(result.error or "")
+    (own / "error.txt").write_text(result.error or "", encoding="utf-8")
     kill_tree(os.getpid(), itself=False)
 
 

@@ -333,9 +333,12 @@ def _about(plan: Plan) -> dict[str, str]:
 
 
 def _finished(folder: Path, run: Run) -> dict | None:
-    """Return the record of a run in the folder ``runs`` or ``failed``, or None if it is missing or damaged."""
-    record = _read(folder / run.label)
-    return record if record.get("key") == run.key else None
+    """Return the record of a run in the folder ``runs`` or ``failed``, or None if it is missing or damaged.
+
+    The key ends the name of the run's folder. What stands before it depends on the grid.
+    """
+    records = (_read(place) for place in folder.glob(f"*-{run.key[:8]}"))
+    return next((record for record in records if record.get("key") == run.key), None)
 
 
 def _read(folder: Path) -> dict:
@@ -353,8 +356,8 @@ def _write_tables(out: Path, plan: Plan, records: Mapping[str, dict], command: s
         records.get(run.key) or _finished(out / "failed", run) or _record(plan, run, Result(RunResult("not run")), 0)
         for run in plan.runs
     ]
-    labels = {run.label for run in plan.runs}
-    others = [_read(folder) for folder in sorted((out / "runs").glob("*/")) if folder.name not in labels]
+    keys = {run.key[:8] for run in plan.runs}
+    others = [_read(folder) for folder in sorted((out / "runs").glob("*/")) if folder.name[-8:] not in keys]
     rows += [record for record in others if record == record | _about(plan)]
     varied = dict.fromkeys([*plan.varied, *(name for record in rows for name in record["varied"])])
     results = {"command": command, **_about(plan), "varied": list(varied), "runs": rows}

@@ -195,7 +195,6 @@ def exercise(title: str):
             if _strict and status != CORRECT:
                 raise AssertionError(line)
 
-        check.title = title
         ALL[body.__name__] = check
         return check
 
