@@ -306,7 +306,7 @@ WRONG = {
         "attention across the batch": (changed(encode=across_the_batch), "is each image on its own? No"),
         "the head starts too large": (
             started(lambda head: nn.init.normal_(head.weight)),
-            "is the first loss near ln(classes)?",
+            "is the first loss that of a model that knows nothing?",
         ),
         "probabilities": (changed(head=lambda self, x: Small.head(self, x).softmax(1)), "applies the softmax itself"),
         "always 13 classes": (lambda c: Small(13), "one logit for each class?"),

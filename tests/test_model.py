@@ -166,7 +166,7 @@ def test_arguments_and_submodules_keep_the_published_names():
     assert count_parameters(default) == 86_567_656 - 768, "ViT-B/16 without the bias of the patch embedding"
 
 
-def test_layers_are_initialised_as_in_the_papers_code():
+def test_layers_are_initialised_by_xavier_and_lecun():
     model = create_model("small", 100)
     first, second = model.vit_encoder.encoder[:2]
     assert not torch.equal(first.mlp[0].weight, second.mlp[0].weight)

@@ -1,4 +1,4 @@
-"""Write student-copy/: the course without its solutions, its guide and its tests; links to these become plain words."""
+"""Write student-copy/: the course without outputs, solutions, guide and tests; links to these become plain words."""
 
 import re
 import shutil
@@ -27,6 +27,8 @@ def write_student_copy(folder: Path, root: Path = ROOT) -> None:
         for cell in notebook.cells:
             if cell.cell_type == "markdown":
                 cell.source = _without_dead_links(cell.source, path.parent)
+            else:
+                cell.outputs, cell.execution_count = [], None  # each answers the question above it
         nbformat.write(notebook, path)
 
 
@@ -37,4 +39,4 @@ def _without_dead_links(text: str, folder: Path) -> str:
 if __name__ == "__main__":
     shutil.rmtree(ROOT / "student-copy", ignore_errors=True)
     write_student_copy(ROOT / "student-copy")
-    print("student-copy/ has the course without solutions, guide and tests: give that folder to your students.")
+    print("student-copy/ has no outputs, solutions, guide or tests: give that folder to your students.")

@@ -226,8 +226,8 @@ class ViTModel(nn.Module):
         patch_bias: whether the patch embedding has a bias; the official weights have one.
         drop_path: probability of leaving out a branch of the last block; it rises from 0 at the first.
         pooling: "cls" classifies the CLS token (the paper), "mean" the mean of all patch tokens.
-        norm_eps: added to the variance in every layer norm; None for the usual 1e-6 (1e-5 in post-norm blocks). Weights
-            from Hugging Face were trained with 1e-12.
+        norm_eps: added to the variance in every layer norm; None for the usual 1e-6 (1e-5 in post-norm blocks). Hugging
+            Face's models compute with 1e-12.
         pre_logits: width of a hidden layer with tanh before the classifier, or None. The paper's models have one in
             pretraining (section 3.1) and drop it for fine-tuning.
 
@@ -303,7 +303,10 @@ class ViTModel(nn.Module):
 
 
 def _initialise(module: nn.Module) -> None:
-    """Initialise as the paper's code does: Xavier for linear layers, LeCun for the patch embedding, zero for biases."""
+    """Initialise nearly as the paper's code: Xavier for linear layers, LeCun for the patch embedding, zero for biases.
+
+    Queries, keys and values are one matrix here, as in PyTorch's own layer, so their weights start smaller by sqrt(2).
+    """
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
     elif isinstance(module, nn.Conv2d):
@@ -325,7 +328,7 @@ def unpatchify(patches: Tensor, patch_size: int, num_channels: int = 3) -> Tenso
 
 
 def interpolate_positions(position_embedding: Tensor, grid: int) -> Tensor:
-    """Interpolate position embeddings to another number of patches, bicubically (the paper, section 3.2).
+    """Interpolate position embeddings to another number of patches (the paper, section 3.2), bicubically.
 
     The CLS token has no place in the image; its row is kept.
 

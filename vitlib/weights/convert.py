@@ -1,7 +1,8 @@
 """Convert weights from and to the ViTs of torchvision, timm, Hugging Face and Google.
 
-They all compute the same function of the same numbers. They differ in names, in whether queries, keys and values share
-a matrix, and in the order of axes. So a conversion is a table of names, read in either direction.
+They compute the same function of the same numbers, except that Google's own code approximates GELU by a tanh, which
+moves logits by about 0.001. They differ in names, in whether queries, keys and values share a matrix, and in the order
+of axes. So a conversion is a table of names, read in either direction.
 
 ``from_...`` converts a module and raises ValueError for entries that do not fit, or if both models give different
 outputs for two random images. ``to_...`` builds a module and raises ValueError for an option of :class:`ViTModel` that

@@ -170,8 +170,8 @@ def _expect_logits(model: nn.Module, images: Tensor, labels: Tensor, num_classes
     loss, right = F.cross_entropy(logits, labels).item(), math.log(num_classes)
     expect(
         abs(loss - right) < 0.7,
-        f"is the first loss near ln(classes)? It is {loss:.3g}, but ln {num_classes} is {right:.2f}; the head's "
-        "weights start too large, or its input is not normalised",
+        f"is the first loss that of a model that knows nothing? It is {loss:.3g}, but should be near {right:.2f}; the "
+        "head's weights start too large, or its input is not normalised",
     )
 
 
