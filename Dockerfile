@@ -1,6 +1,6 @@
 # For a JupyterHub, or alone: docker build -t vit-course . && docker run -p 8888:8888 vit-course
 # JupyterLab comes with the base image; the rest has the versions that Binder has, with CPU builds of torch.
-FROM quay.io/jupyter/minimal-notebook:python-3.12
+FROM quay.io/jupyter/minimal-notebook:python-3.13
 
 # first, so that a changed lesson does not install torch again
 COPY binder/requirements.txt requirements.txt

@@ -48,7 +48,7 @@ help:
 venv: $(READY)
 
 $(READY): requirements.txt pyproject.toml
-	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed, this is ' + sys.version.split()[0] + ': make PYTHON=...')"
+	@$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14) and 'Python 3.11 to 3.14 is needed, this is ' + sys.version.split()[0] + ': make PYTHON=...')"
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -r requirements.txt -e .
 	@$(RUN) -c "import pathlib; pathlib.Path('$(READY)').touch()"

@@ -23,8 +23,10 @@ def repository(root: Path = ROOT) -> str:
 
 
 def project_files(root: Path = ROOT) -> list[Path]:
-    """Return the files that git tracks."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True, check=True)
+    """Return the files that git tracks; raise ValueError if there are none."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True)
+    if listed.returncode or not listed.stdout:
+        raise ValueError(f"git tracks no files in {root}; run `git init && git add .` there first.")
     return sorted(path for name in listed.stdout.split("\0") if name and (path := root / name).is_file())
 
 

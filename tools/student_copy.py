@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import nbformat
@@ -38,5 +39,8 @@ def _without_dead_links(text: str, folder: Path) -> str:
 
 if __name__ == "__main__":
     shutil.rmtree(ROOT / "student-copy", ignore_errors=True)
-    write_student_copy(ROOT / "student-copy")
+    try:
+        write_student_copy(ROOT / "student-copy")
+    except ValueError as error:
+        sys.exit(str(error))
     print("student-copy/ has no outputs, solutions, guide or tests: give that folder to your students.")

@@ -154,10 +154,11 @@ def _rows(lesson: Lesson, axis: Mapping[str, Sequence]) -> list[dict[str, object
 
 
 def _source(path: Path) -> tuple[str, str]:
-    """Return the notebook as JSON without outputs, and the SHA-256 of its code cells and their tags."""
+    """Return the notebook as JSON without outputs, and the SHA-256 of its code cells (not that for Colab) and tags."""
     notebook = nbformat.read(path, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     for cell in code:
         cell.outputs, cell.execution_count = [], None
-    cells = [(cell.source, cell.metadata.get("tags", [])) for cell in code]
+    # `make address` changes the cell for Colab
+    cells = [(cell.source, cell.metadata.get("tags", [])) for cell in code if "google.colab" not in cell.source]
     return nbformat.writes(notebook), hashlib.sha256(json.dumps(cells).encode()).hexdigest()
