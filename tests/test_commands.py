@@ -12,6 +12,7 @@ import click
 import pytest
 import torch
 from click.testing import CliRunner
+from filelock import FileLock
 from PIL import Image
 from torch.nn.functional import one_hot
 
@@ -60,6 +61,23 @@ def call(command: str, **values: object):
     return result
 
 
+def test_two_trainings_do_not_share_a_folder(folder, tmp_path):
+    with FileLock(tmp_path / ".lock"):
+        for result in (
+            call("pretrain", upstream=folder, preset="mini", run_dir=tmp_path, **SMALL),
+            call("finetune", downstream=folder, weights="shapes100-mini", run_dir=tmp_path, **SMALL),
+        ):
+            assert result.exit_code == 2 and f"Another training is writing to {tmp_path}" in result.output
+
+
+def test_a_preset_of_the_paper_takes_its_image_size(monkeypatch, folder, tmp_path):
+    def seen(source, data_dir, image_size):
+        raise ValueError(f"{image_size} pixels")
+
+    monkeypatch.setattr(training_commands, "_load_splits", seen)
+    assert "224 pixels" in call("pretrain", upstream=folder, preset="Ti/16", run_dir=tmp_path).output
+
+
 @pytest.fixture(scope="module")
 def pretrained(folder, tmp_path_factory):
     """The output and the folder of ``pretrain`` with two epochs of three steps."""
@@ -71,7 +89,7 @@ def pretrained(folder, tmp_path_factory):
 
 def test_pretrain_prints_the_score_that_the_record_has(pretrained, folder):
     result, run_dir = pretrained
-    assert {path.name for path in run_dir.iterdir()} == {
+    assert {path.name for path in run_dir.iterdir()} - {".lock"} == {
         "pretrained.safetensors", "pretrained-best.safetensors", "pretrained-history.json", "pretrained-resume.pt",
         "pretrained-resume-previous.pt",
     }  # fmt: skip
@@ -204,8 +222,8 @@ def test_finetune_takes_enough_steps_for_few_images(pretrained, folder, tmp_path
     values = {name: value for name, value in SMALL.items() if name != "batch_size"}
     weights = pretrained[1] / "pretrained.safetensors"
     result = call("finetune", downstream=folder, weights=weights, run_dir=tmp_path, **values)
-    assert "32 images to learn from: batch_size=32, finetune_epochs=4." in result.stdout
-    assert " steps in 4 epochs" in result.stdout
+    assert "33 images of 3 classes (blue, green, red) to learn from: batch_size=32, finetune_epochs=2." in result.stdout
+    assert " steps in 2 epochs" in result.stdout
 
 
 @pytest.fixture

@@ -420,7 +420,7 @@ def test_names_cannot_break_the_line_or_command_the_terminal(herd, load, capsys)
 
 
 def test_folder_larger_than_memory_is_refused(folder, load, monkeypatch):
-    monkeypatch.setattr(os, "sysconf", lambda name: 20, raising=False)  # 20 pages of 20 bytes
+    monkeypatch.setattr(os, "sysconf", lambda name: 30, raising=False)  # 30 pages of 30 bytes
     assert "6 decoded images of 8x8 pixels take 0.0 GB" in refusal(load, folder)
     assert len(load(folder, image_size=4)) == 6
 

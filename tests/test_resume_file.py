@@ -24,6 +24,15 @@ def test_the_last_state_comes_back_and_the_one_before_is_kept(tmp_path):
     assert again.load()["step"] == 1, "after a kill between the two moves"
 
 
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"a-resume.pt cannot be written \(.*unexpected pos\); is the disk full\?"):
+        ResumeFile(tmp_path / "a-resume.pt", {}).save({})
+
+
 @pytest.mark.parametrize("fails_at", ["a-resume-previous.pt", "a-resume.pt"])
 def test_a_failed_move_leaves_a_state_to_resume(tmp_path, monkeypatch, fails_at):
     file = ResumeFile(tmp_path / "a-resume.pt", {})

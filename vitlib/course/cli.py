@@ -48,6 +48,9 @@ def main(context: click.Context) -> None:
     """Run the notebooks of the Vision Transformer course, fetch its images, train models."""
     from vitlib.course.doctor import granted_cores, usable_cores
 
+    for stream in (sys.stdout, sys.stderr):  # a pipe under Windows cannot hold every letter
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     # torch counts the cores of the machine; where a container grants fewer, its threads would wait for each other
     if context.invoked_subcommand != "doctor" and granted_cores() < usable_cores():  # the doctor says what others meet
         os.environ.setdefault("OMP_NUM_THREADS", str(granted_cores()))

@@ -11,16 +11,18 @@ from pathlib import Path
 
 import click
 import torch
+from filelock import FileLock, Timeout
 
 from vitlib import training
 from vitlib.costs import costs
 from vitlib.course import own_images
-from vitlib.data import LabelledImages, channel_statistics, load_images
+from vitlib.data import LabelledImages, channel_statistics, load_images, train_validation_split
 from vitlib.data.folders import find_splits
 from vitlib.model import PRESETS, ViTModel, create_model
 from vitlib.training import FINETUNING, RECIPES, Trained, record_test
 from vitlib.training.distributed import current_context, end_distributed, init_distributed
 from vitlib.training.resume import OtherTraining
+from vitlib.utils import printable
 from vitlib.weights import ModelCard, load_weights, with_image_size
 
 
@@ -28,12 +30,13 @@ def pretrain(upstream, preset, run_dir, data_dir, image_size, device, **options)
     """Train a new model, and score it; the arguments are parameters of the course."""
     _check_apart(upstream, run_dir)
     device = init_distributed(device)
-    train, test = _load_splits(upstream, data_dir, image_size or PRESETS[preset]["image_size"])
-    with _compiling(options["compile"]):
-        trained = training.pretrain(
-            train, preset, run_dir=run_dir, resume=True, source=upstream, device=device, **options
-        )
-    _score(trained, test, upstream, Path(run_dir) / "pretrained.safetensors")
+    train, test = _load_splits(upstream, data_dir, image_size or PRESETS[preset].get("image_size", 224))
+    with _alone_in(run_dir):
+        with _in_one_sentence(options["compile"]):
+            trained = training.pretrain(
+                train, preset, run_dir=run_dir, resume=True, source=upstream, device=device, **options
+            )
+        _score(trained, test, upstream, Path(run_dir) / "pretrained.safetensors")
 
 
 def finetune(
@@ -56,31 +59,38 @@ def finetune(
         model, card = load_weights(weights)
         model = _for_images_of(model, image_size or model.config["image_size"])
         train, test = _load_splits(downstream, data_dir, model.config["image_size"], model.config["num_channels"])
-    learned_from = round(len(train) * (1 - options["validation_fraction"]))
+    learned_from = len(train_validation_split(train, options["validation_fraction"], options["seed"])[0])
     batch_size = batch_size or own_images.batch_size_for(learned_from)
     if finetune_epochs is None:
         finetune_epochs = 1 if options["train_steps_per_epoch"] else own_images.epochs_for(learned_from, batch_size)
-    _say(f"{learned_from:,} images to learn from: batch_size={batch_size}, finetune_epochs={finetune_epochs}.")
+    names = ", ".join(map(printable, train.classes[:5])) + ", ..." * (len(train.classes) > 5)
+    _say(
+        f"{learned_from:,} images of {len(train.classes)} classes ({names}) to learn from: "
+        f"batch_size={batch_size}, finetune_epochs={finetune_epochs}."
+    )
 
     def train_model() -> Trained:
-        with _compiling(options["compile"]):
+        with _in_one_sentence(options["compile"]):
             return training.finetune(
                 model, card, train, recipe=recipe, batch_size=batch_size, finetune_epochs=finetune_epochs,
                 run_dir=run_dir, resume=True, source=downstream, device=device, **options,
             )  # fmt: skip
 
-    is_first = current_context().is_first
-    try:
-        trained = train_model()
-    except OtherTraining as error:
+    is_first, checkpoint = current_context().is_first, Path(run_dir) / "finetuned.safetensors"
+    with _alone_in(run_dir):
+        try:
+            trained = train_model()
+        except OtherTraining as error:
+            if is_first:
+                _say(f"{error.difference}: that training is now in {_set_aside(Path(run_dir))}, and a new one begins.")
+            trained = train_model()
+        trained = _score(trained, test, downstream, checkpoint)
         if is_first:
-            _say(f"{error.difference}: that training is now in {_set_aside(Path(run_dir))}, and a new one begins.")
-        trained = train_model()
-    checkpoint = Path(run_dir) / "finetuned.safetensors"
-    trained = _score(trained, test, downstream, checkpoint)
+            click.echo(_look_at_errors(trained, test, checkpoint.parent))
     if is_first:
-        click.echo(_look_at_errors(trained, test, checkpoint.parent))
-        click.echo(f"Use it: {shlex.join(['python', '-m', 'vitlib', 'predict', str(checkpoint)])} image.jpg")
+        # as_posix: shlex would put backslashes into quotes, which Windows keeps
+        line = shlex.join(["python", "-m", "vitlib", "predict", checkpoint.as_posix()])
+        click.echo(f"Use it: {line} image.jpg")
 
 
 def _say(sentence: str) -> None:
@@ -124,10 +134,30 @@ def _for_images_of(model: ViTModel, image_size: int) -> ViTModel:
 
 
 @contextmanager
-def _compiling(compile: bool) -> Iterator[None]:
-    """Turn the errors of torch.compile, which are pages long, into a sentence."""
+def _alone_in(run_dir: str) -> Iterator[None]:
+    """Keep other trainings out of a run's folder; of several processes the first does that."""
+    lock = FileLock(Path(run_dir) / ".lock")
+    if current_context().is_first:
+        Path(run_dir).mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ValueError(f"Another training is writing to {run_dir}; wait, or give another --run-dir.") from error
     try:
         yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _in_one_sentence(compile: bool) -> Iterator[None]:
+    """Turn the errors of a full memory and of torch.compile, which are pages long, into a sentence."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            "The memory of the device is full; give a smaller --batch-size, such as 16, or a smaller --image-size."
+        ) from error
     except Exception as error:
         if not (compile and type(error).__module__.startswith(("torch._inductor", "torch._dynamo"))):
             raise

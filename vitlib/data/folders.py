@@ -359,10 +359,10 @@ def _decode(
 def _room(count: int, shape: tuple[int, ...]) -> np.ndarray:
     """Return memory for ``count`` images. Linux would grant more than it has, and later kill the process."""
     size, known = count * math.prod(shape), "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ())  # not under Windows
-    if known and size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+    if known and 3 * size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
         raise ValueError(
-            f"{count} decoded images of {shape[2]}x{shape[1]} pixels take {size / 1e9:.1f} GB, more than the memory of "
-            "this machine; give image_size, for instance image_size=224, to make them smaller."
+            f"{count} decoded images of {shape[2]}x{shape[1]} pixels take {size / 1e9:.1f} GB, training three times "
+            "as much, more than the memory of this machine; give image_size, for instance image_size=224."
         )
     return np.empty((count, *shape), np.uint8)
 

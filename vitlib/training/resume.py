@@ -53,7 +53,11 @@ class ResumeFile:
     def save(self, state: dict) -> None:
         """Write ``state``, made of tensors, numbers, texts, lists and dicts."""
         with atomic_write(self.path) as temporary:
-            torch.save({"format": self.FORMAT, "settings": json.dumps(self.settings), "state": state}, temporary)
+            try:
+                torch.save({"format": self.FORMAT, "settings": json.dumps(self.settings), "state": state}, temporary)
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                raise OSError(f"{self.path} cannot be written ({reason:.100}); is the disk full?") from error
             if self.path.exists():
                 os.replace(self.path, self.previous)
         self.written = time.monotonic()

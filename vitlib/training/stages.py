@@ -1,5 +1,6 @@
 """The two stages of the course: pretraining and fine-tuning."""
 
+import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -171,6 +172,7 @@ def train_stage(
     train, validation = train_validation_split(train, validation_fraction, settings["seed"])
     if run_dir is not None and current_context().is_first:  # now, so that it does not fail after the first epoch
         run_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=run_dir).close()  # an existing folder may be closed to us
 
     def described(history: History) -> ModelCard:
         sizes = {"train_images": len(train), "validation_images": len(validation)}

@@ -51,13 +51,14 @@ def save_checkpoint(path: str | Path, model: nn.Module, card: ModelCard, dtype: 
     Raises:
         ValueError: for a model that holds no ViT.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     model = unwrap(model)
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
     description = {"config": model.config, "card": dataclasses.asdict(card)}
     with atomic_write(path) as temporary:
-        save_file(tensors, temporary, metadata={"vitlib": json.dumps(description, default=str)})
+        # written by Python, so that a full disk is an OSError
+        temporary.write_bytes(save(tensors, metadata={"vitlib": json.dumps(description, default=str)}))
 
 
 def load_checkpoint(path: str | Path) -> tuple[ViTModel, ModelCard]:
@@ -70,6 +71,8 @@ def load_checkpoint(path: str | Path) -> tuple[ViTModel, ModelCard]:
     from safetensors import SafetensorError, safe_open
 
     path = Path(path).expanduser()
+    if path.is_dir():
+        raise ValueError(f"{printable(path)} is a folder; name the .safetensors file in it.")
     if not path.is_file():
         raise FileNotFoundError(
             f"There is no checkpoint at {printable(path)}; train one first (notebook 03), or check the path."

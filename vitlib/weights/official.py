@@ -48,10 +48,10 @@ def official_weights(name: str) -> tuple[ViTModel, ModelCard]:
     try:
         # the ending of a name, such as -a1311bcf, is the start of the file's SHA-256
         torch.hub.load_state_dict_from_url(address, folder, "cpu", check_hash=True, weights_only=True)
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # damaged files fail in many ways
         raise OSError(
-            f"{name} could not be downloaded ({error}); put the file of {address} into {printable(folder)}, or use "
-            "shipped weights, such as cifar100-small."
+            f"{name} could not be downloaded or read ({str(error):.100}); put the whole file of {address} into "
+            f"{printable(folder)}, in place of what is there, or use shipped weights, such as cifar100-small."
         ) from error
     model = from_file(folder / os.path.basename(address))
     classes = theirs.meta["categories"] if model.config["num_classes"] else ()
