@@ -148,7 +148,8 @@ WRONG = {
         "the corners": (lambda images, size: -explain.middle_relevance(images, size), "upside down"),
         "nothing": (lambda images, size: torch.ones(len(images), (images.shape[-1] // size) ** 2), "orders nothing"),
         "chance": (
-            lambda images, size: torch.rand(len(images), (images.shape[-1] // size) ** 2), "leaves a mean probability of"
+            lambda images, size: torch.rand(len(images), (images.shape[-1] // size) ** 2),
+            "leaves a mean probability of",
         ),
         "pixels": (lambda images, size: images[:, 0], "a number for each patch"),
     },

@@ -39,19 +39,6 @@ def _fixed_seed():
 
 
 @pytest.fixture
-def cifar_folder():
-    """``cifar_folder("cifar10")`` is a folder of real photographs, or the test is skipped."""
-
-    def find(name: str) -> Path:
-        folder = ROOT.parent / "shared" / "data" / name
-        if not folder.is_dir():
-            pytest.skip(f"the development images shared/data/{name} are not on this machine")
-        return folder
-
-    return find
-
-
-@pytest.fixture
 def verdict(capsys):
     """``verdict(check, answer)`` is what a check says about an answer, after its title; it has to be one line."""
 

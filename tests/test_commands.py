@@ -134,6 +134,7 @@ def test_finetune_moves_the_encoder_of_a_file(pretrained, folder, tmp_path):
     model, probe_card = load_checkpoint(tmp_path / "probe" / "finetuned.safetensors")
     for name, tensor in upstream.vit_encoder.state_dict().items():
         assert torch.equal(model.vit_encoder.state_dict()[name], tensor), name
+    assert model.linear_classifier.weight.any()
     assert probe_card.mean == card.mean and probe_card.record["stage"] == "linear probe"
     assert probe_card.record["upstream"] == card.record
     assert probe_card.record["test"]["source"] == f"{folder}, test split" and probe_card.record["test"]["images"] == 9
