@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import image_folder
 from PIL import Image
 from test_model import copy_block
 from torch import nn
@@ -213,19 +214,12 @@ def test_time_to_accuracy(tmp_path):
     assert "does not reach that in 20 steps (best: 25.0%)" in run(time_to_accuracy, slow, never)
 
 
-def black_and_white(folder: Path) -> Path:
-    """Images of two classes, 16 to train on and 6 to test on, written below ``folder``."""
-    for split, count in (("train", 8), ("test", 3)):
-        for name, colour in (("black", 0), ("white", 255)):
-            place = folder / "images" / split / name
-            place.mkdir(parents=True)
-            for number in range(count):
-                Image.new("RGB", (32, 32), (colour, colour, number)).save(place / f"{number}.png")
-    return folder / "images"
+def two_classes(folder: Path) -> Path:
+    return image_folder(folder / "images", train=16, test=6, classes=2, size=32)
 
 
 def test_trials_hold_images_out_and_write_every_score(tmp_path):
-    images, out = black_and_white(tmp_path), tmp_path / "trials.json"
+    images, out = two_classes(tmp_path), tmp_path / "trials.json"
     run(recipe_trials, images, "full", "half", "--seconds", 0.1, "--out", out)
     assert [trial["trial"] for trial in json.loads(out.read_text())["trials"]] == ["full", "half"]
     output = run(transfer_trials, images, "batch-64", "--weights", "shapes100-mini", "--steps", 1, "--out", out)
@@ -322,7 +316,7 @@ def test_vit_against_cnn_of_few_images(tmp_path, monkeypatch):
     monkeypatch.setattr(vit_against_cnn, "STEPS_PER_ROUND", 1)
     out = tmp_path / "out.json"
     arguments = [
-        "--upstream", black_and_white(tmp_path), "--sizes", "4,2", "--steps", 2, "--batch-size", 2, "--rates", "1e-3",
+        "--upstream", two_classes(tmp_path), "--sizes", "4,2", "--steps", 2, "--batch-size", 2, "--rates", "1e-3",
         "--sweep-steps", 2, "--device", "cpu", "--out", out, "--seeds", 1,
     ]  # fmt: skip
     output = run(vit_against_cnn, *arguments)
@@ -350,7 +344,7 @@ def test_a_stopped_comparison_goes_on_and_takes_each_models_best_rate(tmp_path, 
     monkeypatch.setattr(vit_against_cnn, "train_once", scripted)
     monkeypatch.setattr(vit_against_cnn, "speeds", lambda *_, **__: {"ViT": [10.0, 20.0], "CNN": [5.0, 5.0]})
     arguments = [
-        "--upstream", black_and_white(tmp_path), "--sizes", "4,2", "--steps", 9, "--batch-size", 3, "--rates",
+        "--upstream", two_classes(tmp_path), "--sizes", "4,2", "--steps", 9, "--batch-size", 3, "--rates",
         "4e-3,1e-3", "--sweep-steps", 5, "--seeds", 2, "--device", "cpu", "--out", tmp_path / "out.json",
     ]  # fmt: skip
     for _ in range(2):
