@@ -10,11 +10,12 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import coloured
 from torch import nn
 
 from vitlib.data.augment import CIFAR10_MEAN, PUBLISHED, Augmentation, mixed_cross_entropy
 from vitlib.data.images import LabelledImages, train_validation_split
-from vitlib.model import PRESETS, create_model, interpolate_positions
+from vitlib.model import create_model, interpolate_positions
 from vitlib.training import loop
 from vitlib.training.devices import resolve_precision
 from vitlib.training.history import History
@@ -24,21 +25,7 @@ from vitlib.training.stages import finetune, pretrain
 from vitlib.training.trainer import Batch, Trainer, TrainingOptions
 from vitlib.weights.checkpoint import ModelCard, load_checkpoint, transfer_encoder
 
-SIZES = {"num_layers": 1, "image_size": 8, "patch_size": 4, "em_dim": 16, "num_heads": 2, "ff_dim": 32}
-
-
-@pytest.fixture(autouse=True)
-def _tiny_preset(monkeypatch):
-    monkeypatch.setitem(PRESETS, "tiny", SIZES)
-
-
-def coloured(count=60, classes=3, seed=0) -> LabelledImages:
-    """Images of one plain colour each: the class is the brightest channel, so a few steps are enough to learn it."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(count) % classes
-    images = torch.randint(0, 100, (count, 3, 8, 8), generator=generator)
-    images[torch.arange(count), labels] += 120
-    return LabelledImages(images.to(torch.uint8), labels, ("red", "green", "blue")[:classes])
+pytestmark = pytest.mark.usefixtures("tiny_preset")
 
 
 def quick(**changes):
