@@ -364,16 +364,22 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize(("content", "reason"), UNREADABLE.values(), ids=UNREADABLE)
-def test_unreadable_image_is_left_out_and_named_each_time(herd, load, capsys, content, reason):
+def test_unreadable_image_is_refused_with_the_reason(tmp_path, content, reason):
+    (tmp_path / "0.png").write_bytes(content)
+    text = refusal(read_image, tmp_path / "0.png")
+    assert text.startswith(f"{tmp_path / '0.png'} ") and reason in text
+
+
+def test_unreadable_image_is_left_out_and_named_each_time(herd, load, capsys):
     whole = load(herd)
     bad = herd / "train" / "cat" / "3.png"
     number = sorted(bad.parent.iterdir()).index(bad)
-    bad.write_bytes(content)
+    bad.write_bytes(PNG[:MIDDLE])
     for _ in ("decoded", "from the cache"):
         assert capsys.readouterr().out == ""
         rest = load(herd)
         (line,) = capsys.readouterr().out.splitlines()
-        assert line.startswith(f"1 of 40 images cannot be read: {bad} (the first ") and reason in line
+        assert line.startswith(f"1 of 40 images cannot be read: {bad} (the first ") and "is damaged" in line
         assert torch.equal(rest.images, torch.cat([whole.images[:number], whole.images[number + 1 :]]))
         assert rest.labels.tolist() == 19 * [0] + 20 * [1] and str(bad) not in rest.names
 
