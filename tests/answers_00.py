@@ -35,7 +35,6 @@ WRONG = {
             lambda image: image.reshape(1, image.shape[2], *image.shape[:2]).float() / 255,
             "reshape never moves a number",
         ),
-        "reshape to fixed sizes": (lambda image: image.reshape(1, 3, 32, 32) / 255, "reshape never moves a number"),
         "fixed sizes": (lambda image: (image.permute(2, 0, 1) / 255).reshape(1, 3, 32, 32), "your code stopped with"),
         "blue first": (lambda image: image.permute(2, 0, 1)[None].flip(1) / 255, "the colours are in the wrong order"),
         "upside down": (lambda image: image.permute(2, 0, 1)[None].flip(2) / 255, "a pixel is not where it was"),

@@ -74,12 +74,11 @@ def by_factor(positions, grid):
     return torch.cat([positions[:, 0], picture[0].permute(1, 2, 0).flatten(0, 1)])[None]
 
 
-def broken_stretch(positions, grid, first=0, turned=False, mode="bilinear"):
-    """As in the notebook; ``first=1`` leaves CLS out, ``turned`` moves the features to the front."""
+def broken_stretch(positions, grid, first=0):
+    """As in the notebook; ``first=1`` leaves CLS out."""
     old = math.isqrt(positions.shape[1])
-    picture = positions[:, first : first + old * old]
-    picture = (picture.mT if turned else picture).reshape(1, -1, old, old)
-    picture = F.interpolate(picture, size=(grid, grid), mode=mode)
+    picture = positions[:, first : first + old * old].reshape(1, -1, old, old)
+    picture = F.interpolate(picture, size=(grid, grid), mode="bilinear")
     return torch.cat([positions[:, :1], picture.reshape(1, grid * grid, -1)], dim=1)
 
 
@@ -191,7 +190,6 @@ WRONG = {
         "doubled": (doubled, "what else is computed"),
     },
     "tokens": {
-        "CLS at the end": (lambda x, cls, p: at_the_end(x, cls) + p, "CLS stands at the end"),
         "broken as in the notebook": (lambda x, cls, p: at_the_end(x + p[:, :-1], cls), "CLS stands at the end"),
         "CLS without position": (lambda x, cls, p: in_front(x + p[:, 1:], cls), "CLS has no position"),
         "shifted positions": (lambda x, cls, p: in_front(x + p[:, :-1], cls), "the token before it"),
@@ -225,10 +223,6 @@ WRONG = {
             lambda positions, grid: broken_stretch(positions, grid, 1),
             "places and features are mixed up",
         ),
-        "not transposed back": (
-            lambda positions, grid: broken_stretch(positions, grid, 1, turned=True, mode="bicubic"),
-            "places and features are mixed up",
-        ),
         "rows and columns swapped": (
             lambda positions, grid: torch.cat(
                 [
@@ -248,10 +242,6 @@ WRONG = {
         ),
         "antialiased": (lambda positions, grid: stretched(positions, grid, antialias=True), "computes other weights"),
         "area": (lambda positions, grid: stretched(positions, grid, "area"), "not those of a bicubic resize"),
-        "half precision": (
-            lambda positions, grid: stretched(positions.bfloat16(), grid).float(),
-            "row of CLS is not left alone",
-        ),
         "patches in half precision": (
             lambda positions, grid: torch.cat(
                 [positions[:, :1], stretched(positions.bfloat16(), grid).float()[:, 1:]], 1

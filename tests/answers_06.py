@@ -81,23 +81,18 @@ RIGHT = {
 WRONG = {
     "parameters": {
         "no CLS": (less(cls=0), "D are missing"),
-        "no position for CLS": (less(rows=0), "D are missing"),
         "no final norm": (less(final=0), "the final layer norm"),
         "three times D": (less(cls=0, rows=0, patch_bias=0), "3 D are missing"),
         "no positions": (less(positions=0), "the positions are missing"),
         "not squared": (less(square=False), "N is the square of S / P"),
         "no norms": (less(norms=0), "4 D a block are missing: its two layer norms"),
         "one norm": (less(norms=1), "two layer norms, and each has"),
-        "scale only": (less(shift=0), "two layer norms, and each has"),
         "one matrix": (lambda S, P, L, D, M, C: counted(S, P, L, D, M, C) - L * 2 * D * D, "a D x D matrix each"),
         "no output": (less(output=0), "the output projection"),
         "no biases in blocks": (less(bias=0), "linear layers of a block have biases"),
         "no biases": (less(bias=0, patch_bias=0, head_bias=0), "no linear layer has its bias yet"),
         "half an MLP": (lambda S, P, L, D, M, C: counted(S, P, L, D, M, C) - L * (D * M + D), "the MLP has two layers"),
         "no bias of the classifier": (less(head_bias=0), "the classifier has a bias"),
-        "attention without biases": (
-            lambda S, P, L, D, M, C: counted(S, P, L, D, M, C) - L * 4 * D, "or the four biases of its attention"
-        ),
         "no norms at all": (less(norms=0, final=0), "all layer norms are missing"),
         "one layer for q, k and v": (less(qkv=1), "a D x D matrix and a bias each"),
         "MLP without biases": (

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import image_folder
 from PIL import Image
+from test_model import copy_block
 from torch import nn
 
 from vitlib.costs import costs, preset_config
@@ -77,6 +79,23 @@ def test_peers_have_the_size_of_ours(name):
     assert models[name](torch.zeros(2, 3, 32, 32)).shape == (2, 100)
 
 
+def test_post_norm_model_equals_the_published_transformer_encoder():
+    published = peers.Published(drop=0.0).eval()
+    with torch.no_grad():
+        for parameter in published.parameters():  # away from zero biases and unit norms, so that each one counts
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    model = create_model("small", 100, norm_first=False, patch_bias=False).eval()
+    encoder, theirs = model.vit_encoder, published.state_dict()
+    encoder.embedding.load_state_dict({name: theirs[name] for name in encoder.embedding.state_dict()})
+    for block, layer in zip(encoder.encoder, published.encoder.layers, strict=True):
+        copy_block(block, layer)
+    encoder.layernorm.load_state_dict(published.layernorm.state_dict())
+    model.linear_classifier.load_state_dict(published.linear_classifier.state_dict())
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), published(images), rtol=0, atol=1e-5)
+
+
 def test_models_of_another_size_are_refused():
     with pytest.raises(ValueError, match="timm has 202 parameters and vitlib 3,218,020"):
         peers.compare_sizes({"vitlib": create_model("small", 100), "timm": nn.Linear(1, 101)})
@@ -131,10 +150,6 @@ def test_throughput_needs_something_to_compare(monkeypatch):
     monkeypatch.setitem(sys.modules, "vit_pytorch", None)
     result = CliRunner().invoke(throughput.main, ["--models", "vit-pytorch", "--device", "cpu"])
     assert result.exit_code == 1 and "nothing to compare" in result.output
-    result = CliRunner().invoke(throughput.main, ["--models", "vit-torch"])
-    assert result.exit_code == 2 and "'vit-torch' is not one of 'published'," in result.output
-    result = CliRunner().invoke(throughput.main, ["--device", "nonsense"])
-    assert result.exit_code == 2 and "device='nonsense'" in result.output
 
 
 def test_torchvision_takes_the_published_steps():
@@ -199,19 +214,12 @@ def test_time_to_accuracy(tmp_path):
     assert "does not reach that in 20 steps (best: 25.0%)" in run(time_to_accuracy, slow, never)
 
 
-def black_and_white(folder: Path) -> Path:
-    """Images of two classes, 16 to train on and 6 to test on, written below ``folder``."""
-    for split, count in (("train", 8), ("test", 3)):
-        for name, colour in (("black", 0), ("white", 255)):
-            place = folder / "images" / split / name
-            place.mkdir(parents=True)
-            for number in range(count):
-                Image.new("RGB", (32, 32), (colour, colour, number)).save(place / f"{number}.png")
-    return folder / "images"
+def two_classes(folder: Path) -> Path:
+    return image_folder(folder / "images", train=16, test=6, classes=2, size=32)
 
 
 def test_trials_hold_images_out_and_write_every_score(tmp_path):
-    images, out = black_and_white(tmp_path), tmp_path / "trials.json"
+    images, out = two_classes(tmp_path), tmp_path / "trials.json"
     run(recipe_trials, images, "full", "half", "--seconds", 0.1, "--out", out)
     assert [trial["trial"] for trial in json.loads(out.read_text())["trials"]] == ["full", "half"]
     output = run(transfer_trials, images, "batch-64", "--weights", "shapes100-mini", "--steps", 1, "--out", out)
@@ -303,18 +311,12 @@ def test_learning_rates_are_chosen_on_images_that_are_not_trained_on():
     assert set(others.labels[:20].tolist()) == {0, 1, 2, 3}
 
 
-@pytest.mark.parametrize("name", vit_against_cnn.NAMES)
-def test_a_seed_decides_the_first_weights(name):
-    one, same, other = (next(vit_against_cnn.create(name, 100, seed).parameters()) for seed in (1, 1, 2))
-    assert torch.equal(one, same) and not torch.equal(one, other)
-
-
 def test_vit_against_cnn_of_few_images(tmp_path, monkeypatch):
     monkeypatch.setattr(vit_against_cnn, "ROUNDS", 1)
     monkeypatch.setattr(vit_against_cnn, "STEPS_PER_ROUND", 1)
     out = tmp_path / "out.json"
     arguments = [
-        "--upstream", black_and_white(tmp_path), "--sizes", "4,2", "--steps", 2, "--batch-size", 2, "--rates", "1e-3",
+        "--upstream", two_classes(tmp_path), "--sizes", "4,2", "--steps", 2, "--batch-size", 2, "--rates", "1e-3",
         "--sweep-steps", 2, "--device", "cpu", "--out", out, "--seeds", 1,
     ]  # fmt: skip
     output = run(vit_against_cnn, *arguments)
@@ -342,7 +344,7 @@ def test_a_stopped_comparison_goes_on_and_takes_each_models_best_rate(tmp_path, 
     monkeypatch.setattr(vit_against_cnn, "train_once", scripted)
     monkeypatch.setattr(vit_against_cnn, "speeds", lambda *_, **__: {"ViT": [10.0, 20.0], "CNN": [5.0, 5.0]})
     arguments = [
-        "--upstream", black_and_white(tmp_path), "--sizes", "4,2", "--steps", 9, "--batch-size", 3, "--rates",
+        "--upstream", two_classes(tmp_path), "--sizes", "4,2", "--steps", 9, "--batch-size", 3, "--rates",
         "4e-3,1e-3", "--sweep-steps", 5, "--seeds", 2, "--device", "cpu", "--out", tmp_path / "out.json",
     ]  # fmt: skip
     for _ in range(2):
@@ -360,17 +362,11 @@ def test_a_stopped_comparison_goes_on_and_takes_each_models_best_rate(tmp_path, 
     assert "The CNN has 2.19 times the FLOPs of the ViT and trains 0.38 (0.25 to 0.50) times as fast." in output
 
 
-@pytest.mark.parametrize(("arguments", "code", "words"), [
-    (["--sizes", "5", "--steps", "2", "--batch-size", "2"], 1, "5 images has more than the 4 that 2 steps of 2 see"),
-    (["--sizes", "3", "--upstream", "shapes10"], 1, "3 images cannot be drawn evenly; give a multiple of 10"),
-    (["--upstream", "nowhere"], 1, "'nowhere' is neither a data set nor a folder"),
-    (["--rates", "1e-3,fast"], 2, "'fast' is not a valid float"),
-    (["--rates", "1e-3,0"], 2, "0.0 is not in the range 0<x<1"),
-    (["--sizes", "some"], 2, "'some' is not a valid integer"),
-])  # fmt: skip
-def test_vit_against_cnn_refuses_bad_arguments(arguments, code, words):
-    refused = CliRunner().invoke(vit_against_cnn.main, [*arguments, "--device", "cpu"])
-    assert refused.exit_code == code and words in " ".join(refused.output.split())
+def test_vit_against_cnn_refuses_more_images_than_its_steps_see():
+    arguments = ["--sizes", "5", "--steps", "2", "--batch-size", "2", "--device", "cpu"]
+    refused = CliRunner().invoke(vit_against_cnn.main, arguments)
+    assert refused.exit_code == 1
+    assert "5 images has more than the 4 that 2 steps of 2 see" in " ".join(refused.output.split())
 
 
 @pytest.mark.skipif("VITLIB_SLOW" not in os.environ, reason="runs nine kernels: set VITLIB_SLOW to run it")

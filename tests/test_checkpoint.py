@@ -1,7 +1,6 @@
 """Checkpoints: what goes in comes out, nothing half-written, nothing unpickled, only the encoder is moved."""
 
 import math
-import os
 import pickle
 import re
 import runpy
@@ -94,11 +93,6 @@ def test_weights_without_a_card_are_called_that(model, tmp_path):
         )
 
 
-def test_a_missing_file_says_what_to_do(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no checkpoint at .*train one first"):
-        load_weights(tmp_path / "nothing.pth")
-
-
 def test_weights_that_are_not_finite_are_refused(model, tmp_path):
     with torch.no_grad():
         model.linear_classifier.bias[1] = math.nan
@@ -117,16 +111,6 @@ def test_the_home_folder_can_be_written_as_tilde(model, tmp_path, monkeypatch):
 # ---- files that run code when they are unpickled
 
 
-class Trap:
-    """Its pickle makes a folder when it is opened."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.folder),)
-
-
 TRAPS = {
     "a pickle": lambda path, trap: path.write_bytes(pickle.dumps(trap, protocol=2)),
     "by torch": lambda path, trap: torch.save({"vit_encoder.layernorm.weight": torch.ones(16), "card": trap}, path),
@@ -136,32 +120,12 @@ TRAPS = {
 
 @pytest.mark.parametrize("kind", TRAPS)
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pth", "a.npz", "a"])
-def test_a_checkpoint_that_would_run_code_is_not_run(tmp_path, kind, name):
-    TRAPS[kind](tmp_path / name, Trap(tmp_path / "sprung"))
+def test_a_checkpoint_that_would_run_code_is_not_run(tmp_path, kind, name, trap):
+    TRAPS[kind](tmp_path / name, trap)
     assert re.search("it is damaged, or not a file of weights|it holds Python objects", refusal(tmp_path / name))
-    assert not (tmp_path / "sprung").exists()
-
-
-def test_the_traps_work(tmp_path):
-    TRAPS["by torch"](tmp_path / "file", Trap(tmp_path / "sprung"))
-    torch.load(tmp_path / "file", weights_only=False)
-    assert (tmp_path / "sprung").is_dir()
-
-
-def test_no_source_asks_for_pickled_objects():
-    """ruff (S301 and its like) finds pickle itself; torch and numpy refuse its objects unless they are asked."""
-    paths = [path for folder in ("vitlib", "benchmarks", "notebooks") for path in (ROOT / folder).rglob("*")]
-    texts = {path: path.read_text() for path in paths if path.suffix in (".py", ".ipynb")}
-    assert [p for p, text in texts.items() if "weights_only=False" in text or "allow_pickle=True" in text] == []
 
 
 # ---- shipped weights
-
-
-def test_shipped_weights_load_and_know_their_classes():
-    model, card = load_pretrained("shapes100-mini")
-    assert len(card.classes) == model.config["num_classes"] == 100 and card.preset == "mini"
-    assert len(card.mean) == len(card.std) == 3 and card.record["epochs_run"]
 
 
 def test_shipped_weights_that_changed_are_refused(tmp_path, monkeypatch):
@@ -174,11 +138,6 @@ def test_shipped_weights_that_changed_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "PRETRAINED", tmp_path)
     with pytest.raises(ValueError, match="missing or not the ones that shipped"):
         load_pretrained("shapes100-mini")
-
-
-def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match="'resnet'.*shapes100-mini"):
-        load_weights("resnet")
 
 
 def test_a_shipped_checkpoint_is_found_by_name(model, tmp_path, monkeypatch):

@@ -8,10 +8,9 @@ import sys
 import warnings
 from pathlib import Path
 
-import click
 import pytest
 import torch
-from click.testing import CliRunner
+from conftest import image_folder, invoke
 from filelock import FileLock
 from PIL import Image
 from torch.nn.functional import one_hot
@@ -20,8 +19,6 @@ import vitlib.training
 from vitlib import plots
 from vitlib.costs import costs
 from vitlib.course import own_images, training_commands
-from vitlib.course.cli import main
-from vitlib.course.parameters import PARAMETERS, check_parameters
 from vitlib.data import LabelledImages, load_images
 from vitlib.model import create_model
 from vitlib.training import FINETUNING, RECIPES, History, Trained, Trainer, evaluate
@@ -34,16 +31,7 @@ FOREIGN = ("matplotlib", "ipywidgets", "papermill", "ipykernel", "IPython", "nbf
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Images of 8x8 pixels in three classes: 36 for training, 9 for testing."""
-    folder = tmp_path_factory.mktemp("colours")
-    generator = torch.Generator().manual_seed(0)
-    for split, count in (("train", 12), ("test", 3)):
-        for channel, name in enumerate(("red", "green", "blue")):
-            (folder / split / name).mkdir(parents=True)
-            for index in range(count):
-                image = torch.randint(0, 100, (8, 8, 3), generator=generator, dtype=torch.uint8)
-                image[..., channel] += 120
-                Image.fromarray(image.numpy()).save(folder / split / name / f"{index}.png")
-    return folder
+    return image_folder(tmp_path_factory.mktemp("colours"), train=36, test=9)
 
 
 def options(**values: object) -> list[str]:
@@ -54,11 +42,7 @@ SMALL = {"image_size": 8, "batch_size": 16, "device": "cpu", "recipe": "short", 
 
 
 def call(command: str, **values: object):
-    """The result of a command in this process; an error that is not meant for its user fails the test."""
-    result = CliRunner().invoke(main, [command, *options(**values)])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
+    return invoke(command, *options(**values))
 
 
 def test_two_trainings_do_not_share_a_folder(folder, tmp_path):
@@ -152,6 +136,7 @@ def test_finetune_moves_the_encoder_of_a_file(pretrained, folder, tmp_path):
     model, probe_card = load_checkpoint(tmp_path / "probe" / "finetuned.safetensors")
     for name, tensor in upstream.vit_encoder.state_dict().items():
         assert torch.equal(model.vit_encoder.state_dict()[name], tensor), name
+    assert model.linear_classifier.weight.any()
     assert probe_card.mean == card.mean and probe_card.record["stage"] == "linear probe"
     assert probe_card.record["upstream"] == card.record
     assert probe_card.record["test"]["source"] == f"{folder}, test split" and probe_card.record["test"]["images"] == 9
@@ -369,7 +354,7 @@ def test_finetune_takes_a_folder_as_people_have_them(pretrained, tmp_path):
     assert card.classes == ("$dogs$", "my cats")
     words = shlex.split(last.removeprefix("Use it: "))
     assert words == ["python", "-m", "vitlib", "predict", str(run_dir / "finetuned.safetensors"), "image.jpg"]
-    result = CliRunner().invoke(main, [*words[3:-1], str(tmp_path / "mine" / "test" / "my cats" / "0.jpg")])
+    result = invoke(*words[3:-1], tmp_path / "mine" / "test" / "my cats" / "0.jpg")
     assert result.exit_code == 0 and len(result.stdout.splitlines()) == 3
 
 
@@ -387,25 +372,6 @@ def test_test_images_are_missed_before_training_and_not_after(tmp_path, folder):
     result = call("pretrain", upstream=tmp_path / "images", preset="mini", run_dir=tmp_path / "run", **SMALL)
     assert result.exit_code == 2 and re.search(r"test .*does not exist", result.stderr)
     assert result.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_options_are_parameters_of_the_course(name):
-    command = main.commands[name]
-    context = click.Context(command)
-    options = command.course_options
-    values = {option.name: option.process_value(context, option.get_default(context)) for option in options}
-    check_parameters({name: value for name, value in values.items() if name not in ("batch_size", "finetune_epochs")})
-    for option in options:
-        assert option.opts == [f"--{option.name.replace('_', '-')}"]
-        assert PARAMETERS[option.name].help in option.help
-
-
-def test_the_commands_have_every_parameter_that_is_not_about_notebooks():
-    names = {name for command in COMMANDS for name in main.commands[command].defaults}
-    notebooks_alone = {"dataset", "num_images", "official_weights", "seeds", "strict_checks"}
-    sweeps_alone = {"patch_size", "position_embedding", "arm", "labelled_images", "steps"}
-    assert names == set(PARAMETERS) - notebooks_alone - sweeps_alone
 
 
 def test_training_needs_no_package_of_notebooks_and_reads_words_for_values(folder, tmp_path):

@@ -13,7 +13,6 @@ from vitlib.weights import convert, official
 
 import_torchvision()
 SIZES = {"num_layers": 2, "image_size": 8, "patch_size": 4, "em_dim": 16, "num_heads": 4, "ff_dim": 32}
-NEEDED = "{} is a requirement of the tests only (requirements.txt), and not installed here"
 
 
 def perturbed(module: nn.Module) -> nn.Module:
@@ -74,13 +73,15 @@ def build_torchvision(**changes) -> nn.Module:
 
 
 def build_timm(**changes) -> nn.Module:
-    timm = pytest.importorskip("timm.models.vision_transformer", reason=NEEDED.format("timm"))
+    from timm.models.vision_transformer import VisionTransformer
+
     sizes = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 4, "mlp_ratio": 2}
-    return timm.VisionTransformer(**{**sizes, "num_classes": 5, **changes})
+    return VisionTransformer(**{**sizes, "num_classes": 5, **changes})
 
 
 def build_huggingface(kind="ViTForImageClassification", **changes) -> nn.Module:
-    transformers = pytest.importorskip("transformers", reason=NEEDED.format("transformers"))
+    import transformers
+
     sizes = {
         "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32, "image_size": 8,
         "patch_size": 4, "num_labels": 5,
@@ -111,7 +112,6 @@ MODELS = [
 
 @pytest.mark.parametrize(("library", "changes"), MODELS)
 def test_both_directions_give_equal_outputs_and_no_bit_is_lost(library, changes):
-    BUILD[library]()  # skips without the library
     model = ours(**changes)
     module, x = TO[library](model), images(model.config)
     assert_outputs_are_equal(module, model, x)
@@ -169,7 +169,8 @@ def test_vit_h14_of_torchvision_converts_without_memory():
 
 @pytest.mark.parametrize("name", ["vit_base_patch16_384", "deit_tiny_patch16_224"])
 def test_the_plain_vits_of_timm_convert_without_memory(name):
-    timm = pytest.importorskip("timm", reason=NEEDED.format("timm"))
+    import timm
+
     module = timm.create_model(name, device="meta")
     model = convert.from_timm(module)
     count = sum(parameter.numel() for parameter in module.parameters())
@@ -182,7 +183,6 @@ def test_the_plain_vits_of_timm_convert_without_memory(name):
 @every_library
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_both_directions_give_independent_float32_copies(library, dtype):
-    BUILD[library]()  # skips without the library
     model = ours()
     for convert_it, source in ((TO[library], model), (FROM[library], TO[library](model))):
         source = source.to(dtype).train()
@@ -200,7 +200,6 @@ def test_both_directions_give_independent_float32_copies(library, dtype):
 
 @every_library
 def test_wrapped_and_frozen_models_convert_and_a_missing_bias_is_zero(library):
-    BUILD[library]()  # skips without the library
     model = ours(patch_bias=False, drop=0.3, drop_path=0.2).requires_grad_(False)
     module = TO[library](nn.DataParallel(model))
     assert_outputs_are_equal(module, model, images(model.config))
@@ -257,28 +256,15 @@ def test_missing_and_unknown_entries_are_listed(layout):
     assert "(unknown: head_dist.weight)" in refusal(read, state | {name: value, "head_dist.weight": value}, layout)
 
 
-@every_layout
+@pytest.mark.parametrize("layout", ["npz", "timm"])
 @pytest.mark.parametrize("change", ["longer", "flat", "deeper", "scalar"])
 def test_a_misshapen_entry_is_refused(layout, change):
-    state = convert.to_state_dict(ours(num_layers=3), layout)
+    state = convert.to_state_dict(ours(num_layers=1), layout)
     for name, value in state.items():
         longer = torch.zeros(*value.shape[:-1], value.shape[-1] + 1)
         wrong = {"longer": longer, "flat": value.flatten(), "deeper": value[None], "scalar": torch.zeros(())}[change]
         if wrong.shape != value.shape:
             assert "do not fit together" in refusal(read, state | {name: wrong}, layout), name
-
-
-def test_positions_of_an_oblong_image_are_refused():
-    state = convert.to_state_dict(ours(), "npz")
-    state["Transformer/posembed_input/pos_embedding"] = torch.zeros(1, 1 + 2 * 4, 16)
-    text = refusal(read, state, "npz")
-    assert "position_embedding" in text and "[1, 9, 16]" in text and "[1, 5, 16]" in text
-
-
-def test_a_block_that_is_left_out_is_missed():
-    state = convert.to_state_dict(ours(num_layers=3), "timm")
-    state = {name: value for name, value in state.items() if not name.startswith("blocks.1.")}
-    assert "missing: blocks.1.attn.proj.bias, " in refusal(read, state, "timm")
 
 
 @every_layout
@@ -304,8 +290,6 @@ def test_a_prefix_before_the_encoder_alone_is_stripped():
     [
         ("encoder.layers.encoder_layer_0.ln_1", nn.LayerNorm(16, bias=False)),
         ("encoder.layers.encoder_layer_0.mlp.1", nn.GELU("tanh")),
-        ("encoder.layers.encoder_layer_1.mlp.1", nn.ReLU()),
-        ("encoder.ln.eps", 1e-2),
         ("conv_proj.stride", (2, 2)),
         ("scale", nn.Parameter(torch.ones(1))),
     ],
@@ -321,18 +305,22 @@ def test_a_module_of_torchvision_with_another_part_is_refused(path, part):
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"class_token": False, "global_pool": "avg"}, {"reg_tokens": 4}, {"pre_norm": True}, {"no_embed_class": True},
-        {"qk_norm": True}, {"qkv_bias": False}, {"global_pool": "avg", "fc_norm": None}, {"global_pool": "max"},
-        {"global_pool": "avg", "pool_include_prefix": True}, {"final_norm": False}, {"act_layer": "quick_gelu"},
-        {"norm_layer": nn.RMSNorm}, {"img_size": (8, 16)}, {"img_size": 10}, {"attn_layer": "diff"},
-        {"block_fn": "ParallelScalingBlock"}, {"block_fn": "ResPostBlock"},
+        {"reg_tokens": 4},
+        {"img_size": (8, 16)},
+        {"img_size": 10},
+        {"act_layer": "quick_gelu"},
+        {"norm_layer": nn.RMSNorm},
+        {"block_fn": "ResPostBlock"},
+        {"block_fn": "ParallelScalingBlock"},
+        {"global_pool": "max", "fc_norm": False},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_module_of_timm_with_another_part_is_refused(arguments):
-    timm = pytest.importorskip("timm.models.vision_transformer", reason=NEEDED.format("timm"))
+    from timm.models import vision_transformer
+
     if "block_fn" in arguments:
-        arguments = {"block_fn": getattr(timm, arguments["block_fn"])}
+        arguments = {"block_fn": getattr(vision_transformer, arguments["block_fn"])}
     refusal(convert.from_timm, perturbed(build_timm(**arguments)))
 
 
@@ -347,7 +335,6 @@ def test_a_module_of_hugging_face_with_another_part_is_refused(arguments):
 
 @every_library
 def test_a_module_of_another_kind_is_refused(library):
-    BUILD[library]()  # skips without the library
     assert "Linear cannot be converted; give the class " in refusal(FROM[library], nn.Linear(2, 2))
     assert "Linear holds no ViTModel" in refusal(TO[library], nn.Linear(2, 2))
 
@@ -387,7 +374,6 @@ def test_a_missing_library_is_named_with_its_command(library, monkeypatch):
 
 @pytest.mark.parametrize("grid", [1, 3, 7])
 def test_interpolated_positions_equal_those_of_timm(grid):
-    pytest.importorskip("timm", reason=NEEDED.format("timm"))
     from timm.layers import resample_abs_pos_embed
 
     positions = torch.randn(1, 1 + 6 * 6, 8)

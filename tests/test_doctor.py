@@ -233,14 +233,6 @@ def test_downloads_are_found(quick, tmp_path):
     assert doctor.gather().downloads == ("cifair100", "cifar10")
 
 
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [(49, "less than a minute"), (55, "about 1 minute"), (91, "about 2 minutes")],
-)
-def test_durations_are_said_as_roughly_as_they_are_known(seconds, words):
-    assert doctor.duration(seconds) == words
-
-
 @pytest.mark.parametrize("facts", [LAPTOP, with_versions(torchvision=None)], ids=["laptop", "no torchvision"])
 def test_the_exit_code_says_whether_the_course_can_run(monkeypatch, facts):
     monkeypatch.setattr(doctor, "gather", lambda: facts)

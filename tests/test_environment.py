@@ -105,26 +105,12 @@ def test_scripts_are_executable_and_stop_at_an_error(script):
     assert os.access(ROOT / script, os.X_OK) and text.startswith("#!/bin/bash\n") and "set -euo pipefail" in text
 
 
-def test_ci_runs_make_test_on_three_systems():
-    job = WORKFLOW["jobs"]["test"]
-    assert ".ci/run" in [step.get("run") for step in job["steps"]]
-    assert "exec make test" in (ROOT / ".ci/run").read_text()
-    assert {name.split("-")[0] for name in job["strategy"]["matrix"]["os"]} == {"ubuntu", "macos", "windows"}
-    assert job["env"]["PIP_EXTRA_INDEX_URL"] == CPU_INDEX
-
-
 def test_the_weekly_job_runs_all_that_is_slow():
     job = WORKFLOW["jobs"]["slow"]
     assert job["if"] == "github.event_name == 'schedule'" and job["env"]["VITLIB_SLOW"] == "1"
     weekly = "\n".join(job["strategy"]["matrix"]["what"])
     assert "-m pytest tests" in weekly and "other_versions.py colab" in weekly and "make test-site" in weekly
     assert not [name for name in re.findall(r"tests/\w+\.py", weekly) if not (ROOT / name).is_file()]
-
-
-def test_the_site_is_built_by_make_and_published():
-    steps = yaml.safe_load((ROOT / ".github/workflows/pages.yml").read_text())["jobs"]["publish"]["steps"]
-    assert "make site" in [step.get("run") for step in steps]
-    assert pins_of("docs/requirements.txt").keys().isdisjoint(PINS)
 
 
 def test_licences_and_citation_agree():

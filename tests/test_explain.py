@@ -92,25 +92,6 @@ def test_attention_distance_by_hand():
     assert distance[0].tolist() == pytest.approx([0, 2 * math.sqrt(2)])
 
 
-def test_rollout_multiplies_half_residual_half_attention_layer_by_layer():
-    attention = random_attention(2, 1, 3, 4, 4)
-    first, second = ((attention[layer, 0].mean(0) + torch.eye(4)) / 2 for layer in (0, 1))
-    assert torch.allclose(explain.rollout(attention)[0], second @ first, atol=1e-6)
-
-
-def test_the_most_relevant_patches_are_deleted_and_no_others():
-    images = torch.randn(2, 3, 6, 6)
-    relevance = torch.tensor([[9.0, 1, 2, 3, 8, 4, 5, 6, 7], [0, 1, 2, 3, 4, 5, 6, 7, 8]])  # 3 x 3 patches
-    deleted = explain.delete_patches(images, relevance, 2)
-    right = images.clone()
-    right[0, :, 0:2, 0:2] = 0  # patch 0
-    right[0, :, 2:4, 2:4] = 0  # patch 4
-    right[1, :, 4:6, 2:6] = 0  # patches 7 and 8
-    assert torch.equal(deleted, right)
-    assert torch.equal(explain.delete_patches(images, relevance, 0), images)
-    assert not explain.delete_patches(images, relevance, 9).any()
-
-
 def test_a_deletion_curve_starts_at_the_models_own_confidence_and_ends_at_the_empty_image(model):
     images = torch.randn(4, 3, 8, 8)
     curve = explain.deletion_curve(model, images, torch.rand(4, 16), [0, 5, 16])

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from conftest import invoke
 from PIL import Image
 
 from vitlib import export
@@ -23,21 +23,14 @@ from vitlib.data.folders import read_image
 from vitlib.export import TOLERANCE, Deployable, export_model
 from vitlib.model import ViTModel
 from vitlib.training.loop import predict
-from vitlib.weights.checkpoint import ModelCard, load_checkpoint, save_checkpoint
+from vitlib.weights.checkpoint import ModelCard, save_checkpoint
 
 CLASSES = ("ant", "bee", "café", "dog")
-PLAIN = "pre-norm, CLS, colour"
+PLAIN, OTHER = "pre-norm, CLS, colour", "post-norm, mean, pre-logits, grey"
 KINDS = {
     PLAIN: {},
-    "post-norm, mean, pre-logits, grey": {
-        "norm_first": False, "pooling": "mean", "pre_logits": 12, "num_channels": 1, "drop_path": 0.2,
-    },
-}  # fmt: skip
-
-
-def need_onnx() -> None:
-    for name in ("onnx", "onnxruntime", "onnxscript"):
-        pytest.importorskip(name, reason='ONNX needs pip install "vitlib[export]"')
+    OTHER: {"norm_first": False, "pooling": "mean", "pre_logits": 12, "num_channels": 1, "drop_path": 0.2},
+}
 
 
 def trained(**options) -> tuple[ViTModel, ModelCard]:
@@ -75,8 +68,6 @@ def exported(tmp_path_factory):
 
     @cache
     def write(suffix: str, kind: str) -> tuple[ViTModel, ModelCard, Path, float]:
-        if suffix == ".onnx":
-            need_onnx()
         model, card = trained(**KINDS[kind])
         path = tmp_path_factory.mktemp("exported") / f"model{suffix}"
         return model, card, path, export_model(model, card, path)
@@ -98,8 +89,7 @@ def test_a_deployable_model_normalises_as_training_does_and_changes_nothing():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("suffix", RUN)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("suffix", "kind"), [*((suffix, PLAIN) for suffix in RUN), (".pt2", OTHER)])
 def test_logits_are_equal_for_any_batch_size(exported, suffix, kind):
     model, card, path, difference = exported(suffix, kind)
     assert 0 <= difference <= TOLERANCE <= 1e-4
@@ -124,18 +114,6 @@ def test_the_file_holds_its_card_as_json(exported, suffix):
     assert {name: json.loads(text) for name, text in about.items()} == {
         "classes": list(CLASSES), "mean": [0.3, 0.4, 0.5], "std": [0.2, 0.0, 0.3], "image_size": 8, "num_channels": 3,
     }  # fmt: skip
-
-
-def test_onnx_has_names_types_and_free_batch_size(exported):
-    _, _, path, _ = exported(".onnx", PLAIN)
-    import onnx
-    import onnxruntime
-
-    onnx.checker.check_model(path, full_check=True)
-    session = onnxruntime.InferenceSession(path)
-    (images,), (logits,) = session.get_inputs(), session.get_outputs()
-    assert (images.name, images.type, images.shape) == ("images", "tensor(uint8)", ["batch", 3, 8, 8])
-    assert (logits.name, logits.type, logits.shape) == ("logits", "tensor(float)", ["batch", 4])
 
 
 EXAMPLES = doctest.DocTestParser().get_examples(export.__doc__)
@@ -242,9 +220,8 @@ def test_a_card_of_another_model_and_logits_that_are_not_finite_are_refused(form
 
 
 def test_a_missing_package_is_one_line_with_its_command(weights, tmp_path, monkeypatch):
-    need_onnx()
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    result = call(weights, tmp_path / "model.onnx")
+    result = invoke("export", weights, tmp_path / "model.onnx")
     assert result.exit_code == 2 and list(tmp_path.iterdir()) == []
     assert result.stderr == (
         'Error: onnxscript is not installed; install it with `pip install "vitlib[export]"`, or export to .pt2.\n'
@@ -261,29 +238,13 @@ def weights(tmp_path_factory) -> Path:
     return path
 
 
-def call(*words: object):
-    result = CliRunner().invoke(main, ["export", *map(str, words)])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
-
-
 def test_the_command_prints_one_line_and_nothing_else(weights, tmp_path, capfd):
     """Whatever PyTorch's exporters write to stdout and stderr."""
-    need_onnx()
     out = tmp_path / "model.onnx"
     main(["export", str(weights), str(out)], standalone_mode=False)
     captured = capfd.readouterr()
     (line,) = captured.out.splitlines()
     assert captured.err == ""
     assert line.startswith(f"{out} ({out.stat().st_size / 1e6:.1f} MB) takes uint8 images [batch, 3, 8, 8] and gives ")
-    assert "logits [batch, 4]" in line and line.endswith("(allowed: 0.0001).")
-
-
-def test_the_command_says_the_measured_difference(weights, former, monkeypatch):
-    right = Deployable(*load_checkpoint(weights))
-    export_for_test(monkeypatch, lambda images: right(images) + 3e-5)
-    result = call(weights, former)
-    assert result.exit_code == 0 and former.read_text() == "a new export", result.output
-    (measured,) = re.findall(r"they differ from the model's by at most (\S+) \(allowed: 0\.0001\)\.\n$", result.stdout)
-    assert float(measured) == pytest.approx(3e-5, abs=5e-6)
+    measured = r"logits \[batch, 4\].* they differ from the model's by at most (\S+) \(allowed: 0\.0001\)\.$"
+    assert 0 <= float(re.search(measured, line)[1]) <= TOLERANCE

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from vitlib.utils import atomic_write, printable
+from vitlib.utils import atomic_write
 
 
 def test_a_file_is_there_when_the_block_has_ended_and_not_before(tmp_path):
@@ -51,16 +51,3 @@ def test_threads_that_write_the_same_file_do_not_write_into_each_others(tmp_path
     with ThreadPoolExecutor() as pool:
         assert len(set(pool.map(write, "ab"))) == 2
     assert [path.read_text() in "ab" for path in tmp_path.iterdir()] == [True]
-
-
-@pytest.mark.parametrize(
-    ("name", "seen"),
-    [
-        ("große Katze 猫.png", "große Katze 猫.png"),
-        ("line\nbreak", "line\\nbreak"),
-        ("\x1b[2Jclear", "\\x1b[2Jclear"),
-        ("caf\udce9.png", "caf\ufffd.png"),
-    ],
-)
-def test_a_name_is_shown_without_what_breaks_lines_or_commands_terminals(name, seen):
-    assert printable(name) == seen

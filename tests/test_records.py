@@ -21,21 +21,6 @@ def test_the_shipped_model_has_the_record_of_a_finished_training():
     assert all(0 < epoch["validation_loss"] < 1.2 * math.log(100) for epoch in record["epochs_run"])
 
 
-@pytest.mark.parametrize(
-    ("name", "grid"),
-    [
-        ("sweep_labels", {"arm": 4, "labelled_images": 7, "seed": 3}),
-        ("sweep_patches", {"patch_size": 3, "position_embedding": 2, "seed": 3}),
-    ],
-)
-def test_a_sweep_that_ships_has_a_run_for_each_combination(name, grid):
-    runs = load_record(name)["runs"]
-    combinations = {tuple(run["parameters"][name] for name in grid) for run in runs}
-    assert [len(set(values)) for values in zip(*combinations, strict=True)] == list(grid.values())
-    assert len(runs) == len(combinations) == math.prod(grid.values())
-    assert all(0 < run["figures"]["top1"] < 1 and run["figures"]["chance"] > 0 for run in runs)
-
-
 def test_the_cnn_has_the_vit_s_parameters_and_its_own_best_rate():
     record = load_record("vit_against_cnn")
     vit, cnn = record["models"].values()

@@ -1,8 +1,5 @@
 """The file of an unfinished training; test_resume.py shows what whole trainings do with it."""
 
-import os
-import pickle
-
 import pytest
 import torch
 
@@ -31,27 +28,6 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match=r"a-resume.pt cannot be written \(.*unexpected pos\); is the disk full\?"):
         ResumeFile(tmp_path / "a-resume.pt", {}).save({})
-
-
-@pytest.mark.parametrize("fails_at", ["a-resume-previous.pt", "a-resume.pt"])
-def test_a_failed_move_leaves_a_state_to_resume(tmp_path, monkeypatch, fails_at):
-    file = ResumeFile(tmp_path / "a-resume.pt", {})
-    file.save({"step": 0})
-    file.save({"step": 1})
-    move = os.replace
-
-    def failing(source, target):
-        if os.path.basename(target) == fails_at:
-            raise OSError("the disk is full")
-        move(source, target)
-
-    with monkeypatch.context() as patched, pytest.raises(OSError, match="disk is full"):
-        patched.setattr(os, "replace", failing)
-        file.save({"step": 2})
-    assert file.load()["step"] == 1
-    assert {path.name for path in tmp_path.iterdir()} <= {"a-resume.pt", "a-resume-previous.pt"}, "nothing half-written"
-    file.save({"step": 3})
-    assert file.load()["step"] == 3
 
 
 def test_a_file_is_due_when_its_minutes_are_over(tmp_path, monkeypatch):
@@ -92,26 +68,12 @@ def test_a_training_with_other_settings_is_refused(tmp_path, theirs, ours, messa
     assert "0af" not in str(error.value) and str(tmp_path / "a-resume.pt") in str(error.value)
 
 
-class Trap:
-    """Its pickle makes a folder when it is opened."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.folder),)
-
-
 def whole(**changes) -> dict:
     return {"format": ResumeFile.FORMAT, "settings": "{}", "state": {"step": 1}} | changes
 
 
 DAMAGES = {
     "truncated": lambda path, trap: path.write_bytes(path.read_bytes()[:-100]),
-    "empty": lambda path, trap: path.write_bytes(b""),
-    "a text": lambda path, trap: path.write_text("to be resumed"),
-    "a folder": lambda path, trap: (path.unlink(), path.mkdir()),
-    "a pickle that runs code": lambda path, trap: path.write_bytes(pickle.dumps(trap, protocol=2)),
     "a torch file that runs code": lambda path, trap: torch.save(whole(state=trap), path),
     "of another version": lambda path, trap: torch.save(whole(format="vitlib resume 99"), path),
     "of other contents": lambda path, trap: torch.save({"weights": torch.ones(2)}, path),
@@ -119,16 +81,12 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_or_foreign_file_is_refused_and_runs_no_code(tmp_path, damage):
-    trap = Trap(tmp_path / "sprung")
-    pickle.loads(pickle.dumps(trap))
-    trap.folder.rmdir()  # the trap works
+def test_a_damaged_or_foreign_file_is_refused_and_runs_no_code(tmp_path, damage, trap):
     file = ResumeFile(tmp_path / "a-resume.pt", {})
     file.save({"step": 0})
     DAMAGES[damage](file.path, trap)
     with pytest.raises(ValueError, match="a-resume.pt is not a whole resume file of vitlib .*delete it to begin again"):
         file.load()
-    assert not trap.folder.exists()
     file.previous.write_bytes(b"")
     with pytest.raises(ValueError, match="delete it to go on from a-resume-previous.pt") as error:
         file.load()

@@ -45,15 +45,6 @@ BROKEN = [
 
 
 @pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=lab.find_browser())
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """JupyterLab over a copy of the lessons, which stay as they are."""
     folder = tmp_path_factory.mktemp("lessons") / "notebooks"

@@ -1,4 +1,4 @@
-"""No network for this Python: what would leave the machine fails at once, as it does on a machine without one.
+"""No network for this Python: connections and look-ups that leave the machine fail at once, as they do without one.
 
 Python imports a module of this name when it starts. ``conftest.py`` puts this folder on PYTHONPATH, so the notebooks
 that nbval runs and every process that a test starts are offline; loopback and Unix sockets go on working. It is no wall
@@ -19,31 +19,19 @@ def is_here(host: str | bytes | None) -> bool:
     return loopback or host in (None, "", "localhost", "::1", "0.0.0.0", "::", socket.gethostname())
 
 
-def _guard_sending(name: str) -> None:
-    """Replace a method of sockets whose last argument is the address."""
-    method = getattr(socket.socket, name)
-
-    def guarded(self, *arguments):
-        if self.family in INTERNET and not is_here(arguments[-1][0]):
-            raise OSError(errno.ENETUNREACH, SENTENCE.format(arguments[-1][0]))
-        return method(self, *arguments)
-
-    setattr(socket.socket, name, guarded)
+connect, getaddrinfo = socket.socket.connect, socket.getaddrinfo
 
 
-def _guard_look_up(name: str) -> None:
-    """Replace a function whose first argument is the host."""
-    function = getattr(socket, name)
-
-    def guarded(host, *arguments, **options):
-        if not is_here(host):
-            raise socket.gaierror(socket.EAI_NONAME, SENTENCE.format(host))
-        return function(host, *arguments, **options)
-
-    setattr(socket, name, guarded)
+def connect_here(self, address):
+    if self.family in INTERNET and not is_here(address[0]):
+        raise OSError(errno.ENETUNREACH, SENTENCE.format(address[0]))
+    return connect(self, address)
 
 
-for name in ("connect", "connect_ex", "sendto"):
-    _guard_sending(name)
-for name in ("getaddrinfo", "gethostbyname", "gethostbyname_ex"):
-    _guard_look_up(name)
+def look_up_here(host, *arguments, **options):
+    if not is_here(host):
+        raise socket.gaierror(socket.EAI_NONAME, SENTENCE.format(host))
+    return getaddrinfo(host, *arguments, **options)
+
+
+socket.socket.connect, socket.getaddrinfo = connect_here, look_up_here

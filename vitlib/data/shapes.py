@@ -152,7 +152,7 @@ _SAMPLES = 3  # samples per pixel and axis, against jagged edges
 _UNIT = 2 * _SAMPLES  # positions are counted in sixths of a pixel: every sample then sits on a whole number
 _TURN = 256  # angle steps in a full turn
 _ONE = 1 << 14  # 1.0 in fixed point
-# Rounding hides the last bits, in which maths libraries differ: no entry lies near a half (a test looks).
+# Rounding hides the last bits, in which maths libraries differ: no entry lies near a half.
 _COS, _SIN = (
     np.array([round(_ONE * f(2 * math.pi * step / _TURN)) for step in range(_TURN)], np.int32)
     for f in (math.cos, math.sin)
