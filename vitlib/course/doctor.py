@@ -26,7 +26,7 @@ PLACES = {  # by an environment variable that only this place sets: its name, an
 # of notebooks/parameters/class.yaml
 CLASS = {"preset": "mini", "recipe": "short", "norm_first": True, "batch_size": 32}
 CHAPTERS = {  # images that each trains on; one that is only looked at counts as a third
-    "00 orientation": 0, "01 patching": 0, "02 attention": 0, "03 pretraining": 48_000, "04 fine-tuning": 57_000,
+    "00 orientation": 0, "01 patching": 0, "02 attention": 0, "03 pretraining": 48_000, "04 fine-tuning": 55_000,
     "05 looking inside": 11_000, "06 the real ViT": 2_500,
 }  # fmt: skip
 START = 10  # seconds that a chapter takes to import and draw
