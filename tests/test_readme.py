@@ -7,12 +7,15 @@ import textwrap
 import click
 import pytest
 from prose import outside_blocks, words_after
+from safetensors.torch import save_file
 from test_lessons import CHAPTERS, cells_of, exercise_cells, prose_of
 
 from tools.address import ROOT
 from vitlib.__main__ import main
 from vitlib.course.parameters import PARAMETERS
 from vitlib.course.runner import read_lesson, read_lessons
+from vitlib.model import create_model
+from vitlib.weights.convert import to_state_dict
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PAGES}
@@ -37,6 +40,8 @@ def lines(page):
 @by_page
 def test_every_python_snippet_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    downloaded = to_state_dict(create_model("Ti/16", 2, num_layers=1, image_size=32), "huggingface")
+    save_file(downloaded, "model.safetensors")
     namespace = {"__name__": "__main__"}
     for number, (language, text) in enumerate(blocks(page), start=1):
         if language == "python":

@@ -14,7 +14,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from vitlib import training
-from vitlib.costs import costs
+from vitlib.costs import costs, preset_config
 from vitlib.course import own_images
 from vitlib.data import LabelledImages, channel_statistics, load_images, train_validation_split
 from vitlib.data.folders import find_splits
@@ -30,7 +30,9 @@ def pretrain(upstream, preset, run_dir, data_dir, image_size, device, **options)
     """Train a new model, and score it; the arguments are parameters of the course."""
     _check_apart(upstream, run_dir)
     device = init_distributed(device)
-    train, test = _load_splits(upstream, data_dir, image_size or PRESETS[preset].get("image_size", 224))
+    image_size = image_size or PRESETS[preset].get("image_size", 224)
+    preset_config(preset, 1, image_size=image_size)  # a size that does not fit is refused before anything is loaded
+    train, test = _load_splits(upstream, data_dir, image_size)
     with _alone_in(run_dir):
         with _in_one_sentence(options["compile"]):
             trained = training.pretrain(
