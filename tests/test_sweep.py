@@ -150,6 +150,13 @@ def test_the_same_command_runs_only_what_is_missing(everything, no_kernel, noteb
     assert changed == {run["run"] for run in grown["runs"][:2]}
 
 
+def test_runs_that_differ_beside_the_grid_are_told_apart(no_kernel, notebook, tmp_path):
+    for case in ("good", "error"):
+        plan = make_plan(notebook, {"seed": [0, 1]}, given={"case": case})
+        found = run_sweep(plan, tmp_path / "out", say=lambda line: None)
+    assert found["varied"] == ["seed", "case"] and len(found["runs"]) == 4
+
+
 @pytest.mark.parametrize("kills", [False, True])
 def test_a_failed_run_is_tried_again_when_asked(client, notebook, tmp_path, monkeypatch, kills):
     def work(folder, **job):

@@ -24,7 +24,7 @@ GRID_KEYS = ("notebook", "grid", "zip", "parameters")
 
 @dataclass(frozen=True)
 class Run:
-    """One combination. ``label`` names its folders; ``key`` is a hash of all that decides the result."""
+    """One combination. ``label`` names its folders; ``key`` is a hash of notebook, parameters and version."""
 
     key: str
     label: str

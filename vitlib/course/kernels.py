@@ -163,7 +163,10 @@ def run_notebook(
     result.seconds = round(time.perf_counter() - start, 2)
     result.peak_memory_bytes = monitor.peak_bytes
     if partial.exists():
-        executed = nbformat.read(partial, as_version=4)
+        try:
+            executed = nbformat.read(partial, as_version=4)
+        except nbformat.reader.NotJSONError:  # cut short, as by a full disk
+            return result
         result.figures = recorded_figures(executed)
         if result.status == "ok":
             partial.replace(out / f"{name}.ipynb")

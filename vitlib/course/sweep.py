@@ -359,7 +359,10 @@ def _write_tables(out: Path, plan: Plan, records: Mapping[str, dict], command: s
     keys = {run.key[:8] for run in plan.runs}
     others = [_read(folder) for folder in sorted((out / "runs").glob("*/")) if folder.name[-8:] not in keys]
     rows += [record for record in others if record == record | _about(plan)]
-    varied = dict.fromkeys([*plan.varied, *(name for record in rows for name in record["varied"])])
+    # runs of another -p or --parameters differ in more than their grids say
+    values = {name: {repr(row["parameters"].get(name)) for row in rows} for name in plan.lesson.parameters}
+    differing = [name for name, found in values.items() if len(found) > 1]
+    varied = dict.fromkeys([*plan.varied, *(name for record in rows for name in record["varied"]), *differing])
     results = {"command": command, **_about(plan), "varied": list(varied), "runs": rows}
     with atomic_write(out / "results.json") as temporary:
         temporary.write_text(json.dumps(results, indent=2, default=str) + "\n", encoding="utf-8")

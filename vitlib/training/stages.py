@@ -147,8 +147,8 @@ def train_stage(
         device: see :func:`vitlib.training.devices.resolve_device`.
         run_dir: folder for ``<name>.safetensors`` (last weights), ``<name>-best.safetensors`` (best by validation
             accuracy) and ``<name>-history.json``; None to write nothing.
-        resume: True also keeps ``<name>-resume.pt`` there, and resumes an interrupted call with the same settings; the
-            weights end up the same to the last bit.
+        resume: True also keeps ``<name>-resume.pt`` there, and resumes an interrupted call with the same settings; on a
+            CPU the weights end up the same to the last bit.
     """
     if resume and run_dir is None:
         raise ValueError("resume=True needs a run_dir; name the folder for the files of the training.")

@@ -138,7 +138,9 @@ class Trainer:
         the number of processes.
         """
         options, recipe, context = self.options, self.recipe, self.context
-        generator = torch.Generator().manual_seed((options.seed << 20) + epoch)
+        # the generator takes 32 bits; the last term keeps large seeds apart
+        number = (options.seed << 20) + epoch + (options.seed >> 12) * 2654435761
+        generator = torch.Generator().manual_seed(number)
         order = torch.randperm(len(self.train), generator=generator)[: self.steps_per_epoch * options.batch_size]
         progress = epoch * self.steps_per_epoch / self.total_steps
         augmentation = recipe.augmentation if progress <= recipe.mix_until else replace(recipe.augmentation, mixing=0.0)
