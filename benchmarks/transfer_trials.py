@@ -2,7 +2,7 @@
 
     python benchmarks/transfer_trials.py FOLDER --weights runs/long/pretrained.safetensors batch-64 batch-32
 
-Test images are not touched: a tenth of the training images is held out.
+Test images are not touched: a tenth of the training images is held out here, and a tenth of the rest by `finetune`.
 """
 
 from dataclasses import replace
@@ -33,7 +33,7 @@ TRIALS: dict[str, tuple[Recipe, int]] = {  # name: recipe and batch size
 @click.argument("source")
 @click.argument("names", nargs=-1, type=click.Choice(list(TRIALS)))
 @click.option("--weights", default="cifar100-small", show_default=True, help="A shipped name or a checkpoint.")
-@common.whole_number("--steps", None, "Of each trial; all images once without it.")
+@common.whole_number("--steps", None, "Of each trial; without it, one epoch.")
 @common.precision_option
 @common.whole_number("--seed", 0, "Start of all random numbers.", least=0)
 @common.out_option

@@ -154,7 +154,7 @@ WRONG = {
             "you masked the later tokens",
         ),
         "another temperature": (lambda q, k, v: weighted(q, k, v, 3.3), "not those of F.scaled_dot_product_attention"),
-        "half of K": (lambda q, k, v: weighted(q, k, v, 2), "a fixed number"),
+        "half of K": (lambda q, k, v: weighted(q, k, v, 2), "another number"),
         "times the root of K": (
             lambda q, k, v: weighted(q, k, v, q.shape[-1] ** -0.5),
             "multiplied by the square root",

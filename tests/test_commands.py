@@ -19,6 +19,8 @@ import vitlib.training
 from vitlib import plots
 from vitlib.costs import costs
 from vitlib.course import own_images, training_commands
+from vitlib.course.cli import main
+from vitlib.course.parameters import PARAMETERS
 from vitlib.data import LabelledImages, load_images
 from vitlib.model import create_model
 from vitlib.training import FINETUNING, RECIPES, History, Trained, Trainer, evaluate
@@ -372,6 +374,13 @@ def test_test_images_are_missed_before_training_and_not_after(tmp_path, folder):
     result = call("pretrain", upstream=tmp_path / "images", preset="mini", run_dir=tmp_path / "run", **SMALL)
     assert result.exit_code == 2 and re.search(r"test .*does not exist", result.stderr)
     assert result.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_the_commands_have_every_parameter_that_is_not_about_notebooks():
+    names = {name for command in ("pretrain", "finetune") for name in main.commands[command].defaults}
+    notebooks_alone = {"dataset", "num_images", "official_weights", "seeds", "strict_checks"}
+    sweeps_alone = {"patch_size", "position_embedding", "arm", "labelled_images", "steps"}
+    assert names == set(PARAMETERS) - notebooks_alone - sweeps_alone
 
 
 def test_training_needs_no_package_of_notebooks_and_reads_words_for_values(folder, tmp_path):

@@ -24,6 +24,7 @@ from vitlib.__main__ import main
 from vitlib.course import grade, sandbox
 from vitlib.course.cells import calls_of, names_of, needed_cells
 from vitlib.course.checks import VERDICT
+from vitlib.course.checks.frame import CORRECT, NOT_ATTEMPTED
 from vitlib.course.grade import grade_folder, tables
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
@@ -291,6 +292,22 @@ def test_a_student_is_what_the_path_says(no_kernel):
     found = grade_folder("class", "out", notebooks="course")
     assert {str(one.path.relative_to(no_kernel / "class")): one.student for one in found} == paths
     assert all(one.copy.is_file() and one.copy.is_relative_to(no_kernel / "out") for one in found)
+
+
+def test_an_untouched_copy_of_the_stub_replaces_no_verdict():
+    def graded(status):
+        shown = nbformat.v4.new_output("display_data", data={VERDICT: {"check": "one", "status": status}})
+        return new_code_cell(outputs=[shown], metadata={"vitlib": {"exercise": "one"}})
+
+    one = grade.Submission(Path("a"), "a", "ada", grade.Chapter("01_first", {"one": "f"}, {}, "checks"))
+    grade._judge(one, new_notebook(cells=[graded(CORRECT), graded(NOT_ATTEMPTED)]))
+    assert one.verdicts == {"one": ("correct", "")}
+
+
+def test_names_of_a_roster_are_found_in_what_platforms_make_of_them():
+    roster = ["Ada Lovelace", "Müller, Karl-Heinz", "Ada"]
+    students = ["lovelaceada_LATE_1234_56789", "müllerkarlheinz_7_8"]
+    assert grade._missing(roster, students) == ["Ada"]
 
 
 def test_two_files_of_one_student_have_own_rows(no_kernel):

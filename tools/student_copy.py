@@ -34,6 +34,7 @@ def write_student_copy(folder: Path, root: Path = ROOT) -> None:
 
 
 def _without_dead_links(text: str, folder: Path) -> str:
+    text = re.sub(r"\n*^Solution: \[[^\n]*", "", text, flags=re.MULTILINE)
     return LINK.sub(lambda link: link[0] if (folder / link[2]).exists() else link[1], text)
 
 

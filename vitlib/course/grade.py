@@ -39,7 +39,7 @@ LISTED = 50  # files that are not graded, each on a line
 # In a file's name beside chapter and student: copies by browsers and Jupyter, versions.
 NOISE = re.compile(
     r"(?<![^\W_])(copy( of)?|copy\d+|final|fixed|new|version|v\d+|submission|homework|hw\d*|assignment\d*|solutions?|"
-    r"notebook|untitled\d*)(?![^\W_])([_ -]\d{1,2}$)?|\(\d+\)",
+    r"backup|old|draft|done|solved|executed|checkpoint|notebook|untitled\d*)(?![^\W_])([_ -]\d{1,2}$)?|\(\d+\)",
     re.IGNORECASE,
 )
 CHECK_CELL = """\
@@ -299,18 +299,16 @@ def _prepared(one: Submission, whole: bool) -> NotebookNode:
     code = {index: cell for index, cell in enumerate(cells) if cell.cell_type == "code"}
     calls = {index: calls_of(cell) for index, cell in code.items()}
     names = {index: names_of(cell) for index, cell in code.items()}
-    place = {name: index for index, called in calls.items() for name in called if name in exercises}
-    for name in exercises.keys() - place.keys():  # no call, or by another name: after the cell that defines the answer
-        places = [index for index, cell in names.items() if exercises[name] in cell.bound - cell.imported]
-        if places:
-            place[name] = places[-1]
-    needed = set(code) if whole else needed_cells(code, names, set(place.values()))
+    place = {name: [index for index, called in calls.items() if name in called] for name in exercises}
+    for name in (name for name in exercises if not place[name]):  # no call, or by another name: where it is defined
+        place[name] = [index for index, cell in names.items() if exercises[name] in cell.bound - cell.imported][-1:]
+    needed = set(code) if whole else needed_cells(code, names, {index for places in place.values() for index in places})
     prepared = []
     for index, cell in enumerate(cells):
         if index in code and index not in needed:
             cell.metadata.tags.append("skip-execution")
         prepared.append(cell)
-        for name in (name for name in exercises if place.get(name) == index):
+        for name in (name for name in exercises if index in place[name]):
             arguments = calls[index].get(name) or exercises[name]
             file = getattr(sys.modules.get(one.chapter.module), "__file__", None)
             source = CHECK_CELL.format(module=one.chapter.module, file=file, exercise=name, arguments=arguments)
@@ -355,7 +353,9 @@ def _judge(one: Submission, executed: NotebookNode | None) -> None:
     reached, student = {}, new_code_cell()
     for cell in (cell for cell in (executed.cells if executed else ()) if cell.cell_type == "code"):
         if exercise := cell.metadata.get("vitlib", {}).get("exercise"):
-            reached[exercise] = _verdict(exercise, cell, student, one.first_error)
+            verdict = _verdict(exercise, cell, student, one.first_error)
+            if exercise not in reached or verdict[0] != WORDS[NOT_ATTEMPTED]:  # an untouched copy of the stub
+                reached[exercise] = verdict
             continue
         student = cell
         if (error := _error(cell)) and not one.first_error:
@@ -442,11 +442,16 @@ def read_roster(path: Path) -> list[str]:
 def _missing(roster: Sequence[str], students: Iterable[str]) -> list[str]:
     """Return names of which no student has all words, in any order; each student counts for the longest name only."""
 
-    def words(name: str) -> set[str]:
-        return set(re.findall(r"[^\W_]+", unicodedata.normalize("NFC", name).casefold()))
+    def words(name: str) -> list[str]:
+        return re.findall(r"[^\W_]+", unicodedata.normalize("NFC", name).casefold())
+
+    def is_in(name: str, student: str) -> bool:
+        own, its = words(name), set(words(student))
+        # Canvas writes a name without blanks, surname first
+        return set(own) <= its or any("".join(own[i:] + own[:i]) in its for i in range(len(own)))
 
     there = set()
     for student in students:
-        known = [name for name in roster if words(name) <= words(student)]
+        known = [name for name in roster if is_in(name, student)]
         there.add(max(known, key=lambda name: len(words(name)), default=None))
     return [name for name in roster if name not in there]

@@ -314,8 +314,9 @@ def _store(out: Path, plan: Plan, run: Run, result: Result, attempts: int) -> di
             log.write(f"\n{outcome.error}\n")
     record = _record(plan, run, result, attempts)
     (folder / "run.json").write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
-    for kind in ("runs", "failed"):  # an earlier failure; a run that is whole is never run again
-        shutil.rmtree(out / kind / run.label, ignore_errors=True)
+    for kind in ("runs", "failed"):  # an earlier failure, also under another label
+        for earlier in (out / kind).glob(f"*-{run.key[:8]}"):
+            shutil.rmtree(earlier, ignore_errors=True)
     place = out / ("runs" if outcome.status == "ok" else "failed") / run.label
     place.parent.mkdir(exist_ok=True)
     folder.replace(place)

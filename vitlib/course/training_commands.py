@@ -54,7 +54,9 @@ def finetune(
     _check_apart(downstream, run_dir)
     device = init_distributed(device)
     if weights == "random":
-        train, test = _load_splits(downstream, data_dir, image_size or PRESETS["small"]["image_size"])
+        image_size = image_size or PRESETS["small"]["image_size"]
+        preset_config("small", 1, image_size=image_size)
+        train, test = _load_splits(downstream, data_dir, image_size)
         model, card = _random_encoder(train, options["seed"])
         recipe = (FINETUNING if options["freeze_encoder"] else RECIPES)[recipe]
     else:

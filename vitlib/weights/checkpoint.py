@@ -208,8 +208,8 @@ def unwrap(model: nn.Module) -> ViTModel:
 
 def versions() -> dict[str, str]:
     """Return the versions that the record of a run names; vitlib's only where it is installed."""
-    installed = {found.name: found.version for name in ("torch", "vitlib") for found in distributions(name=name)}
-    return {"python": platform.python_version(), **installed}
+    found = {name: next(iter(distributions(name=name)), None) for name in ("torch", "vitlib")}
+    return {"python": platform.python_version(), **{name: one.version for name, one in found.items() if one}}
 
 
 def fingerprint(*tensors: Tensor) -> str:

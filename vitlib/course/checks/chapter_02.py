@@ -64,7 +64,7 @@ def _attends(learners: Callable, shape: tuple[int, ...], dtype: torch.dtype) -> 
     }
     for divisor in {2, 3, 4, 5, 8, 24, 64, 96, *(number**0.5 for number in (2, 3, 8, 24, 65, 96))}:
         if divisor not in (width, width**0.5, length**0.5):
-            fixed = "the scores are divided by a fixed number; K is the width of the query you get: query.shape[-1]"
+            fixed = "the scores are divided by another number than the square root of K, which is query.shape[-1]"
             expect(not close(given, (products / divisor).softmax(-1) @ value), fixed)
     otherwise = f"for inputs of shape {list(shape)} the numbers are not those of F.scaled_dot_product_attention"
     of_ones = tensor_answer(learners, query, key, torch.ones_like(value), shape=shape)
