@@ -191,7 +191,7 @@ def vit(chapter: str = "", model: ViTModel | None = None) -> str:
         parts += [line((x, 366), (x, 336), (x + 8, 336)), box(x + 10, 322, 44, 28, "norm")]
         parts += [line((x + 54, 336), (x + 64, 336)), box(x + 66, 318, width, 36, words, fill="white")]
         parts += [line((x + 66 + width, 336), (end, 336), (end, 356)), plus(end, 366, BLUE)]
-    parts += [label(220, 420, "encoder", "B × T × D, in and out", sizes["blocks"])]
+    parts += [label(220, 420, "blocks", "B × T × D, in and out", sizes["blocks"])]
     # head
     parts += [box(450, 346, 48, 40, "final\nnorm"), line((498, 366), (516, 366))]
     parts += [numbers(518, 358, 6, ORANGE, 5, cell=9), text(545, 350, "CLS", 12)]
