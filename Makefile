@@ -106,4 +106,4 @@ address: $(READY)
 	@$(RUN) -m tools.address $(REPOSITORY)
 
 clean:
-	$(PYTHON) -c "import pathlib, shutil; [shutil.rmtree(p, ignore_errors=True) for n in ('$(VENV)', 'runs', 'site', 'student-copy', 'build', '*.egg-info', '.pytest_cache', '.ruff_cache', '**/__pycache__', '**/.ipynb_checkpoints') for p in pathlib.Path('.').glob(n)]"
+	$(PYTHON) -c "import pathlib, shutil; [shutil.rmtree(p, ignore_errors=True) for n in ('$(VENV)', 'runs', 'notebooks/**/runs', 'site', 'student-copy', 'build', '*.egg-info', '.pytest_cache', '.ruff_cache', '**/__pycache__', '**/.ipynb_checkpoints') for p in pathlib.Path('.').glob(n)]"

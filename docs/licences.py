@@ -18,7 +18,7 @@ The packages that [requirements.txt](../requirements.txt) and, for the site, [do
 pin, each with the licence that its own metadata state.
 `python docs/licences.py` writes this page. What these packages bring along is not in it; `pip-licenses`, run in the
 same environment, lists that too. On Linux the default build of torch brings libraries of NVIDIA under NVIDIA's own
-terms; the CPU build ([how to get it](install.md#with-make-linux-macos)) does not. The course itself is under
+terms; the CPU build ([how to get it](install.md#on-linux-without-a-gpu)) does not. The course itself is under
 [MIT](../LICENSE), its lessons under [CC BY 4.0](../LICENSE-CC-BY-4.0).
 
 | package | version | licence |
