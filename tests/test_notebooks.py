@@ -9,7 +9,6 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-import matplotlib.cbook
 import nbformat
 import papermill
 import pytest
@@ -20,8 +19,6 @@ from prose import MACHINE_PATH
 
 from vitlib.course.parameters import PARAMETERS, check_parameters
 from vitlib.course.runner import read_lessons
-from vitlib.utils import import_torchvision
-from vitlib.weights.checkpoint import load_checkpoint
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 CHAPTERS = sorted(FOLDER.glob("[0-9]*.ipynb"))
@@ -222,21 +219,3 @@ def test_full_yaml_is_the_published_setting():
     published |= {"norm_first": False, "batch_size": 128, "pretrain_epochs": 100, "finetune_epochs": 1}
     published |= {"train_steps_per_epoch": None, "eval_steps_per_epoch": None}
     assert published.items() <= parameters_file("full").items()
-
-
-def test_official_weights_leave_a_checkpoint(tmp_path, monkeypatch):
-    """With a small random model in place of the download, which tests may not make."""
-    models = import_torchvision().models
-    sizes = {"image_size": 32, "patch_size": 16, "num_layers": 1, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 32}
-    asked = []
-    monkeypatch.setattr(models, "vit_b_16", lambda weights: asked.append(weights) or models.VisionTransformer(**sizes))
-    cells = code_cells(read(FOLDER / "06_the_real_vit.ipynb"))
-    (start,) = [number for number, cell in enumerate(cells) if "models.vit_b_16" in cell.source]
-    imports = next(cell.source for cell in cells if "check_parameters" in cell.source)
-    file = matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
-    here = {"official_weights": True, "run_dir": str(tmp_path), "models": models, "file": file}
-    for source in (imports, cells[start].source, cells[start + 1].source):
-        exec(source, here)
-    assert asked == [models.ViT_B_16_Weights.IMAGENET1K_V1]
-    model, card = load_checkpoint(tmp_path / "vit-b16.safetensors")
-    assert model.config["num_classes"] == len(card.classes) == 1000
