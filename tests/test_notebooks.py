@@ -182,9 +182,10 @@ def test_parameters_agree_with_the_table(path):
         node for node in ast.walk(ast.parse(cells[place].source)) if isinstance(node, ast.AnnAssign | ast.Assign)
     ]
     assert len(assigned) == len(declared), "papermill does not see every parameter"
-    assert {name: (entry["inferred_type_name"], entry["help"]) for name, entry in declared.items()} == {
-        name: (PARAMETERS[name].annotation, PARAMETERS[name].help) for name in declared
-    }
+    for name, entry in declared.items():
+        parameter = PARAMETERS[name]
+        written = f"Optional[{parameter.type.__name__}]" if parameter.optional else parameter.type.__name__
+        assert (entry["inferred_type_name"], entry["help"]) == (written, parameter.help), name
     check_parameters({name: ast.literal_eval(entry["default"]) for name, entry in declared.items()})
 
 

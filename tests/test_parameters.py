@@ -17,7 +17,6 @@ from vitlib.course.parameters import PARAMETERS, check_parameters
         ("seed", 2**32),
         ("norm_first", 1),
         ("data_dir", ""),
-        ("data_dir", "a\0b"),
         ("run_dir", 3),
         ("device", "cuda:x"),
         ("upstream", "absent/folder"),

@@ -30,20 +30,20 @@ def record_figures(**figures: float | int | str | None) -> None:
     from IPython.display import display
 
     # a list of pairs, because stored notebooks sort the keys of every mapping
-    stored = [[name, None if _is_not_finite(value) else value] for name, value in plain.items()]
+    stored = [
+        [name, None if isinstance(value, float) and not math.isfinite(value) else value]
+        for name, value in plain.items()
+    ]
     display({"text/plain": table, MIME_TYPE: stored}, raw=True)
 
 
 def recorded_figures(notebook: Mapping) -> dict[str, float | int | str | None]:
-    """Return all figures of an executed notebook (an ``nbformat`` node); a later one replaces one of the same name.
-
-    Numbers that are not finite become None here too: a notebook from elsewhere may hold bare NaN.
-    """
+    """Return all figures of an executed notebook (an ``nbformat`` node); a later one replaces one of the same name."""
     figures: dict = {}
     for cell in notebook["cells"]:
         for output in cell.get("outputs", ()):
             figures.update(output.get("data", {}).get(MIME_TYPE, ()))
-    return {name: None if _is_not_finite(value) else value for name, value in figures.items()}
+    return figures
 
 
 def format_figure(value: float | int | str | None) -> str:
@@ -51,9 +51,9 @@ def format_figure(value: float | int | str | None) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def main_figures(figures: Mapping[str, object]) -> dict[str, str]:
-    """Return the first figures of a run, as many as fit into a table, as texts."""
-    return {name: format_figure(value) for name, value in list(figures.items())[:FIGURES_IN_TABLE]}
+def main_figures(figures: Mapping[str, object]) -> str:
+    """Return the first figures of a run, as many as fit into a table: ``top1 0.5123, chance 0.01``."""
+    return ", ".join(f"{name} {format_figure(value)}" for name, value in list(figures.items())[:FIGURES_IN_TABLE])
 
 
 def _plain(name: str, value):
@@ -62,7 +62,3 @@ def _plain(name: str, value):
     if value is not None and (isinstance(value, bool) or not isinstance(value, int | float | str)):
         raise ValueError(f"The figure {name}={value!r} is not a number, a text or None; record one value per name.")
     return value
-
-
-def _is_not_finite(value) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)

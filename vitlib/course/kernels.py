@@ -151,7 +151,7 @@ def run_notebook(
     with KernelMonitor(end) as monitor:
         try:
             _execute(
-                _verbatim(notebook) if isinstance(notebook, Path) else notebook, _verbatim(partial), dict(parameters),
+                notebook, partial, dict(parameters),
                 kernel_manager_class=_kernel_manager(monitor, folder, environment or {}, log),
                 execution_timeout=cell_timeout, progress_bar=progress_bar, stdout_file=log, stderr_file=log, **options,
             )  # fmt: skip
@@ -220,11 +220,6 @@ def reason(error: Exception, timeout: float | None = None) -> str:
     is_of_cell = isinstance(error, papermill.PapermillExecutionError)
     name, text = (error.ename, error.evalue) if is_of_cell else (type(error).__name__, str(error))
     return ": ".join([name, *text.strip().splitlines()[:1]])
-
-
-def _verbatim(path: Path) -> str:
-    """Escape braces, which papermill would fill in."""
-    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 def last_cell(executed: NotebookNode) -> str:

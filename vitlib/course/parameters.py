@@ -46,11 +46,6 @@ class Parameter:
     rule: Callable[[str, str], str] | None = None
 
     @property
-    def annotation(self) -> str:
-        """The type as a parameters cell writes it; papermill reads ``Optional[int]`` but not ``int | None``."""
-        return f"Optional[{self.type.__name__}]" if self.optional else self.type.__name__
-
-    @property
     def allowed(self) -> str:
         """The allowed values, in words."""
         limits = {"at least": self.minimum, "at most": self.maximum}
@@ -72,10 +67,8 @@ class Parameter:
         if self.type is object or (value is None and self.optional):
             return value
         if not self._allows(value):
-            shown = " ".join(repr(value).split())
-            shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
             hint = near_match(value, self.choices)
-            raise ValueError(f"{self.name}={shown} is not allowed; give {self.allowed}{hint}.")
+            raise ValueError(f"{self.name}={value!r:.80} is not allowed; give {self.allowed}{hint}.")
         return value if self.rule is None else self.rule(self.name, value)
 
     def _allows(self, value: object) -> bool:
@@ -103,8 +96,6 @@ class Parameter:
 
 
 def path(name: str, value: str) -> str:
-    if "\0" in value:
-        raise ValueError(f"{name}={value!r} is not allowed; give a path.")
     return os.path.expanduser(value)
 
 

@@ -19,7 +19,6 @@ from vitlib.utils import atomic_write
 MOST_METRICS = 3  # drawn against each parameter
 MOST_LINES = 8  # of a figure that a reader can still tell apart
 SHARES = re.compile(r"top\d|accuracy|chance|probe|scratch")  # in names of recorded numbers that are shares of images
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # for the browser: fetch and run nothing
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; font-size: 0.875rem; display: block; overflow-x: auto; }
@@ -61,8 +60,7 @@ def write_report(results: Mapping, path: str | Path) -> None:
     about |= {name: frame[name].iloc[0] for name in same if len(frame)}
     parts += [f"<h2>How it was made</h2><pre>{text(results['command'])}</pre>", "<p>The same in all runs:</p>"]
     parts.append(_table(pd.Series(about, dtype=object).to_frame(), header=False))
-    head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-    head += f"<title>Sweep of {text(results['notebook'])}</title><style>{STYLE}</style>"
+    head = f'<meta charset="utf-8"><title>Sweep of {text(results["notebook"])}</title><style>{STYLE}</style>'
     page = f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
     with atomic_write(path) as temporary:
         # a name of a file that is not UTF-8 holds halves of surrogate pairs

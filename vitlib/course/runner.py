@@ -73,7 +73,6 @@ def run_course(
         if not any(name in lesson.parameters for lesson in selected):
             takers = ", ".join(lesson.name for lesson in lessons if name in lesson.parameters)
             raise ValueError(f"{name} is a parameter of {takers} only, which this run leaves out; drop one of the two.")
-    _read_metrics(out)  # find a broken file now, not after the first notebook
     out.mkdir(parents=True, exist_ok=True)
 
     results: dict[str, RunResult] = {}
@@ -184,23 +183,12 @@ def parameters_from_file(path: str | Path) -> dict[str, object]:
     return values
 
 
-def _read_metrics(out: Path) -> dict:
-    path = out / "metrics.json"
-    if not path.exists():
-        return {"notebooks": {}}
-    try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-        metrics["notebooks"].items()
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is not a record of runs; move it away to start a new one.") from error
-    return metrics
-
-
 def _record(out: Path, name: str, result: RunResult) -> None:
     """Write one notebook's entry of ``metrics.json`` and keep the others."""
-    metrics = _read_metrics(out)
-    metrics["notebooks"] = dict(sorted((metrics["notebooks"] | {name: asdict(result)}).items()))
-    with atomic_write(out / "metrics.json") as temporary:
+    path = out / "metrics.json"
+    notebooks = json.loads(path.read_text(encoding="utf-8"))["notebooks"] if path.exists() else {}
+    metrics = {"notebooks": dict(sorted((notebooks | {name: asdict(result)}).items()))}
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(metrics, indent=2, default=str) + "\n", encoding="utf-8")
 
 
@@ -211,6 +199,6 @@ def summary(results: Mapping[str, RunResult]) -> str:
         status = f"not run ({one.error})" if one.status == "not run" else one.status
         seconds = "" if one.seconds is None else f"{one.seconds:.1f}"
         memory = "" if one.peak_memory_bytes is None else f"{one.peak_memory_bytes / 2**20:.0f} MiB"
-        rows.append((name, status, seconds, memory, ", ".join(map(" ".join, main_figures(one.figures).items()))))
+        rows.append((name, status, seconds, memory, main_figures(one.figures)))
     failures = [f"{name}: {one.error}" for name, one in results.items() if one.status in ("failed", "interrupted")]
     return "\n".join([*text_table(rows, right=(2, 3)), *failures])

@@ -33,7 +33,7 @@ import nbformat
 
 from vitlib.course.figures import FIGURES_IN_TABLE, main_figures
 from vitlib.course.kernels import RunResult, last_cell, run_notebook
-from vitlib.utils import atomic_write, escape_formula, progress_bar
+from vitlib.utils import atomic_write, progress_bar
 
 try:
     import dask
@@ -52,7 +52,6 @@ if TYPE_CHECKING:  # grids load torch, which workers do without
 
 MOST_ROWS = 40  # of the table at the end
 RUN_MEMORY = 2**30  # bytes that one run may take; the course's kernels stay below with the class parameters
-EVERY = 5  # seconds between two writings of the tables while runs come in
 PATIENCE = 10  # seconds for a scheduler to answer and to have a worker
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")  # Dask sets them for its workers
 # a terminal sends Ctrl-C to the workers too, but the client ends them; kernels do not inherit a function
@@ -107,7 +106,7 @@ def run_sweep(
     """
     out = Path(out).expanduser().resolve()
     out.mkdir(parents=True, exist_ok=True)
-    work, next_writing = out / ".work", 0.0
+    work = out / ".work"
     try:
         lock = filelock.FileLock(out / ".lock").acquire(timeout=0)
     except filelock.Timeout as error:
@@ -140,9 +139,7 @@ def run_sweep(
                         records[run.key] = _store(out, plan, run, result, attempts)
                         bar.write(_line(records[run.key]), file=sys.stdout)
                         bar.update()
-                        if time.monotonic() > next_writing:
-                            _write_tables(out, plan, records, command)
-                            next_writing = time.monotonic() + EVERY
+                        _write_tables(out, plan, records, command)
         except KeyboardInterrupt:
             say("Interrupted; the same command again goes on with what is missing.")
         finally:
@@ -368,8 +365,7 @@ def _write_tables(out: Path, plan: Plan, records: Mapping[str, dict], command: s
     with atomic_write(out / "results.json") as temporary:
         temporary.write_text(json.dumps(results, indent=2, default=str) + "\n", encoding="utf-8")
     with atomic_write(out / "results.csv") as temporary:
-        columns = {name: [*map(escape_formula, column)] for name, column in as_frame(results)[0].items()}
-        pd.DataFrame(columns, dtype=object).to_csv(temporary, index=False)
+        as_frame(results)[0].to_csv(temporary, index=False)
     return results
 
 
@@ -417,5 +413,4 @@ def summary(results: Mapping) -> str:
 
 def _line(run: Mapping) -> str:
     seconds = "" if run["seconds"] is None else f"{run['seconds']:.1f} s"
-    figures = ", ".join(map(" ".join, main_figures(run["figures"]).items()))
-    return "  ".join(filter(None, (run["status"], run["run"], seconds, figures, run["error"])))
+    return "  ".join(filter(None, (run["status"], run["run"], seconds, main_figures(run["figures"]), run["error"])))

@@ -14,7 +14,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from vitlib import training
-from vitlib.costs import costs, preset_config
+from vitlib.costs import preset_config
 from vitlib.course import own_images
 from vitlib.data import LabelledImages, channel_statistics, load_images, train_validation_split
 from vitlib.data.folders import find_splits
@@ -23,7 +23,7 @@ from vitlib.training import FINETUNING, RECIPES, Trained, record_test
 from vitlib.training.distributed import current_context, end_distributed, init_distributed
 from vitlib.training.resume import OtherTraining
 from vitlib.utils import printable
-from vitlib.weights import ModelCard, load_weights, with_image_size
+from vitlib.weights import ModelCard, load_weights
 
 
 def pretrain(upstream, preset, run_dir, data_dir, image_size, device, **options) -> None:
@@ -60,8 +60,7 @@ def finetune(
         model, card = _random_encoder(train, options["seed"])
         recipe = (FINETUNING if options["freeze_encoder"] else RECIPES)[recipe]
     else:
-        model, card = load_weights(weights)
-        model = _for_images_of(model, image_size or model.config["image_size"])
+        model, card = load_weights(weights, image_size)
         train, test = _load_splits(downstream, data_dir, model.config["image_size"], model.config["num_channels"])
     learned_from = len(train_validation_split(train, options["validation_fraction"], options["seed"])[0])
     batch_size = batch_size or own_images.batch_size_for(learned_from)
@@ -122,19 +121,6 @@ def _random_encoder(train: LabelledImages, seed: int) -> tuple[ViTModel, ModelCa
     torch.manual_seed(seed)
     model = create_model("small", 1, image_size=train.images.shape[-1], num_channels=train.images.shape[1])
     return model, ModelCard(("none",), *channel_statistics(train.images), "small", {"stage": "random"})
-
-
-def _for_images_of(model: ViTModel, image_size: int) -> ViTModel:
-    """Return the model for images of that size; print what the change means if this is not its own size."""
-    other = with_image_size(model, image_size)
-    if other is not model:
-        before, after = costs(model.config), costs(other.config)
-        _say(
-            f"The encoder knows images of {model.config['image_size']} pixels a side ({before.patches} patches) and "
-            f"gets {image_size} ({after.patches} patches): its positions are interpolated, and a step takes "
-            f"{after.training_flops.total / before.training_flops.total:.2g} times the FLOPs."
-        )
-    return other
 
 
 @contextmanager
@@ -217,9 +203,6 @@ def _look_at_errors(trained: Trained, test: LabelledImages, folder: Path) -> str
     own_images.write_predictions(table, test, logits)
     try:
         said = own_images.draw_errors(folder, test, logits)
-    except ModuleNotFoundError as error:
-        said = f"Figures of the errors need {error.name}; install it with `pip install {error.name}`."
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
-        said = f"The figures of the errors could not be drawn ({type(error).__name__}: {reason:.200})."
+        said = f"The figures of the errors could not be drawn ({error!r:.200})."
     return f"{said} All predictions: {table}."
