@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import TINY
 from PIL import Image
 from torch import nn
 
 from vitlib.classify import predict_files
 from vitlib.data import LabelledImages
 from vitlib.data.augment import Augmentation
-from vitlib.model import PRESETS, ViTModel
+from vitlib.model import ViTModel
 from vitlib.training import FINETUNING, RECIPES, finetune, fit, pretrain, record_test
 from vitlib.weights import ModelCard, load_weights
 
@@ -30,15 +31,7 @@ def card_of(channels=3) -> ModelCard:
 
 
 def tiny(**changes) -> ViTModel:
-    sizes = {"num_classes": 3, "num_layers": 1, "image_size": 8, "patch_size": 4, "em_dim": 8, "num_heads": 2}
-    return ViTModel(**{**sizes, "ff_dim": 8, "drop": 0.0, **changes})
-
-
-@pytest.fixture
-def smaller(monkeypatch):
-    """The preset mini, smaller still."""
-    sizes = {"patch_size": 4, "num_layers": 1, "em_dim": 8, "num_heads": 2, "ff_dim": 8}
-    monkeypatch.setitem(PRESETS, "mini", sizes)
+    return ViTModel(**{**TINY, "num_classes": 3, "drop": 0.0, **changes})
 
 
 @pytest.mark.parametrize(
@@ -65,27 +58,27 @@ def test_what_does_not_go_together_is_one_sentence(changes, words):
 def steps_of(data: LabelledImages, **changes) -> int:
     """The steps of a pretraining of two epochs, whose losses must be finite."""
     options = {"pretrain_epochs": 2, "recipe": MIXED, "validation_fraction": 0.25, **QUIET, **changes}
-    history = pretrain(data, "mini", **options).history
+    history = pretrain(data, "tiny", **options).history
     assert all(math.isfinite(step["loss"]) for step in history.steps)
     return len(history.steps)
 
 
 @pytest.mark.parametrize(("batch_size", "steps"), [(1, 9), (8, 2), (9, 1), (10_000, 1)])
-def test_any_batch_size_works_with_nine_training_images(smaller, batch_size, steps):
+def test_any_batch_size_works_with_nine_training_images(tiny_preset, batch_size, steps):
     more = {"train_steps_per_epoch": 1000, "eval_steps_per_epoch": 1000}  # than there are: all images
     assert steps_of(pictures(12), batch_size=batch_size, **more) == 2 * steps
 
 
-def test_a_class_of_one_image_can_be_trained_but_not_all_of_them(smaller):
+def test_a_class_of_one_image_can_be_trained_but_not_all_of_them(tiny_preset):
     lonely = LabelledImages(pictures(9).images, torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2]), ("a", "b", "c"))
     assert steps_of(lonely) == 2
     with pytest.raises(ValueError, match=r"cannot be split; .* must have two images\.$"):
         steps_of(pictures(3))
 
 
-def test_grey_images_go_all_the_way(smaller, tmp_path):
+def test_grey_images_go_all_the_way(tiny_preset, tmp_path):
     upstream = pretrain(
-        pictures(12, channels=1), "mini", pretrain_epochs=1, recipe=MIXED, run_dir=tmp_path / "grey", **QUIET
+        pictures(12, channels=1), "tiny", pretrain_epochs=1, recipe=MIXED, run_dir=tmp_path / "grey", **QUIET
     )
     model, card = load_weights(tmp_path / "grey" / "pretrained.safetensors")
     assert model.config["num_channels"] == len(card.mean) == len(upstream.card.mean) == 1
@@ -97,10 +90,10 @@ def test_grey_images_go_all_the_way(smaller, tmp_path):
     assert prediction.error is None and sum(share for _, share in prediction.classes) == pytest.approx(1, abs=1e-6)
 
 
-def test_all_recipes_take_the_smallest_training(smaller):
+def test_all_recipes_take_the_smallest_training(tiny_preset):
     one = {"train_steps_per_epoch": 1, "eval_steps_per_epoch": 1, **QUIET}
     for name in RECIPES:
-        done = pretrain(pictures(4, classes=2, side=16), "mini", pretrain_epochs=1, recipe=name, **one)
+        done = pretrain(pictures(4, classes=2, side=16), "tiny", pretrain_epochs=1, recipe=name, **one)
         assert len(done.history.steps) == 1, name
     for name in FINETUNING:
         tuned = finetune(done.model, done.card, pictures(4, classes=2, side=16), recipe=name, **one)

@@ -15,6 +15,7 @@ from prose import outside_blocks
 from torch import nn
 
 from vitlib.course import checks
+from vitlib.course.cells import calls_of
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 CHAPTERS = sorted(FOLDER.glob("[0-9]*.ipynb"))
@@ -24,7 +25,6 @@ LONGEST_CELL = 15
 CELLS_BETWEEN_PROMPTS = 3
 EXERCISE = re.compile(r"^### (Exercise \d: .+)\n+(★☆☆|★★☆|★★★) · (\d+) minutes · (\S.*)$", re.MULTILINE)
 KINDS = {"fill in", "predict", "repair", "reorder", "extend"}
-CHECK = re.compile(r"^checks\.(?!be_strict)(\w+)\(\w+\)$", re.MULTILINE)
 HTML_IMAGE = re.compile(r"<img\b[^>]*>")
 MARKDOWN_IMAGE = re.compile(r"!\[([^\]]*)\]\(")
 
@@ -57,12 +57,7 @@ def start_of(cells):
 
 def exercise_cells(path):
     """Name of the check to the code cell that calls it."""
-    found = {}
-    for cell in cells_of(path):
-        calls = CHECK.findall(cell.source) if cell.cell_type == "code" else []
-        assert len(calls) <= 1, f"one check a cell: {calls}"
-        found.update(dict.fromkeys(calls, cell))
-    return found
+    return {name: cell for cell in cells_of(path) for name in calls_of(cell)}
 
 
 def verdict_of(cell):

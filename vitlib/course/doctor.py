@@ -7,6 +7,7 @@ or fetched.
 import math
 import os
 import platform
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -189,15 +190,17 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {first[:100]}"
 
 
+def _numbers(version: str | None) -> list[int]:
+    """Return the numbers in a version, to be compared; those of None are below all others."""
+    return [int(number) for number in re.findall(r"\d+", version or "")]
+
+
 def problems(facts: Facts) -> list[tuple[bool, str]]:
     """Return a sentence for each problem, and before it whether the course cannot run because of it."""
-    from packaging.version import Version
-
     found = []
     if not facts.needs:
         found.append((True, "vitlib is not installed; python -m pip install -e . in the course's folder does that."))
-    found_versions = {name: Version(facts.versions[name] or "0") for name in facts.needs}
-    poor = {name: lowest for name, lowest in facts.needs.items() if found_versions[name] < Version(lowest)}
+    poor = {name: least for name, least in facts.needs.items() if _numbers(facts.versions[name]) < _numbers(least)}
     if lowest := poor.pop("Python", None):
         python = facts.versions["Python"]
         found.append((True, f"Python {python} is too old; make an environment with {lowest} or newer."))

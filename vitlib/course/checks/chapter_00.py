@@ -7,39 +7,38 @@ import torch
 from .frame import compare, exercise, expect, tensor_answer
 
 
-@exercise("model input")
-def model_input(learners: Callable) -> None:
+# a square first, so that fixed sizes get as far as a verdict on the numbers; then a picture wider than high
+@exercise("model input", (32, 32, 3), (5, 7, 3), (9, 4, 1))
+def model_input(learners: Callable, height: int, width: int, channels: int) -> None:
     """Of ``model_input(image)``: uint8 ``[H, W, C]``, as a file has it, to float32 ``[1, C, H, W]`` from 0 to 1."""
-    # a square first, so that fixed sizes get as far as a verdict on the numbers; then a picture wider than high
-    for height, width, channels in ((32, 32, 3), (5, 7, 3), (9, 4, 1)):
-        image = torch.randint(0, 240, (height, width, channels), dtype=torch.uint8)
-        on_its_side = "height and width are swapped, so the picture lies on its side; the order is C, height, width"
-        hints = {
-            (height, width, channels): "that is still the shape of the file; move the channels to the front, then add "
-            "a batch dimension",
-            (channels, height, width): "the batch dimension is missing; one image is a batch of 1: [None] adds it",
-            (1, height, width, channels): "the channels are last, as in the file; permute moves them to the front",
-            (1, channels, width, height): on_its_side,
-            (channels, 1, height, width): "the batch dimension is behind the channels; it comes first",
-        }
-        shape = (1, channels, height, width)
-        given = tensor_answer(learners, image, shape=shape, letters="[1, C, height, width]", hints=hints)
-        expect(given.dtype != torch.uint8, "the numbers are still uint8; a model computes with floats: .float() first")
-        numbers = str(given.dtype).removeprefix("torch.")
-        expect(numbers == "float32", f"the numbers are {numbers}, but a model's weights are float32; use .float()")
-        planes = [image[:, :, channel].float() / 255 for channel in range(channels)]  # each [H, W]
-        right = torch.stack(planes)[None]
-        slips = {
-            "the numbers still run from 0 to 255; divide by 255": 255 * right,
-            "the numbers were divided by 255 twice; once is enough": right / 255,
-            "255 is the largest uint8, so divide by 255, not by 256": right * 255 / 256,
-            "divide by 255 for every image, not by its own largest number: a dark image must stay dark": (
-                right / right.max()
-            ),
-            "reshape never moves a number, so the colours are mixed up; permute moves the channels": (
-                (image.float() / 255).reshape(shape)
-            ),
-            on_its_side: torch.stack([plane.T for plane in planes])[None].reshape(shape),
-            "the colours are in the wrong order: red, green, blue is the file's order and the model's": right.flip(1),
-        }
-        compare(given, right, slips, "the shape is right, but a pixel is not where it was, or not what it was")
+    image = torch.randint(0, 240, (height, width, channels), dtype=torch.uint8)
+    on_its_side = "height and width are swapped, so the picture lies on its side; the order is C, height, width"
+    hints = {
+        (height, width, channels): "that is still the shape of the file; move the channels to the front, then add "
+        "a batch dimension",
+        (channels, height, width): "the batch dimension is missing; one image is a batch of 1: [None] adds it",
+        (1, height, width, channels): "the channels are last, as in the file; permute moves them to the front",
+        (1, channels, width, height): on_its_side,
+        (channels, 1, height, width): "the batch dimension is behind the channels; it comes first",
+    }
+    shape = (1, channels, height, width)
+    given = tensor_answer(learners, image, shape=shape, letters="[1, C, height, width]", hints=hints)
+    expect(given.dtype != torch.uint8, "the numbers are still uint8; a model computes with floats: .float() first")
+    numbers = str(given.dtype).removeprefix("torch.")
+    expect(numbers == "float32", f"the numbers are {numbers}, but a model's weights are float32; use .float()")
+    planes = [image[:, :, channel].float() / 255 for channel in range(channels)]  # each [H, W]
+    right = torch.stack(planes)[None]
+    slips = {
+        "the numbers still run from 0 to 255; divide by 255": 255 * right,
+        "the numbers were divided by 255 twice; once is enough": right / 255,
+        "255 is the largest uint8, so divide by 255, not by 256": right * 255 / 256,
+        "divide by 255 for every image, not by its own largest number: a dark image must stay dark": (
+            right / right.max()
+        ),
+        "reshape never moves a number, so the colours are mixed up; permute moves the channels": (
+            (image.float() / 255).reshape(shape)
+        ),
+        on_its_side: torch.stack([plane.T for plane in planes])[None].reshape(shape),
+        "the colours are in the wrong order: red, green, blue is the file's order and the model's": right.flip(1),
+    }
+    compare(given, right, slips, "the shape is right, but a pixel is not where it was, or not what it was")

@@ -22,144 +22,140 @@ from .frame import (
 )
 
 
-@exercise("patch numbers")
-def patch_numbers(learners: Callable) -> None:
+@exercise("patch numbers", (10,), (2,), (1,))
+def patch_numbers(learners: Callable, channels: int) -> None:
     """Of ``patch_numbers(height, width, channels, patch_size) -> (N, C * P * P)``."""
-    for channels in (10, 2, 1):
-        patch_size, rows = torch.randint(4, 9, (2,)).tolist()
-        columns = rows + 2  # a picture wider than high tells the two sides apart
-        height, width = rows * patch_size, columns * patch_size
-        call = f"for {height} x {width} pixels, {channels} channel(s) and patches of {patch_size}"
-        given = answer(learners, height, width, channels, patch_size)
-        pair = isinstance(given, tuple | list) or getattr(given, "shape", ()) == (2,)
-        expect(pair and len(given) == 2, "two numbers are wanted: return N, patch_dim")
-        expect(not any(number is Ellipsis for number in given), "one of the two numbers is still missing")
-        found, found_dim = map(as_number, given)
-        whole = isinstance(found, int) and isinstance(found_dim, int)
-        expect(whole, "both numbers count things, so both must be whole: divide with //, not with /")
-        patches, patch_dim = rows * columns, channels * patch_size**2
-        swapped = (found, found_dim) == (patch_dim, patches) and patches != patch_dim
-        expect(not swapped, "right numbers, wrong order: return N first, then the dimension")
-        hint = {
-            rows: "you counted one column of patches; a grid has rows and columns, so multiply",
-            columns: "you counted one row of patches; a grid has rows and columns, so multiply",
-            rows**2: "you squared the number of rows, but the picture is not square: count columns by the width",
-            columns**2: "you squared the number of columns, but the picture is not square: count rows by the height",
-            patches * patch_size: "you divided by the patch size once; both sides are cut, so divide twice",
-            patches + 1: "the CLS token is no patch: leave the 1 out",
-        }.get(found, "that is not the number of rows times the number of columns of patches")
-        expect(found == patches, f"N is {found} {call}: {hint}")
-        hint = {
-            patch_size**2: "you forgot the channels; every pixel has one number per channel",
-            channels * patch_size: "you forgot to square the patch size; a patch has P rows of P pixels",
-            patch_size: "you counted one row of pixels in one channel; a patch has P rows of P pixels, in C channels",
-        }.get(found_dim, "that is not the number of pixels in a patch times the number of channels")
-        expect(found_dim == patch_dim, f"the patch dimension is {found_dim} {call}: {hint}")
+    patch_size, rows = torch.randint(4, 9, (2,)).tolist()
+    columns = rows + 2  # a picture wider than high tells the two sides apart
+    height, width = rows * patch_size, columns * patch_size
+    call = f"for {height} x {width} pixels, {channels} channel(s) and patches of {patch_size}"
+    given = answer(learners, height, width, channels, patch_size)
+    pair = isinstance(given, tuple | list) or getattr(given, "shape", ()) == (2,)
+    expect(pair and len(given) == 2, "two numbers are wanted: return N, patch_dim")
+    expect(not any(number is Ellipsis for number in given), "one of the two numbers is still missing")
+    found, found_dim = map(as_number, given)
+    whole = isinstance(found, int) and isinstance(found_dim, int)
+    expect(whole, "both numbers count things, so both must be whole: divide with //, not with /")
+    patches, patch_dim = rows * columns, channels * patch_size**2
+    swapped = (found, found_dim) == (patch_dim, patches) and patches != patch_dim
+    expect(not swapped, "right numbers, wrong order: return N first, then the dimension")
+    hint = {
+        rows: "you counted one column of patches; a grid has rows and columns, so multiply",
+        columns: "you counted one row of patches; a grid has rows and columns, so multiply",
+        rows**2: "you squared the number of rows, but the picture is not square: count columns by the width",
+        columns**2: "you squared the number of columns, but the picture is not square: count rows by the height",
+        patches * patch_size: "you divided by the patch size once; both sides are cut, so divide twice",
+        patches + 1: "the CLS token is no patch: leave the 1 out",
+    }.get(found, "that is not the number of rows times the number of columns of patches")
+    expect(found == patches, f"N is {found} {call}: {hint}")
+    hint = {
+        patch_size**2: "you forgot the channels; every pixel has one number per channel",
+        channels * patch_size: "you forgot to square the patch size; a patch has P rows of P pixels",
+        patch_size: "you counted one row of pixels in one channel; a patch has P rows of P pixels, in C channels",
+    }.get(found_dim, "that is not the number of pixels in a patch times the number of channels")
+    expect(found_dim == patch_dim, f"the patch dimension is {found_dim} {call}: {hint}")
 
 
-@exercise("patchify")
-def patchify(learners: Callable) -> None:
+# all sizes differ, so that no mix-up goes unseen
+@exercise("patchify", (2, 3, 5, 6, 4), (3, 1, 2, 4, 5), (1, 4, 3, 2, 3), (1, 2, 9, 8, 2))
+def patchify(learners: Callable, batch: int, channels: int, rows: int, columns: int, size: int) -> None:
     """Of ``patchify(images [B, C, H, W], patch_size) -> [B, N, C * P * P]``."""
-    # batch, channels, rows and columns of patches, patch size: all different, so that no mix-up goes unseen
-    for batch, channels, rows, columns, size in ((2, 3, 5, 6, 4), (3, 1, 2, 4, 5), (1, 4, 3, 2, 3), (1, 2, 9, 8, 2)):
-        images = torch.randn(batch, channels, rows * size, columns * size)
-        patches, patch_dim = rows * columns, channels * size**2
-        shape = (batch, patches, patch_dim)
-        hints = {
-            (batch, patch_dim, patches): "a row should be a patch, so swap the last two dimensions",
-            (batch * patches, patch_dim): "keep the images of the batch apart",
-            (batch, rows, columns, patch_dim): "merge the two grid dimensions into one",
-            (batch, patches, channels, size, size): "flatten each patch into one row",
-            (batch, patches * channels, size**2): "put the channels of a patch side by side in one row",
-        }
-        given = tensor_answer(learners, images, size, shape=shape, letters="[B, N, C * P * P]", hints=hints)
-        # an independent way there: unfold gives [B, C * P * P, N] in the order in which a convolution reads its input
-        right = F.unfold(images, size, stride=size).mT
-        parts = right.unflatten(2, (channels, size, size)).unflatten(1, (rows, columns))  # [B, row, column, C, P, P]
-        by_column = parts.transpose(1, 2)
-        slips = {
-            "reshape alone never moves a number; permute before the last reshape": images.reshape(shape),
-            "your patches are numbered down the columns; number them row by row": by_column.reshape(shape),
-            "within a patch your channels come last; the order is channel, row, column": (
-                parts.permute(0, 1, 2, 4, 5, 3).reshape(shape)
-            ),
-            "each of your patches is mirrored: its rows and columns are swapped": parts.mT.reshape(shape),
-            "you cut the transposed image: rows and columns are swapped everywhere": by_column.mT.reshape(shape),
-        }
-        otherwise = "some numbers of the images are lost or changed; only move them"
-        if _same_numbers(given, right):
-            otherwise = "every number of the images is there, but not in its place; note the dimensions of every line"
-        compare(given, right, slips, otherwise)
+    images = torch.randn(batch, channels, rows * size, columns * size)
+    patches, patch_dim = rows * columns, channels * size**2
+    shape = (batch, patches, patch_dim)
+    hints = {
+        (batch, patch_dim, patches): "a row should be a patch, so swap the last two dimensions",
+        (batch * patches, patch_dim): "keep the images of the batch apart",
+        (batch, rows, columns, patch_dim): "merge the two grid dimensions into one",
+        (batch, patches, channels, size, size): "flatten each patch into one row",
+        (batch, patches * channels, size**2): "put the channels of a patch side by side in one row",
+    }
+    given = tensor_answer(learners, images, size, shape=shape, letters="[B, N, C * P * P]", hints=hints)
+    # an independent way there: unfold gives [B, C * P * P, N] in the order in which a convolution reads its input
+    right = F.unfold(images, size, stride=size).mT
+    parts = right.unflatten(2, (channels, size, size)).unflatten(1, (rows, columns))  # [B, row, column, C, P, P]
+    by_column = parts.transpose(1, 2)
+    slips = {
+        "reshape alone never moves a number; permute before the last reshape": images.reshape(shape),
+        "your patches are numbered down the columns; number them row by row": by_column.reshape(shape),
+        "within a patch your channels come last; the order is channel, row, column": (
+            parts.permute(0, 1, 2, 4, 5, 3).reshape(shape)
+        ),
+        "each of your patches is mirrored: its rows and columns are swapped": parts.mT.reshape(shape),
+        "you cut the transposed image: rows and columns are swapped everywhere": by_column.mT.reshape(shape),
+    }
+    otherwise = "some numbers of the images are lost or changed; only move them"
+    if _same_numbers(given, right):
+        otherwise = "every number of the images is there, but not in its place; note the dimensions of every line"
+    compare(given, right, slips, otherwise)
     images = torch.randn(2, 3, 12, 12, dtype=torch.float64)
     exact = torch.equal(unpatchify(tensor_answer(learners, images, 4), 4), images)
     expect(exact, "put together again, your patches are the images only up to rounding; move numbers, compute nothing")
     expect_gradients(learners, images, 4)
 
 
-@exercise("patch embedding")
-def patch_embedding(learners: Callable) -> None:
+@exercise("patch embedding", (3, 10, 4), (1, 6, 5), (2, 9, 3))
+def patch_embedding(learners: Callable, channels: int, width: int, size: int) -> None:
     """Of ``conv_to_linear(conv) -> nn.Linear``: on patches, the numbers that ``conv`` gives on images, to 1e-5.
 
     Whether the layer shares memory with the convolution or has a copy of its weights is left to the learner.
     """
-    for channels, width, size in ((3, 10, 4), (1, 6, 5), (2, 9, 3)):
-        for bias in (False, True):
-            conv = nn.Conv2d(channels, width, size, stride=size, bias=bias)
-            images = torch.randn(2, channels, 3 * size, 2 * size)
-            right = conv(images).flatten(2).mT.detach()  # [B, N, D]
-            linear = answer(learners, conv)
-            expect(isinstance(linear, nn.Linear), f"an nn.Linear is wanted, but a {type(linear).__name__} came back")
-            frozen = [name for name, part in linear.named_parameters() if not part.requires_grad]
-            expect(not frozen, f"the {'/'.join(frozen)} of your layer cannot be trained: requires_grad is False")
-            kernels, patch_dim = conv.weight, channels * size**2
-            swapped = "in and out are swapped: a patch of C * P * P numbers goes in, a token of D numbers comes out"
-            hints = {(patch_dim, width): swapped}
-            expect_tensor(linear.weight, (width, patch_dim), "that of nn.Linear(C * P * P, D).weight", hints)
-            given = linear(F.unfold(images, size, stride=size).mT)
-            if close(given, right):
-                continue
-            slips = {
-                "your weights have the channels last; a patch is flattened channel, row, column, and so must they be": (
-                    kernels.permute(0, 2, 3, 1).flatten(1)
-                ),
-                "within each kernel rows and columns are swapped": kernels.mT.flatten(1),
-                "you merged the wrong dimensions: D stays first, the others become one": kernels.reshape(-1, width).T,
-            }
-            otherwise = "the linear layer has weights of its own; copy those of the convolution into it"
-            if _same_numbers(linear.weight, kernels):
-                otherwise = "every weight of the convolution is there, but not in its place"
-            compare(linear.weight, kernels.flatten(1), slips, otherwise)
-            if conv.bias is None:
-                expect(linear.bias is None, "this convolution has no bias, but your layer has one: use bias=False")
-            else:
-                expect(linear.bias is not None, "you forgot the bias: this convolution has one")
-                copied = close(linear.bias, conv.bias)
-                expect(copied, "the weights are right, but the bias is not the convolution's; copy it too")
-            raise Mistake("weights and bias agree, but the numbers differ by more than 1e-5; what else is computed?")
-
-
-@exercise("tokens")
-def tokens(learners: Callable) -> None:
-    """Of ``tokens(patches [B, N, D], cls_token [1, 1, D], positions [1, N + 1, D]) -> [B, N + 1, D]``."""
-    for batch, count, width in ((3, 6, 5), (2, 11, 3)):
-        patches, cls_token = torch.randn(batch, count, width), torch.randn(1, 1, width)
-        positions = torch.randn(1, count + 1, width)
-        hints = {tuple(patches.shape): "one token is missing: N patches and CLS make N + 1"}
-        wanted = {"shape": (batch, count + 1, width), "letters": "[B, N + 1, D]", "hints": hints}
-        given = tensor_answer(learners, patches, cls_token, positions, **wanted)
-        cls = cls_token.expand(batch, 1, width)
-        right = torch.cat([cls, patches], 1) + positions
-        if not close(given, right):
-            _expect_each_part_in_its_place(learners, patches, cls_token, positions)
+    for bias in (False, True):
+        conv = nn.Conv2d(channels, width, size, stride=size, bias=bias)
+        images = torch.randn(2, channels, 3 * size, 2 * size)
+        right = conv(images).flatten(2).mT.detach()  # [B, N, D]
+        linear = answer(learners, conv)
+        expect(isinstance(linear, nn.Linear), f"an nn.Linear is wanted, but a {type(linear).__name__} came back")
+        frozen = [name for name, part in linear.named_parameters() if not part.requires_grad]
+        expect(not frozen, f"the {'/'.join(frozen)} of your layer cannot be trained: requires_grad is False")
+        kernels, patch_dim = conv.weight, channels * size**2
+        swapped = "in and out are swapped: a patch of C * P * P numbers goes in, a token of D numbers comes out"
+        hints = {(patch_dim, width): swapped}
+        expect_tensor(linear.weight, (width, patch_dim), "that of nn.Linear(C * P * P, D).weight", hints)
+        given = linear(F.unfold(images, size, stride=size).mT)
+        if close(given, right):
+            continue
         slips = {
-            "the positions are added twice; once is enough": right + positions,
-            "the positions are subtracted; add them": right - 2 * positions,
-            "patches and positions are multiplied; add them": torch.cat([cls, patches], 1) * positions,
-            "the tokens are normalised, which equation 1 does not do": F.layer_norm(right, (width,)),
+            "your weights have the channels last; a patch is flattened channel, row, column, and so must they be": (
+                kernels.permute(0, 2, 3, 1).flatten(1)
+            ),
+            "within each kernel rows and columns are swapped": kernels.mT.flatten(1),
+            "you merged the wrong dimensions: D stays first, the others become one": kernels.reshape(-1, width).T,
         }
-        compare(given, right, slips, "each part is in its place alone, but together they are not the sum; only add")
-        again = tensor_answer(learners, patches, cls_token, positions)
-        expect(close(again, given), "two calls on the same numbers differ; leave dropout to the model")
+        otherwise = "the linear layer has weights of its own; copy those of the convolution into it"
+        if _same_numbers(linear.weight, kernels):
+            otherwise = "every weight of the convolution is there, but not in its place"
+        compare(linear.weight, kernels.flatten(1), slips, otherwise)
+        if conv.bias is None:
+            expect(linear.bias is None, "this convolution has no bias, but your layer has one: use bias=False")
+        else:
+            expect(linear.bias is not None, "you forgot the bias: this convolution has one")
+            copied = close(linear.bias, conv.bias)
+            expect(copied, "the weights are right, but the bias is not the convolution's; copy it too")
+        raise Mistake("weights and bias agree, but the numbers differ by more than 1e-5; what else is computed?")
+
+
+@exercise("tokens", (3, 6, 5), (2, 11, 3))
+def tokens(learners: Callable, batch: int, count: int, width: int) -> None:
+    """Of ``tokens(patches [B, N, D], cls_token [1, 1, D], positions [1, N + 1, D]) -> [B, N + 1, D]``."""
+    patches, cls_token = torch.randn(batch, count, width), torch.randn(1, 1, width)
+    positions = torch.randn(1, count + 1, width)
+    hints = {tuple(patches.shape): "one token is missing: N patches and CLS make N + 1"}
+    wanted = {"shape": (batch, count + 1, width), "letters": "[B, N + 1, D]", "hints": hints}
+    given = tensor_answer(learners, patches, cls_token, positions, **wanted)
+    cls = cls_token.expand(batch, 1, width)
+    right = torch.cat([cls, patches], 1) + positions
+    if not close(given, right):
+        _expect_each_part_in_its_place(learners, patches, cls_token, positions)
+    slips = {
+        "the positions are added twice; once is enough": right + positions,
+        "the positions are subtracted; add them": right - 2 * positions,
+        "patches and positions are multiplied; add them": torch.cat([cls, patches], 1) * positions,
+        "the tokens are normalised, which equation 1 does not do": F.layer_norm(right, (width,)),
+    }
+    compare(given, right, slips, "each part is in its place alone, but together they are not the sum; only add")
+    again = tensor_answer(learners, patches, cls_token, positions)
+    expect(close(again, given), "two calls on the same numbers differ; leave dropout to the model")
     expect_gradients(learners, patches.double(), cls_token.double(), positions.double())
 
 
@@ -196,15 +192,9 @@ def _expect_each_part_in_its_place(learners: Callable, patches: Tensor, cls_toke
     expect(cls_first or not patches_right or not close(added, right), "the first token is not CLS")
 
 
-@exercise("position interpolation")
-def interpolation(learners: Callable) -> None:
+@exercise("position interpolation", (5, 8, 7), (6, 4, 5), (3, 7, 12))
+def interpolation(learners: Callable, old: int, new: int, width: int) -> None:
     """Of ``stretch_positions(positions [1, 1 + g * g, D], grid) -> [1, 1 + grid * grid, D]``, CLS first."""
-    for old, new, width in ((5, 8, 7), (6, 4, 5), (3, 7, 12)):
-        _stretches(learners, old, new, width)
-
-
-def _stretches(learners: Callable, old: int, new: int, width: int) -> None:
-    """Judge the stretching of ``old`` x ``old`` positions to ``new`` x ``new``."""
 
     def given(cls: Tensor, patches: Tensor, grid: int = new) -> Tensor:
         hints = {

@@ -28,37 +28,37 @@ from .frame import (
 )
 
 
-@exercise("split")
-def split(learners: Callable) -> None:
+# a size that has to be rounded, and one that has not
+@exercise("split", (103, 0.2), (60, 0.15))
+def split(learners: Callable, count: int, fraction: float) -> None:
     """Of ``split(count, fraction, seed) -> (training, validation)``: indices, together 0 to count - 1."""
-    for count, fraction in ((103, 0.2), (60, 0.15)):  # a size that has to be rounded, and one that has not
-        seed, *other_seeds = torch.randperm(1000)[:3].tolist()
-        training, validation = drawn = _two_parts(learners, count, fraction, seed)
-        together = set(training) | set(validation)
-        expect(
-            together <= set(range(count)),
-            f"for {count} images the indices run from 0 to {count - 1}, but yours from {min(together)} to "
-            f"{max(together)}; torch.randperm(count) has each of them once",
-        )
-        once = all(len(set(part)) == len(part) for part in drawn)
-        expect(once, "an image stands twice in the same part: you drew with replacement; shuffle with torch.randperm")
-        both, lost = len(set(training) & set(validation)), count - len(together)
-        expect(not both, f"{both} of {count} images are in both parts; cut one order in two, at one place")
-        expect(not lost, f"{lost} of {count} images are in neither part; cut one order in two, at one place")
-        wanted, size = fraction * count, f"the validation part has {len(validation)} of {count} images"
-        swapped = abs(len(training) - wanted) < 1
-        expect(not swapped, f"{size} for the fraction {fraction}; the fraction is that of the second part")
-        expect(abs(len(validation) - wanted) < 1, f"{size}, but {fraction} of {count} is {wanted:.1f}")
-        held_out = set(validation)
-        runs = sum((index + 1) % count not in held_out for index in validation)  # a shuffle breaks it into many
-        expect(
-            runs > len(validation) / 3,
-            "the validation part is made of neighbours, in the order in which the images come; a folder comes sorted "
-            "by class, so whole classes would never be trained on; shuffle before you cut",
-        )
-        steps = {second - first for first, second in zip(validation, validation[1:], strict=False)}
-        expect(len(steps) > 1, "you hold out one image in every so many; draw a random order, with torch.randperm")
-        _expect_own_seed(learners, count, fraction, seed, other_seeds, drawn)
+    seed, *other_seeds = torch.randperm(1000)[:3].tolist()
+    training, validation = drawn = _two_parts(learners, count, fraction, seed)
+    together = set(training) | set(validation)
+    expect(
+        together <= set(range(count)),
+        f"for {count} images the indices run from 0 to {count - 1}, but yours from {min(together)} to "
+        f"{max(together)}; torch.randperm(count) has each of them once",
+    )
+    once = all(len(set(part)) == len(part) for part in drawn)
+    expect(once, "an image stands twice in the same part: you drew with replacement; shuffle with torch.randperm")
+    both, lost = len(set(training) & set(validation)), count - len(together)
+    expect(not both, f"{both} of {count} images are in both parts; cut one order in two, at one place")
+    expect(not lost, f"{lost} of {count} images are in neither part; cut one order in two, at one place")
+    wanted, size = fraction * count, f"the validation part has {len(validation)} of {count} images"
+    swapped = abs(len(training) - wanted) < 1
+    expect(not swapped, f"{size} for the fraction {fraction}; the fraction is that of the second part")
+    expect(abs(len(validation) - wanted) < 1, f"{size}, but {fraction} of {count} is {wanted:.1f}")
+    held_out = set(validation)
+    runs = sum((index + 1) % count not in held_out for index in validation)  # a shuffle breaks it into many
+    expect(
+        runs > len(validation) / 3,
+        "the validation part is made of neighbours, in the order in which the images come; a folder comes sorted "
+        "by class, so whole classes would never be trained on; shuffle before you cut",
+    )
+    steps = {second - first for first, second in zip(validation, validation[1:], strict=False)}
+    expect(len(steps) > 1, "you hold out one image in every so many; draw a random order, with torch.randperm")
+    _expect_own_seed(learners, count, fraction, seed, other_seeds, drawn)
 
 
 def _two_parts(learners: Callable, count: int, fraction: float, seed: int) -> tuple[list[int], ...]:
@@ -214,62 +214,60 @@ def _expect_images_apart(model: nn.Module, images: Tensor) -> None:
     )
 
 
-@exercise("top-1 accuracy")
-def top1(learners: Callable) -> None:
+# as many classes as images first, so that an argmax over the wrong axis has an answer
+@exercise("top-1 accuracy", (60, 60), (60, 7), (53, 130))
+def top1(learners: Callable, batch: int, num_classes: int) -> None:
     """Of ``top1(logits [B, classes], labels [B])``: the share of images with the highest logit at their class."""
-    # as many classes as images first, so that an argmax over the wrong axis has an answer
-    for batch, num_classes in ((60, 60), (60, 7), (53, 130)):
-        hits = torch.randint(35, 49, ()).item()
-        labels = torch.randint(num_classes, (batch,))
-        winners = torch.where(torch.arange(batch) < hits, labels, (labels + 1) % num_classes)
-        logits = torch.randn(batch, num_classes)
-        for ahead, chosen in ((0.5, labels), (1.0, winners)):  # where the right class does not win, it comes second
-            logits[torch.arange(batch), chosen] = logits.amax(1) + ahead
-        given, right = number_answer(learners, logits, labels), hits / batch
-        whole = isinstance(given, int) and given == 0
-        expect(not whole, "that is 0 although some are right; // rounds a share down to 0, so divide with /")
-        probabilities = logits.softmax(1)[torch.arange(batch), labels]
-        over_images = (logits.argmax(0)[:batch] == labels[:num_classes]).float()
-        slips = {
-            "that is the mean probability of the right class; top-1 asks only whether it is the highest": (
-                probabilities.mean().item()
-            ),
-            "your argmax runs over the images; the classes are the last axis of the logits": over_images.mean().item(),
-            "that counts the right answers; divide by the number of images": hits,
-            "that is in percent; give a share from 0 to 1": 100 * right,
-            "that is the share of wrong answers": 1 - right,
-            "that divides by the number of classes; divide by the number of images": hits / num_classes,
-        }
-        otherwise = f"{given:.3g} where {right:.3g} is right; count the images whose highest logit is their label's"
-        compare(given, right, slips, otherwise, same=partial(math.isclose, rel_tol=1e-4))
+    hits = torch.randint(35, 49, ()).item()
+    labels = torch.randint(num_classes, (batch,))
+    winners = torch.where(torch.arange(batch) < hits, labels, (labels + 1) % num_classes)
+    logits = torch.randn(batch, num_classes)
+    for ahead, chosen in ((0.5, labels), (1.0, winners)):  # where the right class does not win, it comes second
+        logits[torch.arange(batch), chosen] = logits.amax(1) + ahead
+    given, right = number_answer(learners, logits, labels), hits / batch
+    whole = isinstance(given, int) and given == 0
+    expect(not whole, "that is 0 although some are right; // rounds a share down to 0, so divide with /")
+    probabilities = logits.softmax(1)[torch.arange(batch), labels]
+    over_images = (logits.argmax(0)[:batch] == labels[:num_classes]).float()
+    slips = {
+        "that is the mean probability of the right class; top-1 asks only whether it is the highest": (
+            probabilities.mean().item()
+        ),
+        "your argmax runs over the images; the classes are the last axis of the logits": over_images.mean().item(),
+        "that counts the right answers; divide by the number of images": hits,
+        "that is in percent; give a share from 0 to 1": 100 * right,
+        "that is the share of wrong answers": 1 - right,
+        "that divides by the number of classes; divide by the number of images": hits / num_classes,
+    }
+    otherwise = f"{given:.3g} where {right:.3g} is right; count the images whose highest logit is their label's"
+    compare(given, right, slips, otherwise, same=partial(math.isclose, rel_tol=1e-4))
 
 
-@exercise("evaluation")
-def evaluation(learners: Callable) -> None:
+@exercise("evaluation", (16, 8, 3), (9, 5, 7))
+def evaluation(learners: Callable, batch: int, width: int, classes: int) -> None:
     """Of ``evaluate_model(model, images)``: logits in eval mode, without gradients; the model as it was before."""
-    for batch, width, classes in ((16, 8, 3), (9, 5, 7)):
-        images = torch.randn(batch, width)
-        layers = nn.Linear(width, 8), nn.Dropout(0.5), nn.Linear(8, classes)
-        model = nn.Sequential(*layers, nn.BatchNorm1d(classes))  # in train mode it would move its statistics
-        model(images).sum().backward()  # leaves gradients, which are the caller's
-        right = model.eval()(images).detach()
-        model.train()
-        recorded = []
-        model[0].register_forward_hook(lambda *_, log=recorded: log.append(torch.is_grad_enabled()))
-        with unchanged(model, images):
-            first, second = (_logits(learners, model, images, right) for _ in range(2))
-            same = close(first, second) and not (first == 0).all()
-            expect(same, "two calls give different logits: dropout is still on; call model.eval() first")
-            recorded_none = not first.requires_grad and not any(recorded)
-            expect(recorded_none, "gradients are recorded, which costs memory; call the model within torch.no_grad()")
-            expect(model.training, "the model is left in eval mode, so the next epoch has no dropout; put it back")
-            expect(close(first, right), "these are not the logits of the model in eval mode; return them unchanged")
-        model.eval()
-        with unchanged(model, images):
-            same = close(_logits(learners, model, images, right), right)
-            expect(same, "a model that is in eval mode gets other logits")
-            kept = "a model that came in eval mode goes out in train mode; remember model.training before you change it"
-            expect(not model.training, kept)
+    images = torch.randn(batch, width)
+    layers = nn.Linear(width, 8), nn.Dropout(0.5), nn.Linear(8, classes)
+    model = nn.Sequential(*layers, nn.BatchNorm1d(classes))  # in train mode it would move its statistics
+    model(images).sum().backward()  # leaves gradients, which are the caller's
+    right = model.eval()(images).detach()
+    model.train()
+    recorded = []
+    model[0].register_forward_hook(lambda *_, log=recorded: log.append(torch.is_grad_enabled()))
+    with unchanged(model, images):
+        first, second = (_logits(learners, model, images, right) for _ in range(2))
+        same = close(first, second) and not (first == 0).all()
+        expect(same, "two calls give different logits: dropout is still on; call model.eval() first")
+        recorded_none = not first.requires_grad and not any(recorded)
+        expect(recorded_none, "gradients are recorded, which costs memory; call the model within torch.no_grad()")
+        expect(model.training, "the model is left in eval mode, so the next epoch has no dropout; put it back")
+        expect(close(first, right), "these are not the logits of the model in eval mode; return them unchanged")
+    model.eval()
+    with unchanged(model, images):
+        same = close(_logits(learners, model, images, right), right)
+        expect(same, "a model that is in eval mode gets other logits")
+        kept = "a model that came in eval mode goes out in train mode; remember model.training before you change it"
+        expect(not model.training, kept)
 
 
 def _logits(learners: Callable, model: nn.Module, images: Tensor, right: Tensor) -> Tensor:

@@ -29,17 +29,12 @@ from .frame import (
 )
 
 
-@exercise("transfer")
-def transfer(learners: Callable) -> None:
+@exercise("transfer", (100, 10), (12, 7), (5, 20))
+def transfer(learners: Callable, old_classes: int, classes: int) -> None:
     """Of ``transfer(pretrained, num_classes)``: a new model with the pretrained encoder and a new head."""
-    for upstream, classes in ((100, 10), (12, 7), (5, 20)):
-        _judge_transfer(learners, _tiny_vit(num_classes=upstream), classes)
-
-
-def _judge_transfer(learners: Callable, pretrained: ViTModel, classes: int) -> None:
+    pretrained = _tiny_vit(old_classes)
     config = dict(pretrained.config)
     before = {name: tensor.clone() for name, tensor in pretrained.state_dict().items()}
-    old_classes = pretrained.linear_classifier.out_features
     model = answer(learners, pretrained, classes)
     expect(pretrained.config == config, "your function changes `pretrained.config`; make a new dict for the new model")
     expect(isinstance(model, ViTModel), f"a ViTModel is wanted, but a {type(model).__name__} came back")
@@ -202,9 +197,7 @@ def _judge_gains(gains: Sequence[float], runs: Sequence) -> None:
         ),
         "a loss is a gain below 0; keep its sign": right.abs(),
         "only the best runs are compared; take the mean of each arm": best - best_control,
-        "that is our worst run minus the control's best; take the mean of each arm": (
-            runs[:, 0].amin(1) - best_control
-        ),
+        "that is our worst run minus the control's best; take the mean of each arm": runs[:, 0].amin(1) - best_control,
         "that is the sum over the seeds; divide by their number": 3 * right,
         "that is the ratio of the two means; a gain is their difference": ours / control,
         "that is the mean of ours; the control's has to be taken off": ours,
@@ -214,16 +207,12 @@ def _judge_gains(gains: Sequence[float], runs: Sequence) -> None:
     compare(torch.tensor(gains), right, slips, otherwise, same=rounded)
 
 
-@exercise("normalisation")
-def normalisation(learners: Callable) -> None:
+@exercise("normalisation", (4, 8), (2, 5), (1, 6))
+def normalisation(learners: Callable, batch: int, side: int) -> None:
     """Of ``normalisation(images, card)``: downstream images as the encoder with this card expects them."""
-    for shape in ((4, 3, 8, 8), (2, 3, 5, 5), (1, 3, 6, 6)):
-        images = torch.randint(0, 256, shape, dtype=torch.uint8)
-        mean, std = (0.3 + 0.3 * torch.rand(2, 3)).tolist()
-        _judge_normalisation(learners, images, ModelCard(("a", "b"), mean=tuple(mean), std=tuple(std)))
-
-
-def _judge_normalisation(learners: Callable, images: Tensor, card: ModelCard) -> None:
+    images = torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8)
+    mean, std = (0.3 + 0.3 * torch.rand(2, 3)).tolist()
+    card = ModelCard(("a", "b"), mean=tuple(mean), std=tuple(std))
     given = answer(learners, images, card)
     given = expect_tensor(torch.from_numpy(given) if isinstance(given, np.ndarray) else given, images.shape)
     mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (card.mean, card.std))

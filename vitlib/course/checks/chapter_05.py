@@ -16,45 +16,44 @@ from vitlib.weights.checkpoint import load_pretrained
 from .frame import Mistake, answer, close, compare, exercise, expect, expect_tensor, number_answer, tensor_answer
 
 
-@exercise("attention distance")
-def distance(learners: Callable) -> None:
+@exercise("attention distance", (3, 4), (4, 5), (2, 7))
+def distance(learners: Callable, grid: int, patch_size: int) -> None:
     """Of ``distance(weights [N + 1, N + 1], patch_size) -> float``, in pixels, CLS left out."""
-    for grid, patch_size in ((3, 4), (4, 5), (2, 7)):
-        weights = torch.randn(grid**2 + 1, grid**2 + 1).softmax(dim=1)
-        weights[:, 0] = 0.3 * torch.rand(grid**2 + 1) + 0.2  # a share for CLS that differs from row to row
-        weights[:, 1:] *= ((1 - weights[:, 0]) / weights[:, 1:].sum(1))[:, None]
-        given = torch.tensor(number_answer(learners, weights, patch_size))
-        among, apart = weights[1:, 1:], _distances(grid) * patch_size
-        rows, columns = among.sum(dim=1, keepdim=True), among.sum(dim=0, keepdim=True)
+    weights = torch.randn(grid**2 + 1, grid**2 + 1).softmax(dim=1)
+    weights[:, 0] = 0.3 * torch.rand(grid**2 + 1) + 0.2  # a share for CLS that differs from row to row
+    weights[:, 1:] *= ((1 - weights[:, 0]) / weights[:, 1:].sum(1))[:, None]
+    given = torch.tensor(number_answer(learners, weights, patch_size))
+    among, apart = weights[1:, 1:], _distances(grid) * patch_size
+    rows, columns = among.sum(dim=1, keepdim=True), among.sum(dim=0, keepdim=True)
 
-        def mean(shares: Tensor, distances: Tensor = apart) -> Tensor:
-            return (shares * distances).sum(dim=1).mean()
+    def mean(shares: Tensor, distances: Tensor = apart) -> Tensor:
+        return (shares * distances).sum(dim=1).mean()
 
-        right = mean(among / rows)
-        slips = {
-            "that is in patches; a patch is patch_size pixels wide": right / patch_size,
-            "without CLS each row sums to less than 1; divide it by its sum": mean(among),
-            "that is the sum of the queries' distances; take their mean": right * grid**2,
-            "rows and columns are added up; the distance is the square root of the sum of squares": (
-                mean(among / rows, _distances(grid, power=1) * patch_size)
-            ),
-            "every patch counts the same in that mean; weight the distances by the attention": apart.mean(),
-            "the columns are divided by their sums: normalise the rows, not the columns": mean(among / columns),
-            "the sums have lost their axis, so each column is divided by another row's sum: keepdim=True": (
-                mean(among / rows.T)
-            ),
-            "that is the distance to the patch with the largest weight alone; take the mean over all": (
-                apart.gather(1, among.argmax(dim=1, keepdim=True)).mean()
-            ),
-            "that is the mean over the pairs; sum over the keys, and take the mean over the queries": right / grid**2,
-            "a second softmax evens the weights out; divide each row by its sum": mean(among.softmax(dim=1)),
-            "the distances are squared; weight the distances themselves": mean(among / rows, apart**2 / patch_size),
-            "that is the distance of the first patch alone; take the mean over all queries": (
-                (among / rows * apart)[0].sum()
-            ),
-        }
-        otherwise = "that is not the mean over the queries of the distances to all patches, weighted by the attention"
-        compare(given, right, slips, otherwise)
+    right = mean(among / rows)
+    slips = {
+        "that is in patches; a patch is patch_size pixels wide": right / patch_size,
+        "without CLS each row sums to less than 1; divide it by its sum": mean(among),
+        "that is the sum of the queries' distances; take their mean": right * grid**2,
+        "rows and columns are added up; the distance is the square root of the sum of squares": (
+            mean(among / rows, _distances(grid, power=1) * patch_size)
+        ),
+        "every patch counts the same in that mean; weight the distances by the attention": apart.mean(),
+        "the columns are divided by their sums: normalise the rows, not the columns": mean(among / columns),
+        "the sums have lost their axis, so each column is divided by another row's sum: keepdim=True": (
+            mean(among / rows.T)
+        ),
+        "that is the distance to the patch with the largest weight alone; take the mean over all": (
+            apart.gather(1, among.argmax(dim=1, keepdim=True)).mean()
+        ),
+        "that is the mean over the pairs; sum over the keys, and take the mean over the queries": right / grid**2,
+        "a second softmax evens the weights out; divide each row by its sum": mean(among.softmax(dim=1)),
+        "the distances are squared; weight the distances themselves": mean(among / rows, apart**2 / patch_size),
+        "that is the distance of the first patch alone; take the mean over all queries": (
+            (among / rows * apart)[0].sum()
+        ),
+    }
+    otherwise = "that is not the mean over the queries of the distances to all patches, weighted by the attention"
+    compare(given, right, slips, otherwise)
 
 
 def _distances(grid: int, power: float = 2) -> Tensor:
@@ -109,31 +108,26 @@ def rollout(learners: Callable) -> None:
     compare(given, right, slips, otherwise)
 
 
-@exercise("deletion")
-def deletion(learners: Callable) -> None:
+@exercise(
+    "deletion",
+    ((1.0, 0.0, 1.0), 4, 3, 4),  # CLS is more relevant than every patch in one image, less in another
+    ((0.5, 0.0, 0.5), 3, 2, 7),
+    ((0.0, 0.5), 5, 4, 1),
+    ((0.5, 1.0), 2, 5, 4),  # all patches
+    ((0.0, 1.0), 3, 2, 0),  # none
+)
+def deletion(learners: Callable, cls: tuple[float, ...], grid: int, patch_size: int, count: int) -> None:
     """Of ``delete(images [B, C, S, S], relevance [B, N + 1], count, patch_size)``: the most relevant patches set to 0.
 
     ``relevance`` has CLS in front, as a row of the attention has it.
     """
-    for cls, grid, patch_size, count in (
-        ((1.0, 0.0, 1.0), 4, 3, 4),  # more relevant than every patch in one image, less in another
-        ((0.5, 0.0, 0.5), 3, 2, 7),
-        ((0.0, 0.5), 5, 4, 1),
-        ((0.5, 1.0), 2, 5, 4),  # all patches
-        ((0.0, 1.0), 3, 2, 0),  # none
-    ):
-        relevance = torch.rand(len(cls), grid**2 + 1) - 0.7  # from a gradient, relevance may be negative
-        order = relevance[:, 1:].sort(dim=1).values
-        ends = order[:, 0] - 0.1, order[:, -1] + 0.1
-        middle = order[:, -2:].mean(dim=1)
-        relevance[:, 0] = torch.where(torch.tensor(cls) == 0.5, middle, ends[0].lerp(ends[1], torch.tensor(cls)))
-        images = torch.randn(len(cls), 2, grid * patch_size, grid * patch_size) + 5  # no zero among the pixels
-        _judge_deletion(learners, images, relevance, count, patch_size)
-
-
-def _judge_deletion(learners: Callable, images: Tensor, relevance: Tensor, count: int, patch_size: int) -> None:
-    batch, tokens = relevance.shape
-    N, grid = tokens - 1, images.shape[-1] // patch_size
+    relevance = torch.rand(len(cls), grid**2 + 1) - 0.7  # from a gradient, relevance may be negative
+    order = relevance[:, 1:].sort(dim=1).values
+    ends = order[:, 0] - 0.1, order[:, -1] + 0.1
+    middle = order[:, -2:].mean(dim=1)
+    relevance[:, 0] = torch.where(torch.tensor(cls) == 0.5, middle, ends[0].lerp(ends[1], torch.tensor(cls)))
+    images = torch.randn(len(cls), 2, grid * patch_size, grid * patch_size) + 5  # no zero among the pixels
+    batch, N = len(cls), grid**2
     given = tensor_answer(learners, images, relevance, count, patch_size, shape=tuple(images.shape))
 
     def without(orders: Tensor) -> Tensor:
@@ -217,34 +211,33 @@ def _area(model: ViTModel, images: Tensor, relevance: Tensor) -> float:
     return explain.deletion_curve(model, images, relevance, [4, 10, 20]).mean().item()
 
 
-@exercise("share on the object")
-def share_on_object(learners: Callable) -> None:
+@exercise("share on the object", (4, 3), (3, 4), (5, 2))
+def share_on_object(learners: Callable, grid: int, patch_size: int) -> None:
     """Of ``share(relevance [N], mask bool [S, S], patch_size) -> float``: the relevance on the object, of 1."""
-    for grid, patch_size in ((4, 3), (3, 4), (5, 2)):
-        relevance = torch.rand(grid**2) + 0.1  # does not sum to 1
-        mask = _object(grid, patch_size)
-        given = torch.tensor(number_answer(learners, relevance, mask, patch_size))
-        blocks = mask.float().unflatten(1, (grid, patch_size)).unflatten(0, (grid, patch_size))  # [row, P, column, P]
-        by_place = blocks.mean(dim=(1, 3))  # [row, column]
-        covered, total = by_place.flatten(), relevance.sum()
-        right = (relevance * covered).sum() / total
-        slips = {
-            "the relevance of the patches does not sum to 1; divide by its sum": right * total,
-            "a patch that the object only touches counts in full; count the part that is covered": (
-                (relevance * (covered > 0)).sum() / total
-            ),
-            "a patch counts only where the object covers at least half of it; count the part that is covered": (
-                (relevance * (covered >= 0.5)).sum() / total
-            ),
-            "that is the share of the background; the mask is True on the object": 1 - right,
-            "that is the share of the image that the object covers; the relevance plays no part in it": covered.mean(),
-            "that is divided by the size of the object; divide by the relevance of the whole image": (
-                (relevance * covered).sum() / covered.sum()
-            ),
-            "rows and columns of the mask are swapped": (relevance * by_place.T.flatten()).sum() / total,
-        }
-        otherwise = f"{given:.3f} where {right:.3f} is right; weight each patch by the share of it on the object"
-        compare(given, right, slips, otherwise)
+    relevance = torch.rand(grid**2) + 0.1  # does not sum to 1
+    mask = _object(grid, patch_size)
+    given = torch.tensor(number_answer(learners, relevance, mask, patch_size))
+    blocks = mask.float().unflatten(1, (grid, patch_size)).unflatten(0, (grid, patch_size))  # [row, P, column, P]
+    by_place = blocks.mean(dim=(1, 3))  # [row, column]
+    covered, total = by_place.flatten(), relevance.sum()
+    right = (relevance * covered).sum() / total
+    slips = {
+        "the relevance of the patches does not sum to 1; divide by its sum": right * total,
+        "a patch that the object only touches counts in full; count the part that is covered": (
+            (relevance * (covered > 0)).sum() / total
+        ),
+        "a patch counts only where the object covers at least half of it; count the part that is covered": (
+            (relevance * (covered >= 0.5)).sum() / total
+        ),
+        "that is the share of the background; the mask is True on the object": 1 - right,
+        "that is the share of the image that the object covers; the relevance plays no part in it": covered.mean(),
+        "that is divided by the size of the object; divide by the relevance of the whole image": (
+            (relevance * covered).sum() / covered.sum()
+        ),
+        "rows and columns of the mask are swapped": (relevance * by_place.T.flatten()).sum() / total,
+    }
+    otherwise = f"{given:.3f} where {right:.3f} is right; weight each patch by the share of it on the object"
+    compare(given, right, slips, otherwise)
 
 
 def _object(grid: int, patch_size: int) -> Tensor:

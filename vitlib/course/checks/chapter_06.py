@@ -11,22 +11,23 @@ from torch import Tensor
 
 from .frame import answer, compare, exercise, expect, number_answer, tensor_answer
 
+RNG = random.SystemRandom()  # fresh numbers every time; the notebook's own random state stays as it is
+
 
 @exercise("parameters by hand")
 def parameters(learners: Callable) -> None:
     """Of ``parameters(image_size, patch_size, num_layers, em_dim, ff_dim, num_classes) -> int``, for RGB images."""
-    for _ in range(3):
-        sizes, right, slips = _sizes()
-        given = number_answer(learners, *sizes.values())
-        named = ", ".join(f"{name} {size}" for name, size in sizes.items())
-        expect(given == right, slips.get(given, f"{given:,} where {right:,} are right, for {named}"))
+    sizes, right, slips = _sizes()
+    given = number_answer(learners, *sizes.values())
+    named = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    expect(given == right, slips.get(given, f"{given:,} where {right:,} are right, for {named}"))
 
 
 def _sizes() -> tuple[dict[str, int], int, dict[int, str]]:
     """Return a random configuration, its number of parameters, and the mistakes by their numbers, no two the same."""
     while True:
-        P, L, C = random.randint(2, 5), random.randint(2, 5), random.randint(11, 99)
-        S, D, M = P * random.randint(3, 6), 8 * random.randint(3, 9), 8 * random.randint(20, 30)
+        P, L, C = RNG.randint(2, 5), RNG.randint(2, 5), RNG.randint(11, 99)
+        S, D, M = P * RNG.randint(3, 6), 8 * RNG.randint(3, 9), 8 * RNG.randint(20, 30)
         N, right = (S // P) ** 2, _parameters(S, P, L, D, M, C)
         block = right - _parameters(S, P, L - 1, D, M, C)
         missing = {
@@ -71,30 +72,29 @@ def _parameters(S: int, P: int, L: int, D: int, M: int, C: int) -> int:
 @exercise("FLOPs of attention")
 def attention_flops(learners: Callable) -> None:
     """Of ``attention_flops(tokens, em_dim) -> int``: both products among the tokens, of one layer and one image."""
-    for _ in range(3):
-        T, D = 2 * random.randint(10, 150) + 1, 8 * random.randint(50, 99)  # T is odd: no two mistakes give one number
-        given, right = number_answer(learners, T, D), 4 * T * T * D
-        slips = {
-            "that is half of it: there are two products, and a multiply-add counts as two operations": right // 2,
-            "that is a quarter of it: two products, and a multiply-add counts as two operations": right // 4,
-            "that grows with D squared, as projections do; here every token meets every token": 4 * T * D * D,
-            "those are the four projections; the products among the tokens grow with T squared": 8 * T * D * D,
-            "the four projections are counted too; leave them out": right + 8 * T * D * D,
-            "every token meets every token: T squared": 4 * T * D,
-            "each of the T x T numbers is a sum over the width of a token: D is missing": 4 * T * T,
-            "D is missing, since each of the T x T numbers is a sum; so is a factor of 2": 2 * T * T,
-            "that is twice too much: the heads share the width D among them, T x T x D in each product": 2 * right,
-            "both products have a side of D: T x D x T and T x T x D": 4 * T**3,
-        }
-        otherwise = f"{given:,} where {right:,} are right, for {T} tokens of width {D}"
-        same = partial(math.isclose, rel_tol=1e-6)  # D / H is a fraction for some H
-        compare(given, right, slips, otherwise, same)
+    T, D = 2 * RNG.randint(10, 150) + 1, 8 * RNG.randint(50, 99)  # T is odd: no two mistakes give one number
+    given, right = number_answer(learners, T, D), 4 * T * T * D
+    slips = {
+        "that is half of it: there are two products, and a multiply-add counts as two operations": right // 2,
+        "that is a quarter of it: two products, and a multiply-add counts as two operations": right // 4,
+        "that grows with D squared, as projections do; here every token meets every token": 4 * T * D * D,
+        "those are the four projections; the products among the tokens grow with T squared": 8 * T * D * D,
+        "the four projections are counted too; leave them out": right + 8 * T * D * D,
+        "every token meets every token: T squared": 4 * T * D,
+        "each of the T x T numbers is a sum over the width of a token: D is missing": 4 * T * T,
+        "D is missing, since each of the T x T numbers is a sum; so is a factor of 2": 2 * T * T,
+        "that is twice too much: the heads share the width D among them, T x T x D in each product": 2 * right,
+        "both products have a side of D: T x D x T and T x T x D": 4 * T**3,
+    }
+    otherwise = f"{given:,} where {right:,} are right, for {T} tokens of width {D}"
+    same = partial(math.isclose, rel_tol=1e-6)  # D / H is a fraction for some H
+    compare(given, right, slips, otherwise, same)
 
 
 @exercise("a kernel of Google's")
 def google_kernel(learners: Callable) -> None:
     """Of ``google_kernel(kernel [D, H, K]) -> [D, D]``: the weight of an ``nn.Linear`` that does the same."""
-    heads, width = random.choice([(3, 4), (2, 5), (5, 3), (4, 2)])
+    heads, width = RNG.choice([(3, 4), (2, 5), (5, 3), (4, 2)])
     size = heads * width
     kernel = torch.randn(size, heads, width)
     given = tensor_answer(learners, kernel, shape=(size, size))
@@ -111,14 +111,13 @@ def google_kernel(learners: Callable) -> None:
     compare(given, flat.T, slips, "x @ weight.T is not what x and the kernel give, summed over D")
 
 
-@exercise("confident mistakes")
-def confident_mistakes(learners: Callable) -> None:
+@exercise("confident mistakes", (4, 4), (7, 10), (5, 7))
+def confident_mistakes(learners: Callable, count: int, classes: int) -> None:
     """Of ``confident_mistakes(logits [N, C], labels [N], count) -> [count]``: numbers of the images, surest first."""
-    for count, classes in ((4, 4), (7, 10), (5, 7)):
-        logits, labels, right, slips = _opinions(count, classes)
-        given = _numbers(learners, logits, labels, count)
-        surest = logits[right[0]].softmax(0).max()
-        compare(given, right, slips, f"image {right[0]} is the surest mistake here ({surest:.0%}), and others follow")
+    logits, labels, right, slips = _opinions(count, classes)
+    given = _numbers(learners, logits, labels, count)
+    surest = logits[right[0]].softmax(0).max()
+    compare(given, right, slips, f"image {right[0]} is the surest mistake here ({surest:.0%}), and others follow")
     found = int((logits.argmax(1) != labels).sum())
     few = _numbers(learners, logits, labels, found + 3)
     asked = f"asked for {found + 3} of {found} mistakes"
