@@ -131,14 +131,14 @@ def finished(path: str | Path | None, settings: dict) -> dict:
     """Return the record of measurements at ``path`` that is to be continued; empty without one.
 
     Raises:
-        ValueError: if it was measured with other settings.
+        ClickException: if it was measured with other settings.
     """
     if path is None or not Path(path).exists():
         return {}
     record = json.loads(Path(path).read_text())
     differing = [name for name, value in settings.items() if record["settings"].get(name) != value]
     if differing:
-        raise ValueError(f"{path} was measured with another {', '.join(differing)}; give --out another file.")
+        raise click.ClickException(f"{path} was measured with another {', '.join(differing)}; give --out another file.")
     return record
 
 
@@ -163,15 +163,6 @@ def listed(flag: str, kind: click.ParamType, default: str, help: str):
     return click.option(flag, default=default, show_default=True, callback=split, help=help)
 
 
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Show what is wrong with data or settings as one line, without a traceback."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
-
-
 upstream_option = click.option(
     "--upstream", default="cifair100", show_default=True, help="A data set's name, or a folder of images."
 )
@@ -181,15 +172,10 @@ preset_option = click.option(
 device_option = click.option(
     "--device", default="auto", show_default=True, callback=_device, help="auto, cpu, cuda and so on."
 )
-precisions_option = click.option(
-    "--precision",
-    "precisions",
-    default="both",
-    show_default=True,
-    type=click.Choice(["float32", "bfloat16", "both"]),
-    callback=lambda context, option, word: ["float32", "bfloat16"] if word == "both" else [word],
-    help="Width of matrix products; bfloat16 is autocast, the weights stay float32.",
-)
+precisions_option = listed(
+    "--precisions", click.Choice(["float32", "bfloat16"]), "float32,bfloat16",
+    "Widths of matrix products; bfloat16 is autocast, the weights stay float32.",
+)  # fmt: skip
 precision_option = click.option(
     "--precision",
     default="auto",

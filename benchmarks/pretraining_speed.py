@@ -64,7 +64,7 @@ def summary(seconds: list[float], images: int, flops: int, peak_tflops: float) -
 @common.out_option
 def main(images, epochs, batch_size, preset, recipe, device, precision, compile, peak_tflops, out) -> None:
     """Images/s of pretraining, the time of a whole one, and the share of the arithmetic floor."""
-    data = common.random_images(images, PRESETS[preset].get("image_size", 224)).to(device)
+    data = common.random_images(images, PRESETS[preset]["image_size"]).to(device)
     torch.manual_seed(0)
     chosen = RECIPES[recipe]
     model = create_model(preset, len(data.classes), drop=chosen.drop, drop_path=chosen.drop_path).to(device)

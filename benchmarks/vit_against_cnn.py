@@ -231,19 +231,18 @@ def main(upstream, sizes, steps, batch_size, seeds, rates, sweep_steps, device, 
     """Test accuracy of a ViT and of a CNN with as many parameters, after as many steps on the same images."""
     how = {"batch_size": batch_size, "device": device, "precision": resolve_precision(precision, device)}
     sizes, rates = sorted(sizes), sorted(rates)
-    with common.one_line_errors():
-        if sizes[-1] > steps * batch_size:
-            raise ValueError(
-                f"a training set of {sizes[-1]} images has more than the {steps * batch_size} that {steps} steps of "
-                f"{batch_size} see; give more --steps or smaller --sizes."
-            )
-        train, test = (load_images(upstream, split, image_size=SIDE) for split in ("train", "test"))
-        settings = {"upstream": Path(upstream).name, "classes": len(train.classes), "test_images": len(test)}
-        settings |= {"recipe": "modern without averaging", "steps": steps, "batch_size": batch_size}
-        settings |= {"precision": how["precision"], "rates": rates, "sweep_steps": sweep_steps}
-        record = common.finished(out, settings)
-        subsets = {(size, seed): draw_evenly(train, size, seed) for size in sizes for seed in range(seeds)}
-        models = {name: description(name, len(train.classes)) for name in NAMES}
+    if sizes[-1] > steps * batch_size:
+        raise click.ClickException(
+            f"a training set of {sizes[-1]} images has more than the {steps * batch_size} that {steps} steps of "
+            f"{batch_size} see; give more --steps or smaller --sizes."
+        )
+    train, test = (load_images(upstream, split, image_size=SIDE) for split in ("train", "test"))
+    settings = {"upstream": Path(upstream).name, "classes": len(train.classes), "test_images": len(test)}
+    settings |= {"recipe": "modern without averaging", "steps": steps, "batch_size": batch_size}
+    settings |= {"precision": how["precision"], "rates": rates, "sweep_steps": sweep_steps}
+    record = common.finished(out, settings)
+    subsets = {(size, seed): draw_evenly(train, size, seed) for size in sizes for seed in range(seeds)}
+    models = {name: description(name, len(train.classes)) for name in NAMES}
     for name, facts in models.items():
         click.echo(f"{name}: {facts['what']}, {facts['parameters']:,} parameters, {facts['forward_flops']:,} FLOPs")
     command = (

@@ -180,7 +180,7 @@ def test_input_pipeline_of_few_images(tmp_path):
     out = tmp_path / "out.json"
     output = run(
         input_pipeline, "--images", 16, "--batch-size", 4, "--rounds", 1, "--steps", 1, "--cores", 2,
-        "--device", "cpu", "--precision", "float32", "--out", out,
+        "--device", "cpu", "--precisions", "float32", "--out", out,
     )  # fmt: skip
     assert output.splitlines()[-1].startswith("vitlib prepares images at least ")
     record = json.loads(out.read_text())
@@ -383,7 +383,7 @@ def test_busy_machine_compares_rounds_with_and_without_the_setting(monkeypatch, 
     monkeypatch.setattr(busy_machine, "speed", lambda busy, *, imports, **settings: measured[busy][imports])
     monkeypatch.setattr(busy_machine, "usable_cores", lambda: 2)
     out = tmp_path / "busy.json"
-    lines = run(busy_machine, "--presets", "mini", "--precision", "bfloat16", "--rounds", 2, "--out", out).splitlines()
+    lines = run(busy_machine, "--presets", "mini", "--precisions", "bfloat16", "--rounds", 2, "--out", out).splitlines()
     assert re.search(r"^mini, bfloat16 +2 +30 .* 390 .* 13.00 .* 0.65 ", lines[-1])
     assert json.loads(out.read_text())["images_per_second"]["mini, bfloat16, 0, default"] == [620.0, 620.0]
 

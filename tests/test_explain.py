@@ -1,4 +1,4 @@
-"""What vitlib.explain says about positions and attention."""
+"""What vitlib.explain says about attention."""
 
 import math
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from vitlib import explain
-from vitlib.explain import position_similarity, query_attention, with_temperature
 from vitlib.model import ViTModel
 
 
@@ -25,44 +24,9 @@ def random_attention(*shape):
     return torch.randn(shape).softmax(dim=-1)
 
 
-def test_position_similarity_is_the_cosine_of_each_pair_of_patches():
-    positions = torch.randn(1, 10, 7, requires_grad=True)
-    similarity = position_similarity(positions)
-    assert similarity.shape == (3, 3, 3, 3) and not similarity.requires_grad
-    first, second = positions[0, 1 + 2 * 3 + 1], positions[0, 1 + 0 * 3 + 2]  # rows 2 and 0, columns 1 and 2
-    cosine = first @ second / (first.norm() * second.norm())
-    assert similarity[2, 1, 0, 2].item() == pytest.approx(cosine.item(), abs=1e-6)
-
-
-def test_query_attention_lays_the_row_of_the_query_out_as_the_image_is():
-    weights = torch.randn(10, 10, requires_grad=True).softmax(dim=-1)
-    cls_share, shares = query_attention(weights, 4)
-    assert cls_share == weights[4, 0].item()
-    assert shares.shape == (3, 3) and shares[1, 2] == weights[4, 1 + 1 * 3 + 2] and not shares.requires_grad
-
-
-@pytest.mark.parametrize("temperature", [0.25, 1, 4])
-def test_with_temperature_is_the_softmax_of_the_divided_scores(temperature):
-    scores = 3 * torch.randn(2, 4, 17, 17)
-    given = with_temperature(scores.softmax(dim=-1), temperature)
-    assert torch.allclose(given, (scores / temperature).softmax(dim=-1), atol=1e-6)
-
-
-@pytest.mark.parametrize("temperature", [0.25, 4])
-def test_a_share_of_zero_stays_zero_at_any_temperature(temperature):
-    weights = torch.tensor([[0.0, 1.0, 0.0], [0.4, 0.0, 0.6]])  # as behind a mask
-    given = with_temperature(weights, temperature)
-    assert torch.equal(given == 0, weights == 0)
-    assert torch.allclose(given.sum(dim=-1), torch.ones(2))
-
-
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda: query_attention(torch.eye(10), -1), r"query=-1 is not a token; choose one from 0 \(CLS\) to 9"),
-        (lambda: query_attention(torch.eye(10), 10), "query=10 is not a token"),
-        (lambda: with_temperature(torch.eye(3), 0), "temperature=0 is not above 0"),
-        (lambda: with_temperature(torch.eye(3), math.nan), "temperature=nan is not above 0"),
         (lambda: explain.delete_patches(torch.zeros(1, 3, 6, 6), torch.rand(1, 9), -1), "count=-1 is not possible"),
         (lambda: explain.delete_patches(torch.zeros(1, 3, 6, 6), torch.rand(1, 9), 10), "count=10 .* with 9 patches"),
     ],

@@ -1,63 +1,14 @@
-"""Look inside a ViT: its positions, its attention, and whether these explain its predictions."""
+"""Look inside a ViT: its attention, and whether that explains its predictions."""
 
 import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlib.model import ViTModel, patchify
 
 BATCH = 32  # images that go through a model at a time
-
-
-def position_similarity(position_embedding: Tensor) -> Tensor:
-    """Return the cosine between the position embeddings of any two patches: the paper's figure 7 (centre).
-
-    Args:
-        position_embedding: ``[1, 1 + g * g, D]``, CLS first.
-
-    Returns:
-        ``[g, g, g, g]`` in [-1, 1]; ``result[i, j]`` is the map of the patch in row i, column j against all patches.
-    """
-    patches = F.normalize(position_embedding[0, 1:].detach(), dim=-1)  # [N, D], without CLS
-    grid = math.isqrt(len(patches))
-    return (patches @ patches.T).unflatten(1, (grid, grid)).unflatten(0, (grid, grid))
-
-
-def query_attention(weights: Tensor, query: int) -> tuple[float, Tensor]:
-    """Return one row of an attention matrix, with the patches in rows and columns as in the image.
-
-    Args:
-        weights: ``[T, T]``, the attention of one head (or the mean of several) for one image.
-        query: number of the token that asks; 0 is CLS, 1 the first patch.
-
-    Returns:
-        The share that goes to CLS, and the shares that go to the patches, ``[g, g]``. Together they sum to 1.
-    """
-    if not 0 <= query < len(weights):  # -1 would silently be the last token
-        raise ValueError(f"query={query} is not a token; choose one from 0 (CLS) to {len(weights) - 1}.")
-    row = weights[query].detach()
-    grid = math.isqrt(len(row) - 1)
-    return row[0].item(), row[1:].unflatten(0, (grid, grid))
-
-
-def with_temperature(weights: Tensor, temperature: float) -> Tensor:
-    """Return the attention weights that result when the scores are divided by a temperature.
-
-    1 changes nothing, a small temperature gives nearly all to the largest score, a large one makes all shares equal.
-    The scores ``s`` are not needed: since ``weights = softmax(s)``, ``log(weights) = s - c`` with one ``c`` per row. A
-    softmax does not change when a whole row is shifted, so ``softmax(s / t)`` equals ``softmax(log(weights) / t)``. A
-    share of 0 has the score minus infinity and stays 0.
-
-    Args:
-        weights: ``[..., T]``, each row sums to 1; so do those of the result.
-        temperature: above 0.
-    """
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature} is not above 0; 1 changes nothing.")
-    return (weights.log() / temperature).softmax(dim=-1)
 
 
 def attention_of(model: ViTModel, images: Tensor) -> Tensor:

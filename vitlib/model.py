@@ -78,11 +78,9 @@ class ViTEmbeddings(nn.Module):
                 f"The model takes images of shape [B, {', '.join(map(str, self.image_shape))}], not "
                 f"{list(images.shape)}; resize them, or build the model with another image_size or num_channels."
             )
-        dtype = self.position_embedding.dtype
-        if images.dtype != dtype and not (images.is_floating_point() and torch.is_autocast_enabled(images.device.type)):
+        if not images.is_floating_point():
             raise ValueError(
-                f"The model takes images of {dtype}, not {images.dtype}; normalise uint8 images first "
-                f"(vitlib.data.augment.normalise), then convert them with .to({dtype})."
+                f"The model takes normalised images, not {images.dtype}; call vitlib.data.augment.normalise first."
             )
 
 
@@ -113,7 +111,8 @@ class SelfAttention(nn.Module):
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # [B, T, 3, H, K]
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, K]
         drop = self.drop if self.training else 0.0
-        if need_weights or self._fused_is_slow(query):
+        fused_is_slow = query.dtype == torch.bfloat16 and query.device.type == "cpu"  # benchmarks/throughput.py
+        if need_weights or fused_is_slow:
             scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])  # [B, H, T, T]
             weights = scores.softmax(dim=-1)  # over the keys: each query's weights sum to 1
             mixed = F.dropout(weights, drop) @ value
@@ -121,11 +120,6 @@ class SelfAttention(nn.Module):
             mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=drop)
         output = self.output(mixed.transpose(1, 2).flatten(2))  # heads side by side again: [B, T, D]
         return output, weights if need_weights else None
-
-    @staticmethod
-    def _fused_is_slow(query: Tensor) -> bool:
-        """Return whether the fused kernel is several times slower: in bfloat16 on a CPU (benchmarks/throughput.py)."""
-        return query.dtype == torch.bfloat16 and query.device.type == "cpu"
 
 
 class DropPath(nn.Module):
@@ -350,18 +344,19 @@ def interpolate_positions(position_embedding: Tensor, grid: int) -> Tensor:
 
 # What a preset leaves out is ViTModel's default: ViT-B/16 of the paper's Table 1. Ti and S are from Steiner et al. 2021
 # (arXiv:2106.10270). The number after the slash is the patch size.
+_OFFICIAL = {"image_size": 224, "patch_bias": True}  # all sizes with published weights
 PRESETS: dict[str, dict] = {
     # 310 thousand parameters without the classifier: trains in class, in about a minute on two CPU cores
     "mini": {"image_size": 32, "patch_size": 4, "num_layers": 4, "em_dim": 96, "num_heads": 4, "ff_dim": 192},
     # 3.2 million with 100 classes: the published small system
     "small": {"image_size": 32, "patch_size": 4, "num_layers": 6, "em_dim": 256, "num_heads": 8, "ff_dim": 512},
     # 5.7, 22.1, 88.2, 86.6, 304.3 and 632.0 million with 1,000 classes
-    "Ti/16": {"num_layers": 12, "em_dim": 192, "num_heads": 3, "ff_dim": 768, "patch_bias": True},
-    "S/16": {"num_layers": 12, "em_dim": 384, "num_heads": 6, "ff_dim": 1536, "patch_bias": True},
-    "B/32": {"patch_size": 32, "patch_bias": True},
-    "B/16": {"patch_bias": True},
-    "L/16": {"num_layers": 24, "em_dim": 1024, "num_heads": 16, "ff_dim": 4096, "patch_bias": True},
-    "H/14": {"patch_size": 14, "num_layers": 32, "em_dim": 1280, "num_heads": 16, "ff_dim": 5120, "patch_bias": True},
+    "Ti/16": _OFFICIAL | {"em_dim": 192, "num_heads": 3, "ff_dim": 768},
+    "S/16": _OFFICIAL | {"em_dim": 384, "num_heads": 6, "ff_dim": 1536},
+    "B/32": _OFFICIAL | {"patch_size": 32},
+    "B/16": _OFFICIAL,
+    "L/16": _OFFICIAL | {"num_layers": 24, "em_dim": 1024, "num_heads": 16, "ff_dim": 4096},
+    "H/14": _OFFICIAL | {"patch_size": 14, "num_layers": 32, "em_dim": 1280, "num_heads": 16, "ff_dim": 5120},
 }
 
 

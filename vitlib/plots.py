@@ -388,7 +388,9 @@ def cost_bars(models: Mapping[str, Costs], title: str = "") -> Figure:
             starts += counts
         for row, total in enumerate(starts):
             ax.annotate(scaled(total).strip(), (total, row), (5, 0), textcoords="offset points", va="center")
-        _rows(ax, models)
+        ax.set_yticks(range(len(models)), models)
+        ax.tick_params(axis="y", length=0)
+        ax.invert_yaxis()  # the first on top
         ax.margins(x=0.12)
         ax.set(title=name)
         ax.xaxis.set_major_formatter(EngFormatter())
@@ -422,10 +424,3 @@ def _frame(top: float, left: float, side: float) -> Rectangle:
 
 def _number(value: float, percent: bool) -> str:
     return f"{value:.1%}" if percent else f"{value:.3g}"
-
-
-def _rows(ax, names) -> None:
-    """Name horizontal bars, the first on top."""
-    ax.set_yticks(range(len(names)), names)
-    ax.tick_params(axis="y", length=0)
-    ax.invert_yaxis()

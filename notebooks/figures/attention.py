@@ -11,7 +11,6 @@ import torch
 from vitlib import plots
 from vitlib.data import load_images
 from vitlib.data.augment import normalise
-from vitlib.explain import query_attention
 from vitlib.weights import load_pretrained
 
 model, card = load_pretrained("shapes100-mini")
@@ -29,7 +28,7 @@ with plt.rc_context(plots.STYLE):
     ):
         top.imshow(image.permute(1, 2, 0))
         top.set_title(test.classes[test.labels[index]])
-        bottom.imshow(query_attention(attention, 0)[1], vmin=0)
+        bottom.imshow(attention[0, 1:].unflatten(0, (8, 8)), vmin=0)
         for ax in (top, bottom):
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)

@@ -30,7 +30,7 @@ def pretrain(upstream, preset, run_dir, data_dir, image_size, device, **options)
     """Train a new model, and score it; the arguments are parameters of the course."""
     _check_apart(upstream, run_dir)
     device = init_distributed(device)
-    image_size = image_size or PRESETS[preset].get("image_size", 224)
+    image_size = image_size or PRESETS[preset]["image_size"]
     preset_config(preset, 1, image_size=image_size)  # a size that does not fit is refused before anything is loaded
     train, test = _load_splits(upstream, data_dir, image_size)
     with _alone_in(run_dir):
@@ -85,7 +85,8 @@ def finetune(
             trained = train_model()
         except OtherTraining as error:
             if is_first:
-                _say(f"{error.difference}: that training is now in {_set_aside(Path(run_dir))}, and a new one begins.")
+                held, place = f"{run_dir} held a training {error.args[1]}", _set_aside(Path(run_dir))
+                _say(f"{held}: that training is now in {place}, and a new one begins.")
             trained = train_model()
         trained = _score(trained, test, downstream, checkpoint)
         if is_first:

@@ -10,18 +10,19 @@ import torch
 from vitlib.utils import atomic_write
 
 # settings that are fingerprints; to show the two hashes would help nobody
-_CHANGED = {"images": "the training images have changed since", "start": "it started from other weights"}
+_CHANGED = {
+    "images": "that cannot go on, because the training images have changed since",
+    "start": "that cannot go on, because it started from other weights",
+}
 
 
 class OtherTraining(ValueError):
-    """A resume file belongs to a training with other settings: ``OtherTraining(message, difference)``."""
+    """A resume file belongs to a training with other settings: ``OtherTraining(path, difference)``."""
 
     def __str__(self) -> str:
-        return self.args[0]
-
-    @property
-    def difference(self) -> str:
-        return self.args[1]
+        path, difference = self.args
+        way_out = "give the same settings, another run_dir, or delete the resume files"
+        return f"{path} belongs to a training {difference}; {way_out}."
 
 
 class ResumeFile:
@@ -90,20 +91,13 @@ class ResumeFile:
 
     def _compare(self, path: Path, theirs: dict, ours: dict) -> None:
         differing = [name for name in theirs | ours if theirs.get(name) != ours.get(name)]
+        if not differing:
+            return
         # name the cause first: another model takes other images, other images may change settings, and these the start
         model = {name for name in differing if name.startswith("config.")} - {"config.num_classes"}
-        for name in sorted(differing, key=lambda name: (name not in model, name != "images", name == "start", name)):
-            if name in _CHANGED:
-                raise OtherTraining(
-                    f"Choose another run_dir, or delete the resume files to begin again: {path} belongs to a training "
-                    f"that cannot go on, because {_CHANGED[name]}.",
-                    f"In {path.parent} {_CHANGED[name]}",
-                )
-            difference = f"a training with {name}={theirs.get(name)!r}, this one has {name}={ours.get(name)!r}"
-            raise OtherTraining(
-                f"{path} belongs to {difference}; give the same settings, another run_dir, or delete the resume files.",
-                f"{path.parent} held {difference}",
-            )
+        name = min(differing, key=lambda name: (name not in model, name != "images", name == "start", name))
+        difference = f"with {name}={theirs.get(name)!r}, this one has {name}={ours.get(name)!r}"
+        raise OtherTraining(path, _CHANGED.get(name, difference))
 
 
 def _flat(settings: dict, prefix: str = "") -> dict:

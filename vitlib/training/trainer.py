@@ -137,12 +137,12 @@ class Trainer:
         All random numbers of an epoch are drawn at once, so that they depend neither on the size of the batches nor on
         the number of processes.
         """
-        options, recipe, context = self.options, self.recipe, self.context
+        options, recipe = self.options, self.recipe
         # the generator takes 32 bits; the last term keeps large seeds apart
-        number = (options.seed << 20) + epoch + (options.seed >> 12) * 2654435761
-        generator = torch.Generator().manual_seed(number)
+        seed = (options.seed << 20) + epoch + (options.seed >> 12) * 2654435761
+        generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.train), generator=generator)[: self.steps_per_epoch * options.batch_size]
-        progress = epoch * self.steps_per_epoch / self.total_steps
+        progress = epoch / options.epochs
         augmentation = recipe.augmentation if progress <= recipe.mix_until else replace(recipe.augmentation, mixing=0.0)
         drawn = augmentation.draw(len(order), *self.train.images.shape[-2:], generator)
         share = recipe.share_of_patches(progress)
@@ -151,7 +151,7 @@ class Trainer:
             drawn["kept_patches"] = draw_kept_patches(len(order), patches, share, generator)
 
         steps = torch.arange(len(order)).split(options.batch_size)
-        mine = [context.shard(step) for step in steps]  # this process's part of each step
+        mine = [self.context.shard(step) for step in steps]  # this process's part of each step
         data = self.train.subset(order[torch.cat(mine)].to(self.train.labels.device)).to(self.device)
         drawn = {name: numbers[torch.cat(mine)].to(self.device) for name, numbers in drawn.items()}
         starts = torch.tensor([0, *map(len, mine)]).cumsum(0).tolist()
@@ -160,9 +160,6 @@ class Trainer:
             numbers = {name: values[here] for name, values in drawn.items()}
             kept = (numbers.pop("kept_patches"),) if "kept_patches" in numbers else ()
             yield Batch(data.images[here], data.labels[here], numbers, len(steps[number]), kept)
-        if len(self.losses) == len(steps):
-            self._check_finite(context.total(torch.stack(self.losses)).tolist())  # waits for the device
-            self.seconds = time.perf_counter() - self._started
 
     def augment(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the augmented images, float32 and normalised, and how much of each is its own content, ``[b]``."""
@@ -192,6 +189,8 @@ class Trainer:
         self.hits += (logits.detach().argmax(1) == batch.labels).sum()
         self._seen += len(batch.labels)
         self._bar.update(batch.size)
+        if len(self.losses) == self.steps_per_epoch:  # waits for the device, so that the epoch's time is whole
+            self._check_finite(self.context.total(torch.stack(self.losses)).tolist())
         now = time.perf_counter()
         self.seconds = now - self._started
         if now - self._shown > 1 and not self._bar.disable:  # once a second: reading a loss waits for the device
