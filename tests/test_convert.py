@@ -155,28 +155,6 @@ def test_logits_of_the_full_vit_b16_are_equal():
     assert sum(parameter.numel() for parameter in model.parameters()) == 86_567_656
 
 
-def test_vit_h14_of_torchvision_converts_without_memory():
-    from torchvision import models
-
-    with torch.device("meta"):
-        module = models.vit_h_14()
-    model = convert.from_torchvision(module)
-    assert [model.config[key] for key in ("num_layers", "em_dim", "patch_size")] == [32, 1280, 14]
-    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
-    again = convert.to_torchvision(model).state_dict()
-    assert {key: value.shape for key, value in again.items()} == {k: v.shape for k, v in module.state_dict().items()}
-
-
-@pytest.mark.parametrize("name", ["vit_base_patch16_384", "deit_tiny_patch16_224"])
-def test_the_plain_vits_of_timm_convert_without_memory(name):
-    import timm
-
-    module = timm.create_model(name, device="meta")
-    model = convert.from_timm(module)
-    count = sum(parameter.numel() for parameter in module.parameters())
-    assert sum(parameter.numel() for parameter in model.parameters()) == count
-
-
 # ---- what comes back
 
 
@@ -222,15 +200,16 @@ def test_a_headless_classifier_of_hugging_face_has_no_classes():
 # ---- names
 
 
-def test_the_two_spellings_of_hugging_face():
+@pytest.mark.parametrize("num_classes", [5, 0])
+def test_names_before_transformers_5_are_known(num_classes):
+    state = convert.to_state_dict(model := ours(num_classes), "huggingface")
     new = {"attention.q_proj": "attention.attention.query", "attention.k_proj": "attention.attention.key"}
     new |= {"attention.v_proj": "attention.attention.value", "attention.o_proj": "attention.output.dense"}
     new |= {"layers.": "encoder.layer.", "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
-    pairs = convert.names("huggingface", 2)
     for since_5, before in new.items():
-        pairs = [(theirs.replace(since_5, before), ours) for theirs, ours in pairs]
-    assert pairs == convert.names("huggingface4", 2)
-    assert convert._spelling(dict(pairs)) == "huggingface4"
+        state = {name.replace(since_5, before): value for name, value in state.items()}
+    assert convert.layout_of(state) == "huggingface"
+    assert same(read(state, "huggingface").state_dict(), model.state_dict())
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import errno
 import io
 import os
-import struct
 import sys
 from pathlib import Path
 
@@ -493,23 +492,14 @@ def test_12_bits_in_16_bit_files_are_named(tmp_path, load, capsys, bits):
     values = np.arange(64, dtype=np.uint16).reshape(8, 8) * ((2**bits - 1) // 63)
     for name in ("cat", "dog"):
         save_picture(tmp_path / "scans" / "train" / name / "0.png", values)
-        save_picture(tmp_path / "scans" / "train" / name / "1.png", noise(8, 8))
     for _ in ("decoded", "from the cache"):
         load(tmp_path / "scans", num_channels=1)
-        said = capsys.readouterr().out
-        assert (f"no value above {values.max()} of 65535" in said) == (bits <= 12)
+        assert ("nearly black" in capsys.readouterr().out) == (bits <= 12)
 
 
-def test_photograph_with_a_cut_off_tag_is_turned_upright(tmp_path):
-    """Pillow reads no tag behind one whose value lies beyond the end."""
-    pixels = np.zeros((16, 24, 3), np.uint8)
-    pixels[:, :12] = 255  # bright on the left
-    cut_off, turned = struct.pack("<HHII", 0x11B, 5, 1, 60), struct.pack("<HHII", 0x112, 3, 1, 6)
-    block = b"II*\0\x08\0\0\0" + struct.pack("<H", 2) + cut_off + turned + bytes(4)
-    for kind in ("JPEG", "PNG", "WEBP"):
-        save_picture(tmp_path / "photo", pixels, format=kind, exif=b"Exif\0\0" + block)
-        image = read_image(tmp_path / "photo")
-        assert image.shape == (3, 24, 16) and image[:, :10].min() > 240 and image[:, 14:].max() < 15
+def test_damaged_exif_turns_nothing(tmp_path):
+    save_picture(tmp_path / "0.png", pixels := noise(4, 6, 3), exif=b"Exif\0\0has no TIFF header")
+    assert np.array_equal(read_image(tmp_path / "0.png"), pixels.transpose(2, 0, 1))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])

@@ -25,7 +25,6 @@ FILES = {
     "torchvision": ("weights.pth", "torchvision"),
     "timm": ("model.safetensors", "timm"),
     "huggingface": ("model.safetensors", "Hugging Face"),
-    "huggingface4": ("pytorch_model.bin", "Hugging Face"),
     "npz": ("ViT.npz", "Google"),
 }
 
@@ -35,7 +34,7 @@ FILES = {
 def test_foreign_files_are_refused_with_the_line_that_converts_them(tmp_path, layout, num_classes):
     """Of the width of Ti/16, so that the number of heads is known."""
     name, library = FILES[layout]
-    norm_eps = 1e-12 if "hugging" in layout else 1e-6
+    norm_eps = 1e-12 if layout == "huggingface" else 1e-6
     model = ours(num_classes, em_dim=192, num_heads=3, num_layers=1, norm_eps=norm_eps)
     write(tmp_path / name, convert.to_state_dict(model, layout))
     text = refusal(load_weights, tmp_path / name)

@@ -1,9 +1,8 @@
-"""Ship a checkpoint with vitlib: in float16, with its SHA-256 in index.json and its record, curve included, as JSON.
+"""Ship a checkpoint with vitlib: in float16, with its record, curve included, as JSON beside it.
 
 python tools/ship.py runs/pretrain/pretrained.safetensors cifar100-small [NAME=VALUE ...]     adds NAME to the record
 """
 
-import hashlib
 import json
 import sys
 from dataclasses import asdict
@@ -18,17 +17,9 @@ from vitlib.weights.checkpoint import PRETRAINED, load_checkpoint, save_checkpoi
 def ship(checkpoint: Path, name: str, **remarks: str) -> None:
     model, card = load_checkpoint(checkpoint)
     card.record.update(remarks)
-    file = PRETRAINED / f"{name}.safetensors"
-    save_checkpoint(file, model, card, torch.float16)
-    _write_json(PRETRAINED / f"{name}.json", asdict(card))
-    index_file = PRETRAINED / "index.json"
-    index = json.loads(index_file.read_text()) if index_file.exists() else {}
-    _write_json(index_file, index | {name: hashlib.sha256(file.read_bytes()).hexdigest()})
-
-
-def _write_json(path: Path, content: dict) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    save_checkpoint(PRETRAINED / f"{name}.safetensors", model, card, torch.float16)
+    with atomic_write(PRETRAINED / f"{name}.json") as temporary:
+        temporary.write_text(json.dumps(asdict(card), indent=2, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,12 +9,11 @@ To use an ONNX file, install onnxruntime, numpy and PIL. This prepares every ima
 >>> from PIL import Image, ImageOps
 >>> session = onnxruntime.InferenceSession("model.onnx")
 >>> about = {name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}
->>> turns = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
 >>> def prepare(path):
 ...     image = Image.open(path)
 ...     image.load()
-...     with contextlib.suppress(Exception):  # most images have no EXIF orientation
-...         image = image.transpose(Image.Transpose[dict(enumerate(turns, 2))[image.getexif()[274]]])
+...     with contextlib.suppress(Exception):  # damaged EXIF turns nothing
+...         ImageOps.exif_transpose(image, in_place=True)
 ...     if image.mode.startswith("I"):  # 16 bits of grey
 ...         image = Image.fromarray((numpy.asarray(image) >> 8).astype(numpy.uint8))
 ...     image = image.convert("RGB" if about["num_channels"] == 3 else "L")

@@ -20,7 +20,7 @@ def load_record(name: str) -> dict:
         ValueError: for another name.
     """
     file = PRETRAINED / f"{name}.json"
-    if not file.is_file() or name == "index":
-        known = sorted(file.stem for file in PRETRAINED.glob("*.json") if file.stem != "index")
+    if not file.is_file():
+        known = sorted(file.stem for file in PRETRAINED.glob("*.json"))
         raise ValueError(f"There is no record named {name!r}; choose one of {', '.join(known)}.")
     return json.loads(file.read_text(encoding="utf-8"))

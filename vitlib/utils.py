@@ -61,7 +61,6 @@ def progress_bar(iterable=None, *, description: str, total: int | None = None, u
         desc=description,
         total=total,
         unit=unit,
-        unit_scale=unit == "B",
         bar_format=SHORT if "images" in unit else None,
         file=sys.stdout,
         mininterval=0.5,
@@ -75,33 +74,21 @@ def import_torchvision() -> ModuleType:
     Then its compiled library does not load, and the import fails because two operators do not exist. Its Python parts
     (data sets, transforms, models) never call them, so it is enough to declare them. Call this before anything else
     imports torchvision; afterwards ``from torchvision.transforms import v2`` works.
-
-    Raises:
-        ModuleNotFoundError: if torchvision is not installed.
     """
     try:
         return importlib.import_module("torchvision")
-    except ModuleNotFoundError as error:
-        if error.name != "torchvision":
-            raise
-        message = "torchvision is not installed; install it with `pip install torchvision`."
-        raise ModuleNotFoundError(message, name="torchvision") from error
     except RuntimeError as error:
         if "operator torchvision::nms does not exist" not in str(error):
             raise
-    _declare_operators()
-    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-        del sys.modules[name]  # the failed import has left some of them half built
-    return importlib.import_module("torchvision")
-
-
-def _declare_operators() -> None:
     import torch
 
     library = torch.library.Library("torchvision", "FRAGMENT")
     for operator in ("nms", "qnms"):  # as in torchvision/csrc/ops/nms.cpp
         library.define(operator + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _declared.append(library)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        del sys.modules[name]  # the failed import has left some of them half built
+    return importlib.import_module("torchvision")
 
 
 def text_table(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:

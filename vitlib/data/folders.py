@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import struct
 import unicodedata
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,14 +18,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from vitlib.utils import atomic_write, cache_dir, printable, progress_bar
 
-CACHE_VERSION = 5  # raise it when the same files and options come to give other pixels
+CACHE_VERSION = 6  # raise it when the same files and options come to give other pixels
 MOST_UNREADABLE = 0.1  # of a folder's images; leaving out more would change the data set
 NAMED = 10  # files that a message names; it counts all
 # by the content of a file, not by its name; Pillow knows far more, and hands EPS to Ghostscript, which runs it
@@ -44,8 +43,6 @@ SYSTEM_NAME = re.compile(  # of hidden files, and of what systems and network di
     re.IGNORECASE | re.DOTALL,
 )
 SPLIT_NAMES = {"train": ("train", "training"), "test": ("test", "testing", "val", "valid", "validation")}
-TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
-UPRIGHT = dict(enumerate(map(Image.Transpose.__getitem__, TURNS), start=2))  # for each EXIF orientation
 
 # ---------- One file ----------
 
@@ -65,11 +62,7 @@ def read_image(path: str | os.PathLike, image_size: int | None = None, num_chann
         ValueError: for a file that is no image of the ``FORMATS``, is damaged, or has pixels of 32 bits or more than
             twice ``PIL.Image.MAX_IMAGE_PIXELS``, about 179 million, of them.
     """
-    return _read(os.path.expanduser(path), image_size, num_channels)[0]
-
-
-def _read(path: str | os.PathLike, image_size: int | None, num_channels: int) -> tuple[np.ndarray, int]:
-    """Return the image, and the largest value in a file of 16-bit grey, 0 for any other file."""
+    path = os.path.expanduser(path)
     name = printable(path)
     if os.path.isdir(path):
         raise IsADirectoryError(f"{name} is a folder; name the images in it, for instance {Path(name, '*.jpg')}.")
@@ -103,36 +96,18 @@ def _formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def _pixels(picture: Image.Image, image_size: int | None, num_channels: int) -> tuple[np.ndarray, int]:
+def _pixels(picture: Image.Image, image_size: int | None, num_channels: int) -> np.ndarray:
     picture.load()
-    if (turn := UPRIGHT.get(_orientation(picture))) is not None:
-        picture = picture.transpose(turn)
-    largest = 0
+    with suppress(Exception):  # damaged EXIF turns nothing
+        ImageOps.exif_transpose(picture, in_place=True)
     if picture.mode.startswith("I"):  # 16 bits of grey: convert() would cut everything above 255 off to white
-        values = np.asarray(picture)
-        largest = int(values.max())
-        picture = Image.fromarray((values >> 8).astype(np.uint8))
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     if picture.mode == "P" and "transparency" in picture.info:  # the same pixels, but PIL asks for this step
         picture = picture.convert("RGBA")
     picture = picture.convert("RGB" if num_channels == 3 else "L")
     if image_size is not None:
         picture = ImageOps.fit(picture, (image_size, image_size), Image.Resampling.BICUBIC)
-    return np.asarray(picture).reshape(picture.height, picture.width, num_channels).transpose(2, 0, 1), largest
-
-
-def _orientation(picture: Image.Image) -> int | None:
-    """Return the EXIF orientation, even beside broken tags: Pillow reads no tag behind one that is cut off."""
-    with suppress(KeyError, TypeError, IndexError, struct.error):
-        block = re.split(rb"(?=II\*\0|MM\0\*)", picture.info["exif"], maxsplit=1)[1]
-        order = "<" if block.startswith(b"II") else ">"
-        (start,) = struct.unpack_from(order + "I", block, 4)
-        (count,) = struct.unpack_from(order + "H", block, start)
-        for entry in range(start + 2, start + 2 + 12 * count, 12):
-            tag, kind = struct.unpack_from(order + "HH", block, entry)
-            if tag == ExifTags.Base.Orientation:
-                return struct.unpack_from(order + ("I" if kind == 4 else "H"), block, entry + 8)[0]
-    with suppress(Exception):  # from XMP and in TIFF
-        return picture.getexif().get(ExifTags.Base.Orientation)
+    return np.asarray(picture).reshape(picture.height, picture.width, num_channels).transpose(2, 0, 1)
 
 
 def refit(images: Tensor, image_size: int | None, num_channels: int) -> Tensor:
@@ -140,7 +115,7 @@ def refit(images: Tensor, image_size: int | None, num_channels: int) -> Tensor:
     if num_channels == 3 and image_size in (None, images.shape[-1]):
         return images
     pictures = map(Image.fromarray, images.permute(0, 2, 3, 1).numpy())
-    return torch.from_numpy(np.stack([_pixels(picture, image_size, num_channels)[0] for picture in pictures]))
+    return torch.from_numpy(np.stack([_pixels(picture, image_size, num_channels) for picture in pictures]))
 
 
 # ---------- Which files ----------
@@ -281,19 +256,21 @@ def load_folder(
     _check_classes(place, classes, labels, place == train)  # now, and again when what cannot be read is left out
     cache, state = _cache_of(place, paths, data_dir, image_size, num_channels)
     found = _read_cache(cache, state)
-    images, problems, largest = found or _decode(paths, image_size, num_channels, progress)
+    images, problems = found or _decode(paths, image_size, num_channels, progress)
     used = [index for index, problem in enumerate(problems) if problem is None]
     labels = labels[used]
-    _report(place, paths, problems, largest)
+    _report(place, paths, problems)
     _check_classes(place, classes, labels, place == train)
     if place != train and len(labels.unique()) == 1:
         print(f"All images in {printable(place)} are of one class, {printable(classes[labels[0]])}.")
+    if images.max() < 32:  # as 12 bits in files of 16 are
+        print(f"The images in {printable(place)} are nearly black; scale the values in their files to the whole range.")
     if not found:
-        _write_cache(cache, state, images, problems, largest)
+        _write_cache(cache, state, images, problems)
     return images, labels, classes, [paths[index] for index in used]
 
 
-def _report(place: Path, paths: list[Path], problems: list[str | None], largest: int) -> None:
+def _report(place: Path, paths: list[Path], problems: list[str | None]) -> None:
     """Print what is left out, and refuse a folder with too many unreadable images."""
     others = [path for path, problem in zip(paths, problems, strict=True) if problem == ""]
     unreadable = {path: problem for path, problem in zip(paths, problems, strict=True) if problem}
@@ -309,35 +286,30 @@ def _report(place: Path, paths: list[Path], problems: list[str | None], largest:
     files = (path for path in sorted(place.iterdir()) if path.is_file() and not SYSTEM_NAME.fullmatch(path.name))
     if loose := [path for path in files if IMAGE_NAME.fullmatch(path.name)]:
         print(f"Images passed over, since they lie in no class folder: {_named(loose)} ({len(loose)} in all).")
-    if 0 < largest < 2**12:
-        print(
-            f"The 16-bit images in {printable(place)} have no value above {largest} of 65535 and come out nearly "
-            "black; scale their values to the whole range."
-        )
 
 
 def _decode(
     paths: list[Path], image_size: int | None, num_channels: int, progress: bool
-) -> tuple[Tensor, list[str | None], int]:
+) -> tuple[Tensor, list[str | None]]:
     """Decode files in threads: PIL releases Python's lock while it works.
 
     Returns:
-        The images that can be read, uint8 [n, C, H, W]; for each file why it cannot, "" for one that is no image and
-        None for one that can; and the largest value in a file of 16-bit grey.
+        The images that can be read, uint8 [n, C, H, W], and for each file why it cannot, "" for one that is no image
+        and None for one that can.
     """
 
-    def read(path: Path) -> tuple[np.ndarray | None, int, str | None]:
+    def read(path: Path) -> tuple[np.ndarray | None, str | None]:
         try:
-            return *_read(path, image_size, num_channels), None
+            return read_image(path, image_size, num_channels), None
         except (ValueError, OSError) as error:
             is_image = not isinstance(error, UnknownFormat) or IMAGE_NAME.fullmatch(path.name)
-            return None, 0, str(error) if is_image else ""
+            return None, str(error) if is_image else ""
 
-    images, first, count, problems, largest = np.empty((0, num_channels, 0, 0), np.uint8), None, 0, [], 0
+    images, first, count, problems = np.empty((0, num_channels, 0, 0), np.uint8), None, 0, []
     pool = ThreadPoolExecutor()
     try:
         decoded = progress_bar(pool.map(read, paths), total=len(paths), description="decoding images", show=progress)
-        for path, (pixels, brightest, problem) in zip(paths, decoded, strict=True):
+        for path, (pixels, problem) in zip(paths, decoded, strict=True):
             problems.append(problem)
             if pixels is None:
                 continue
@@ -350,10 +322,10 @@ def _decode(
                     "image_size=32, to bring all to one size."
                 )
             images[count] = pixels
-            count, largest = count + 1, max(largest, brightest)
+            count += 1
     finally:
         pool.shutdown(cancel_futures=True)
-    return torch.from_numpy(images[:count]), problems, largest
+    return torch.from_numpy(images[:count]), problems
 
 
 def _room(count: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -386,17 +358,17 @@ def _cache_of(place: Path, paths: list[Path], data_dir: str | os.PathLike | None
     return cache_dir(data_dir) / "cache" / name, key(CACHE_VERSION, [state(path) for path in paths])
 
 
-def _read_cache(cache: Path, state: str) -> tuple[Tensor, list[str | None], int] | None:
+def _read_cache(cache: Path, state: str) -> tuple[Tensor, list[str | None]] | None:
     with suppress(OSError, SafetensorError), safe_open(cache, framework="pt") as file:
         metadata = file.metadata() or {}
         if metadata.get("state") == state:
-            return file.get_tensor("images"), *json.loads(metadata["notes"])
+            return file.get_tensor("images"), json.loads(metadata["problems"])
     return None
 
 
-def _write_cache(cache: Path, state: str, images: Tensor, *notes) -> None:
+def _write_cache(cache: Path, state: str, images: Tensor, problems: list[str | None]) -> None:
     try:
         with atomic_write(cache) as temporary:
-            save_file({"images": images}, temporary, metadata={"state": state, "notes": json.dumps(notes)})
+            save_file({"images": images}, temporary, metadata={"state": state, "problems": json.dumps(problems)})
     except (OSError, SafetensorError) as error:  # a full or read-only disk is no reason to stop
         print(f"The decoded images are not cached and will be decoded again next time ({error}).")

@@ -4,7 +4,6 @@ Every data set is one tensor in memory, uint8 [N, C, H, W]: 50,000 images of 32x
 would take as floats. They are converted and normalised per batch.
 """
 
-import difflib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 from vitlib.data.cifar import kept_by_file, kept_by_index, load_cifar, prepare_cifar
 from vitlib.data.folders import find_splits, load_folder, refit
 from vitlib.data.shapes import draw_shapes
-from vitlib.utils import printable
+from vitlib.utils import near_match, printable
 
 SOURCES = {
     "shapes100": "drawn by code, no download: 10 shapes x 10 colours on calm backgrounds, 100 classes",
@@ -167,10 +166,8 @@ def check_source(source: str | os.PathLike, name: str = "source") -> None:
     if os.path.isdir(folder):  # unlike pathlib's, it takes any text
         find_splits(Path(folder).resolve())
         return
-    alike = difflib.get_close_matches(text.lower(), SOURCES)
-    hint = f" (did you mean {' or '.join(alike)}?)" if alike else ""
     raise ValueError(
-        f"{name}={text!r} is neither a data set nor a folder{hint}; "
+        f"{name}={text!r} is neither a data set nor a folder{near_match(text.lower(), SOURCES)}; "
         f"give one of {', '.join(SOURCES)}, or a folder with train/<class>/* and test/<class>/*."
     )
 

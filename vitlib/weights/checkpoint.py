@@ -13,6 +13,8 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from vitlib.model import ViTModel, interpolate_positions
@@ -51,8 +53,6 @@ def save_checkpoint(path: str | Path, model: nn.Module, card: ModelCard, dtype: 
     Raises:
         ValueError: for a model that holds no ViT.
     """
-    from safetensors.torch import save
-
     model = unwrap(model)
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
     description = {"config": model.config, "card": dataclasses.asdict(card)}
@@ -68,8 +68,6 @@ def load_checkpoint(path: str | Path) -> tuple[ViTModel, ModelCard]:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is damaged, holds weights of another library, or numbers that are not finite.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = Path(path).expanduser()
     if path.is_dir():
         raise ValueError(f"{printable(path)} is a folder; name the .safetensors file in it.")
@@ -109,21 +107,14 @@ def check_finite(model: nn.Module, name: str) -> None:
 
 
 def load_pretrained(name: str) -> tuple[ViTModel, ModelCard]:
-    """Load a model that ships with vitlib, and its card; its file is first compared with a fixed SHA-256.
-
-    Raises:
-        ValueError: for an unknown name, or an altered file.
-    """
-    index = json.loads((PRETRAINED / "index.json").read_text())
-    if name not in index:
+    """Load a model that ships with vitlib, and its card. Raises ValueError for an unknown name."""
+    shipped = {file.stem: file for file in sorted(PRETRAINED.glob("*.safetensors"))}
+    if name not in shipped:
         raise ValueError(
-            f"There are no pretrained weights named {name!r}; choose one of {', '.join(index)}, or an official name, "
+            f"There are no pretrained weights named {name!r}; choose one of {', '.join(shipped)}, or an official name, "
             "such as vit_b_16, which load_weights downloads."
         )
-    path = PRETRAINED / f"{name}.safetensors"
-    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != index[name]:
-        raise ValueError(f"The weights {path.name} are missing or not the ones that shipped; install vitlib again.")
-    return load_checkpoint(path)
+    return load_checkpoint(shipped[name])
 
 
 def load_weights(weights: str | Path, image_size: int | None = None) -> tuple[ViTModel, ModelCard]:

@@ -8,9 +8,9 @@ of axes. So a conversion is a table of names, read in either direction.
 outputs for two random images. ``to_...`` builds a module and raises ValueError for an option of :class:`ViTModel` that
 the library lacks. Both raise ModuleNotFoundError if the library is not installed.
 
-Converted models are float32, in eval mode, on the CPU (or on the meta device if they came from there) and independent
-copies. A :class:`ViTModel` comes back with ``drop=0`` and ``drop_path=0``: fine-tuning recipes set their own. A model
-that goes out always has a bias in its patch embedding; for ``patch_bias=False`` it is zero, which is the same function.
+Converted models are float32, in eval mode, on the CPU and independent copies. A :class:`ViTModel` comes back with
+``drop=0`` and ``drop_path=0``: fine-tuning recipes set their own. A model that goes out always has a bias in its patch
+embedding; for ``patch_bias=False`` it is zero, which is the same function.
 """
 
 import copy
@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -50,18 +51,11 @@ _LAYOUTS = {
         ["norm1.", ["attn.qkv."], "attn.proj.", "norm2.", "mlp.fc1.", "mlp.fc2."],
         ["norm.", None, "head."],
     ),
-    "huggingface": (  # since transformers 5
+    "huggingface": (
         [_VIT + "cls_token", _VIT + "position_embeddings", _VIT + "patch_embeddings.projection."],
         "vit.layers.{}.",
         ["layernorm_before.", ["attention.q_proj.", "attention.k_proj.", "attention.v_proj."], "attention.o_proj.",
          "layernorm_after.", "mlp.fc1.", "mlp.fc2."],
-        ["vit.layernorm.", "pooler.dense.", "classifier."],
-    ),
-    "huggingface4": (  # transformers 4, and the files of the model hub
-        [_VIT + "cls_token", _VIT + "position_embeddings", _VIT + "patch_embeddings.projection."],
-        "vit.encoder.layer.{}.",
-        ["layernorm_before.", [f"attention.attention.{part}." for part in ("query", "key", "value")],
-         "attention.output.dense.", "layernorm_after.", "intermediate.dense.", "output.dense."],
         ["vit.layernorm.", "pooler.dense.", "classifier."],
     ),
     "npz": (  # github.com/google-research/vision_transformer, flax
@@ -73,13 +67,19 @@ _LAYOUTS = {
     ),
 }  # fmt: skip
 LAYOUTS = tuple(_LAYOUTS)
+_TODAY = {  # by older names: those in torchvision's published files; of transformers 4, and in the files of its hub
+    ".mlp.linear_1.": ".mlp.0.", ".mlp.linear_2.": ".mlp.3.", "encoder.layer.": "layers.",
+    "attention.attention.query.": "attention.q_proj.", "attention.attention.key.": "attention.k_proj.",
+    "attention.attention.value.": "attention.v_proj.", "attention.output.dense.": "attention.o_proj.",
+    "intermediate.dense.": "mlp.fc1.", "output.dense.": "mlp.fc2.",
+}  # fmt: skip
 
 
 def names(layout: str, num_layers: int = 12, *, head: bool = True, pre_logits: bool = False) -> list[tuple[str, str]]:
     """Return the names of another library for the entries of our state dict.
 
     Args:
-        layout: one of ``LAYOUTS``; "huggingface" is the spelling of transformers 5, "huggingface4" the one before.
+        layout: one of ``LAYOUTS``.
         num_layers: encoder blocks.
         head: whether the model has a classifier. Without one Hugging Face's class is another, ``ViTModel``, whose
             names have no ``vit.`` in front.
@@ -116,9 +116,9 @@ def _layout(name: str) -> tuple:
 
 def layout_of(state: Mapping[str, Tensor]) -> str | None:
     """Return the layout, one of ``LAYOUTS``, whose encoder these names contain, or None."""
-    state = _with_todays_names(state)
+    found = [_todays(name) for name in state]
     for layout in LAYOUTS:
-        if all(any(name.endswith(theirs) for name in state) for theirs, _ in names(layout, 1, head=False)):
+        if all(any(name.endswith(theirs) for name in found) for theirs, _ in names(layout, 1, head=False)):
             return layout
     return None
 
@@ -132,7 +132,7 @@ def _leaves(theirs: str, ours: str) -> list[tuple[str, str]]:
 
 def _has_pre_logits(layout: str, head: bool) -> bool:
     """Tell whether the layout has the layer: timm has none; Hugging Face's, the pooler, excludes a classifier."""
-    return layout in ("torchvision", "npz") or (layout.startswith("huggingface") and not head)
+    return layout in ("torchvision", "npz") or (layout == "huggingface" and not head)
 
 
 def from_state_dict(
@@ -152,7 +152,7 @@ def from_state_dict(
         ValueError: listing the entries that are missing or unknown, or naming the first that does not fit.
     """
     (_, positions, _), block, _, (_, hidden, classifier) = _layout(layout)
-    state = _without_prefix(_with_todays_names(state), positions)
+    state = _without_prefix({_todays(name): value for name, value in state.items()}, positions)
     if layout == "timm":
         state = _without_layer_scale(state)
     # Hugging Face's names begin with "vit." only in a model with a classifier
@@ -191,10 +191,10 @@ def from_state_dict(
     return model.eval()
 
 
-def _with_todays_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the MLPs of torchvision's published files, which are older than the names in its modules."""
-    renamed = re.compile(r"(?<=\.mlp\.)linear_([12])(?=\.)")
-    return {renamed.sub(lambda match: {"1": "0", "2": "3"}[match[1]], name): value for name, value in state.items()}
+def _todays(name: str) -> str:
+    for before, today in _TODAY.items():
+        name = name.replace(before, today)
+    return name
 
 
 def _without_prefix(state: Mapping[str, Tensor], positions: str) -> dict[str, Tensor]:
@@ -273,8 +273,7 @@ def _from_flax(theirs: str, tensor: Tensor) -> Tensor:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    device = "meta" if tensor.is_meta else "cpu"
-    return tensor.detach().to(device, torch.float32).clone(memory_format=torch.contiguous_format)
+    return tensor.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
 
 
 def _norm_eps(module: nn.Module) -> float:
@@ -297,8 +296,6 @@ def _proved(model: ViTModel, module: nn.Module, output: Callable = lambda given:
 
     No list of options that :class:`ViTModel` lacks would do: libraries add options with every release.
     """
-    if next(module.parameters()).is_meta:
-        return model
     shape = 2, *model.vit_encoder.embedding.image_shape
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -389,7 +386,7 @@ def from_huggingface(module: nn.Module) -> ViTModel:
     if isinstance(module, peer.ViTForImageClassification) and isinstance(module.classifier, nn.Identity):
         module = module.vit
     state, heads = module.state_dict(), module.config.num_attention_heads
-    model = from_state_dict(state, _spelling(state), num_heads=heads, norm_eps=_norm_eps(module))
+    model = from_state_dict(state, "huggingface", num_heads=heads, norm_eps=_norm_eps(module))
 
     def output(given) -> Tensor:
         if "logits" in given:
@@ -417,7 +414,8 @@ def to_huggingface(model: nn.Module) -> nn.Module:
             module = peer.ViTForImageClassification(theirs)
         else:
             module = peer.ViTModel(theirs, add_pooling_layer=config["pre_logits"] is not None)
-    module.load_state_dict(to_state_dict(model, _spelling(module.state_dict())), assign=True)
+    state = to_state_dict(model, "huggingface")
+    module.load_state_dict({name: state[_todays(name)] for name in module.state_dict()}, assign=True)
     return module.eval()
 
 
@@ -426,12 +424,6 @@ def to_npz(model: nn.Module, path: str | os.PathLike) -> None:
 
     It cannot hold ``norm_first=False``, ``pooling="mean"`` or another ``norm_eps`` than 1e-6.
     """
-    import numpy as np
-
     state = {name: tensor.numpy() for name, tensor in to_state_dict(model, "npz").items()}
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **state)
-
-
-def _spelling(state: Mapping[str, Tensor]) -> str:
-    return "huggingface4" if any("encoder.layer." in name for name in state) else "huggingface"

@@ -3,7 +3,9 @@
 import os
 from collections.abc import Mapping
 
+import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from vitlib.model import ViTModel
@@ -70,12 +72,8 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
         raise FileNotFoundError(f"There is no file at {printable(path)}; check the path.")
     try:
         if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
-
             return load_file(path)
         if path.endswith(".npz"):
-            import numpy as np
-
             with np.load(path, allow_pickle=False) as file:
                 return {name: torch.from_numpy(file[name]) for name in file.files}
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -122,7 +120,7 @@ def from_file(path: str | os.PathLike, *, num_heads: int | None = None, norm_eps
         num_heads = next(value.shape[0] for name, value in state.items() if name.endswith("_1/query/bias"))
     elif num_heads is None and width not in _HEADS:
         raise ValueError(f"No published ViT has the width {width}; give num_heads, which no shape tells.")
-    eps = norm_eps or (1e-12 if layout.startswith("huggingface") else 1e-6)
+    eps = norm_eps or (1e-12 if layout == "huggingface" else 1e-6)
     return from_state_dict(state, layout, num_heads=num_heads or _HEADS[width], norm_eps=eps)
 
 
@@ -137,9 +135,7 @@ def what_it_holds(path: str | os.PathLike) -> str:
             "holds the weights of a ViTModel without a card; load them with load_state_dict, and write them with "
             "save_checkpoint(path, model, ModelCard(classes, mean, std))"
         )
-    library = {"huggingface": "Hugging Face", "huggingface4": "Hugging Face", "npz": "Google", None: "another model"}
+    library = {"huggingface": "Hugging Face", "npz": "Google", None: "another model"}
     layout = layout_of(state)
-    way_out = (
-        f"convert them with vitlib.weights.official.from_file({os.fspath(path)!r}), then save_checkpoint (chapter 06)"
-    )
+    way_out = f"convert them with vitlib.weights.official.from_file({os.fspath(path)!r}), then save_checkpoint"
     return f"holds weights of {library.get(layout, layout)}; {way_out if layout else 'give those of a plain ViT'}"
