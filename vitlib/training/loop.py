@@ -44,7 +44,7 @@ def fit(
         options: the fields of :class:`TrainingOptions`, such as ``epochs`` and ``batch_size``.
 
     Raises:
-        ValueError: if the images do not fit the model, the loss is not finite, or the resume file belongs to another
+        ValueError: if the images do not fit a ViT, the loss is not finite, or the resume file belongs to another
             training.
     """
     options = TrainingOptions(**options)
@@ -82,7 +82,7 @@ def predict(model: nn.Module, images: Tensor, card: ModelCard, batch_size: int =
     The model is in eval mode meanwhile, and afterwards in the mode it was in before.
 
     Raises:
-        ValueError: for images that do not fit the model or the card, or logits that are not finite.
+        ValueError: for images that do not fit a ViT or the card, or logits that are not finite.
     """
     was_training = model.training
     model.eval()
