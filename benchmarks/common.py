@@ -19,8 +19,7 @@ from vitlib.course.doctor import usable_cores
 from vitlib.data import LabelledImages
 from vitlib.model import PRESETS
 from vitlib.training import PRECISIONS, hardware, resolve_device
-from vitlib.utils import atomic_write, progress_bar, text_table
-from vitlib.weights import versions
+from vitlib.utils import atomic_write, progress_bar, text_table, versions
 
 
 @dataclass(frozen=True)

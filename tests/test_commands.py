@@ -23,7 +23,8 @@ from vitlib.course.parameters import PARAMETERS
 from vitlib.data import LabelledImages, load_images
 from vitlib.model import create_model
 from vitlib.training import FINETUNING, RECIPES, History, Trained, Trainer, evaluate
-from vitlib.weights import ModelCard, load_checkpoint, load_pretrained, save_checkpoint, versions
+from vitlib.utils import versions
+from vitlib.weights import ModelCard, load_checkpoint, load_pretrained, save_checkpoint
 
 COMMANDS = ("pretrain", "finetune")
 FOREIGN = ("matplotlib", "ipywidgets", "papermill", "ipykernel", "IPython", "nbformat", "psutil", "yaml")
@@ -52,7 +53,7 @@ def test_two_trainings_do_not_share_a_folder(folder, tmp_path):
             call("pretrain", upstream=folder, preset="mini", run_dir=tmp_path, **SMALL),
             call("finetune", downstream=folder, weights="shapes100-mini", run_dir=tmp_path, **SMALL),
         ):
-            assert result.exit_code == 2 and f"Another training is writing to {tmp_path}" in result.output
+            assert result.exit_code == 2 and f"Another training is at work in {tmp_path}" in result.output
 
 
 def test_a_preset_of_the_paper_takes_its_image_size(monkeypatch, folder, tmp_path):

@@ -1,15 +1,19 @@
 """What all parts of vitlib share: atomic writes, the cache folder, the progress bar, the import of torchvision."""
 
+import csv
 import difflib
 import importlib
 import os
+import platform
 import sys
 import threading
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import distributions
 from pathlib import Path
 from types import ModuleType
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 _declared: list = []  # keeps the declaration of torchvision's operators, which torch forgets with the object
@@ -26,6 +30,11 @@ def printable(path: str | os.PathLike) -> str:
     become replacement characters."""
     text = os.fsencode(path).decode(errors="replace")
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text without its full stop, or the error's name if it has no text."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 @contextmanager
@@ -48,6 +57,18 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone_in(folder: str | Path, work: str, option: str) -> Iterator[None]:
+    """Make the folder, and keep other processes that do such work out of it; raise ValueError if one is at it."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(Path(folder) / ".lock").acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"Another {work} is at work in {folder}; wait for it, or give another {option}.") from error
+    with lock:
+        yield
 
 
 def progress_bar(iterable=None, *, description: str, total: int | None = None, unit: str = "it", show: bool = True):
@@ -100,12 +121,22 @@ def text_table(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> li
     ]
 
 
+def versions(*more: str) -> dict[str, str]:
+    """Return the versions that the record of a run names: of Python, torch, vitlib and ``more``, where installed."""
+    found = {name: next(iter(distributions(name=name)), None) for name in ("torch", "vitlib", *more)}
+    return {"python": platform.python_version(), **{name: one.version for name, one in found.items() if one}}
+
+
 def near_match(value: object, choices: Iterable[str]) -> str:
     """Return the words ``(did you mean 'small'?)`` when one of ``choices`` is close to ``value``, else nothing."""
     close = difflib.get_close_matches(str(value), list(choices), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def escape_formula(cell: object) -> object:
-    """Return the cell of a table, a text that a spreadsheet would run as a formula with a quote before it."""
-    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@")) else cell
+def write_csv(path: str | Path, header: Sequence[str], rows: Iterable[Iterable], encoding: str = "utf-8") -> None:
+    """Write a table, whole or not at all. Bytes in the names of files that are no text stay as they are."""
+    with (
+        atomic_write(path) as temporary,
+        open(temporary, "w", newline="", encoding=encoding, errors="surrogateescape") as file,
+    ):
+        csv.writer(file).writerows([header, *rows])

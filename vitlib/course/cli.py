@@ -12,16 +12,8 @@ from pathlib import Path
 
 import click
 
-
-class PathOrName(click.Path):
-    """A path in which ``~`` is the home folder, even if no shell has expanded it."""
-
-    def convert(self, value, parameter, context):
-        return super().convert(os.path.expanduser(value), parameter, context)
-
-
-FILE = PathOrName(path_type=Path)
-NAME = PathOrName(path_type=str)  # or a name, such as cifar100-small
+FILE = click.Path(path_type=Path)  # vitlib writes ~ out as the home folder where it opens a path
+NAME = click.Path(path_type=str)  # or a name, such as cifar100-small
 COUNT = click.IntRange(min=1)
 LIMIT = click.FloatRange(min=0)
 REAL_LIMIT = click.FloatRange(min=0, min_open=True)
@@ -258,9 +250,8 @@ def predict(model, images, top, batch_size, table) -> None:
     code is 0 when every image was predicted, 1 when one was not, 2 for a wrong command or MODEL.
     """
     from vitlib.classify import predict_files
-    from vitlib.course.own_images import write_csv
     from vitlib.training import resolve_device
-    from vitlib.utils import printable
+    from vitlib.utils import printable, write_csv
     from vitlib.weights import load_weights
 
     network, card = load_weights(model)
@@ -297,9 +288,9 @@ def export(model, out) -> None:
     difference = export_model(network, card, out)
     shape = ", ".join(str(network.config[name]) for name in ("num_channels", "image_size", "image_size"))
     click.echo(
-        f"{out} ({out.stat().st_size / 1e6:.1f} MB) takes uint8 images [batch, {shape}] and gives logits [batch, "
-        f"{network.config['num_classes']}]; on random images they differ from the model's by at most {difference:.1e} "
-        f"(allowed: {TOLERANCE:g})."
+        f"{out} ({out.expanduser().stat().st_size / 1e6:.1f} MB) takes uint8 images [batch, {shape}] and gives logits "
+        f"[batch, {network.config['num_classes']}]; on random images they differ from the model's by at most "
+        f"{difference:.1e} (allowed: {TOLERANCE:g})."
     )
 
 

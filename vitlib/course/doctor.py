@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
-from vitlib.utils import cache_dir, text_table
+from vitlib.utils import cache_dir, first_line, text_table
 
 GIB = 2**30
 PEAK = 0.8 * GIB  # the most memory that a chapter takes (RESULTS.md)
@@ -186,8 +186,7 @@ def training_speed(
 
 
 def _reason(error: Exception) -> str:
-    first = str(error).strip().partition("\n")[0].replace(str(Path.home()), "~")
-    return f"{type(error).__name__}: {first[:100]}"
+    return f"{type(error).__name__}: {first_line(error).replace(str(Path.home()), '~'):.100}"
 
 
 def _numbers(version: str | None) -> list[int]:
@@ -259,11 +258,7 @@ def report(facts: Facts) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time in words, as roughly as it is known.
-
-    >>> duration(130)
-    'about 2 minutes'
-    """
+    """Return a time in words, as roughly as it is known, such as ``about 2 minutes``."""
     minutes = round(seconds / 60)
     return "less than a minute" if seconds < 50 else f"about {minutes:,} minute{'s' if minutes > 1 else ''}"
 

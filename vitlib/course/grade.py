@@ -24,11 +24,11 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from vitlib.course.cells import calls_of, names_of, needed_cells
 from vitlib.course.checks.frame import CORRECT, NOT_ATTEMPTED, NOT_YET, VERDICT
 from vitlib.course.kernels import reason
-from vitlib.course.own_images import write_csv
 from vitlib.course.parameters import PARAMETERS
 from vitlib.course.runner import COURSE_FOLDER, Lesson, checked_values, parameters_from_file, read_lessons
 from vitlib.course.sandbox import Limits, not_contained, run_apart
-from vitlib.utils import atomic_write, escape_formula, text_table
+from vitlib.data.folders import SYSTEM_NAME
+from vitlib.utils import atomic_write, text_table, write_csv
 
 WORDS = {CORRECT: "correct", NOT_YET: "not yet", NOT_ATTEMPTED: "open"}  # a verdict's status to the table's word
 MISSING, NOT_REACHED = "missing", "not reached"
@@ -232,12 +232,12 @@ def _find(folder: Path, out: Path, chapters: Sequence[Chapter]) -> list[Submissi
 
 
 def _files(folder: Path, out: Path) -> Iterator[Path]:
-    """Yield files, links and folders that cannot be entered, without hidden ones: Jupyter and archives leave those."""
+    """Yield files, links and folders that cannot be entered, but none that Jupyter, archives and systems leave."""
     closed: list[OSError] = []
     for here, folders, files in os.walk(folder, onerror=closed.append):
-        folders[:] = [n for n in folders if not n.startswith((".", "__MACOSX", "@eaDir")) and Path(here, n) != out]
+        folders[:] = [name for name in folders if not SYSTEM_NAME.fullmatch(name) and Path(here, name) != out]
         yield from (Path(here, name) for name in folders if Path(here, name).is_symlink())
-        yield from (Path(here, name) for name in files if not name.startswith("."))
+        yield from (Path(here, name) for name in files if not SYSTEM_NAME.fullmatch(name))
     yield from (Path(error.filename) for error in closed)
 
 
@@ -403,7 +403,8 @@ def _write_grades(out: Path, graded: Iterable[Submission]) -> None:
         for one in graded
         for name, (status, message) in one.verdicts.items()
     ]
-    escaped = (map(escape_formula, row) for row in rows)
+    # a quote before what a spreadsheet would run as a formula
+    escaped = ([f"'{cell}" if cell.startswith(("=", "+", "-", "@")) else cell for cell in row] for row in rows)
     write_csv(out / "grades.csv", COLUMNS, escaped, encoding="utf-8-sig")  # without the mark, Excel garbles umlauts
 
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import TextIO
 
@@ -25,6 +24,7 @@ from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
 
 from vitlib.course.figures import recorded_figures
+from vitlib.utils import versions
 
 STARTS = 3  # attempts to start a kernel
 NOT_STARTED = "Kernel died before replying"  # jupyter_client's words
@@ -140,11 +140,10 @@ def run_notebook(
     """
     partial, failed = out / f"{name}.partial.ipynb", out / f"{name}.failed.ipynb"
     in_full = {**defaults, **parameters}
-    versions = {package: version(package) for package in ("torch", "vitlib", "papermill")}
     result = RunResult(
         "ok", parameters=in_full, seed=in_full.get("seed"),
         started=datetime.now().astimezone().isoformat(timespec="seconds"),
-        versions={"python": platform.python_version(), **versions, "platform": platform.platform()},
+        versions={**versions("papermill"), "platform": platform.platform()},
     )  # fmt: skip
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # the result says it in one line
     start = time.perf_counter()

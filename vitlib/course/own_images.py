@@ -1,15 +1,13 @@
 """Fine-tuning on your own images: how many steps they need, and what the model says about the test images."""
 
-import csv
 import math
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from vitlib.classify import confident_mistakes
 from vitlib.data import LabelledImages
-from vitlib.utils import atomic_write
+from vitlib.utils import atomic_write, write_csv
 
 STEPS = 16  # a new head and its encoder get at least as many
 
@@ -51,15 +49,6 @@ def write_predictions(path: Path, test: LabelledImages, logits: Tensor) -> None:
     shares = [f"{share:.4f}" for share in confidence.tolist()]
     rows = zip(test.names or range(len(test)), true, guessed, shares, strict=True)
     write_csv(path, ("file", "true", "predicted", "probability"), rows)
-
-
-def write_csv(path: Path, header: Sequence[str], rows: Iterable[Iterable], encoding: str = "utf-8") -> None:
-    """Write a table, whole or not at all. Bytes in the names of files that are no text stay as they are."""
-    with (
-        atomic_write(path) as temporary,
-        open(temporary, "w", newline="", encoding=encoding, errors="surrogateescape") as file,
-    ):
-        csv.writer(file).writerows([header, *rows])
 
 
 def draw_errors(folder: Path, test: LabelledImages, logits: Tensor) -> str:

@@ -29,12 +29,7 @@ img { max-width: 100%; }
 
 
 def write_report(results: Mapping, path: str | Path) -> None:
-    """Write the report of a sweep.
-
-    Args:
-        results: the content of the sweep's results.json.
-        path: of the HTML file; an earlier one is replaced when the new one is whole.
-    """
+    """Write the report of a sweep to an HTML file, whole or not at all; ``results`` is what results.json holds."""
     frame, titles = as_frame(results)
     good = frame[frame["status"] == "ok"]
     numbers = good[[*titles.values()]].apply(pd.to_numeric, errors="coerce").dropna(axis="columns", how="all")
@@ -95,16 +90,11 @@ def _conclusion(metric: str, groups, means: pd.DataFrame) -> str:
 
 
 def draw_metric(results: Mapping, metric: str, axis: str) -> Figure:
-    """Draw a recorded number against one parameter: a line through the means, a band from lowest to highest.
+    """Draw the recorded number ``metric`` against the parameter ``axis``: means, and a band from lowest to highest.
 
     Each combination of the other parameters that vary, except the seed, has a line; more than ``MOST_LINES`` are
     averaged. Numbers are spaced as numbers, logarithmically where they differ more than eightfold; other values stand
     side by side. Shares of images are in percent, with a line at chance.
-
-    Args:
-        results: the content of the sweep's results.json.
-        metric: name of the recorded number.
-        axis: name of the parameter.
     """
     frame, titles = as_frame(results)
     frame = frame[frame["status"] == "ok"]

@@ -81,12 +81,10 @@ def run_apart(
     """Run a notebook to its end, beyond errors in its cells.
 
     Args:
-        notebook: the notebook to run.
         companions: folder with the files that it expects beside it; it gets a copy. None for an empty folder.
         hidden: folder that it must not see, even if Python's packages lie around it.
         parameters: values that papermill injects. A file or folder that one names by its whole path can be read.
-        limits: what ends it.
-        stopped: ends it when set.
+        limits, stopped: what ends it.
 
     Returns:
         the executed notebook up to the cell it reached (None if it did not start), and what stopped it, or "".

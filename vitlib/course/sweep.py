@@ -28,12 +28,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import filelock
 import nbformat
 
 from vitlib.course.figures import FIGURES_IN_TABLE, main_figures
 from vitlib.course.kernels import RunResult, last_cell, run_notebook
-from vitlib.utils import atomic_write, progress_bar
+from vitlib.utils import alone_in, atomic_write, progress_bar
 
 try:
     import dask
@@ -105,13 +104,8 @@ def run_sweep(
             runs that were finished by then.
     """
     out = Path(out).expanduser().resolve()
-    out.mkdir(parents=True, exist_ok=True)
     work = out / ".work"
-    try:
-        lock = filelock.FileLock(out / ".lock").acquire(timeout=0)
-    except filelock.Timeout as error:
-        raise ValueError(f"Another sweep is at work in {out}; wait for it, or choose another --out.") from error
-    with lock:
+    with alone_in(out, "sweep", "--out"):
         shutil.rmtree(work, ignore_errors=True)  # of a sweep that was killed
         records = {run.key: record for run in plan.runs if (record := _finished(out / "runs", run))}
         missing = [run for run in plan.runs if run.key not in records]
@@ -263,7 +257,6 @@ def _work(notebook, name, defaults, home, threads, timeout, folder, parameters) 
     task, deadline = worker.get_current_task(), time.monotonic() + (timeout or math.inf)
 
     def end() -> str:
-        """Return the reason to stop, if there is one."""
         if time.monotonic() > deadline:
             return f"stopped after {timeout:g} s; allow more with --timeout"
         state = worker.state.tasks.get(task)

@@ -6,12 +6,11 @@ This module needs only torch, torchvision, tqdm, click and safetensors, and what
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import click
 import torch
-from filelock import FileLock, Timeout
 
 from vitlib import training
 from vitlib.costs import preset_config
@@ -22,7 +21,7 @@ from vitlib.model import PRESETS, ViTModel, create_model
 from vitlib.training import FINETUNING, RECIPES, Trained, record_test
 from vitlib.training.distributed import current_context, end_distributed, init_distributed
 from vitlib.training.resume import OtherTraining
-from vitlib.utils import printable
+from vitlib.utils import alone_in, first_line, printable
 from vitlib.weights import ModelCard, load_weights
 
 
@@ -124,20 +123,9 @@ def _random_encoder(train: LabelledImages, seed: int) -> tuple[ViTModel, ModelCa
     return model, ModelCard(("none",), *channel_statistics(train.images), "small", {"stage": "random"})
 
 
-@contextmanager
-def _alone_in(run_dir: str) -> Iterator[None]:
+def _alone_in(run_dir: str) -> AbstractContextManager:
     """Keep other trainings out of a run's folder; of several processes the first does that."""
-    lock = FileLock(Path(run_dir) / ".lock")
-    if current_context().is_first:
-        Path(run_dir).mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise ValueError(f"Another training is writing to {run_dir}; wait, or give another --run-dir.") from error
-    try:
-        yield
-    finally:
-        lock.release()
+    return alone_in(run_dir, "training", "--run-dir") if current_context().is_first else nullcontext()
 
 
 @contextmanager
@@ -152,10 +140,8 @@ def _in_one_sentence(compile: bool) -> Iterator[None]:
     except Exception as error:
         if not (compile and type(error).__module__.startswith(("torch._inductor", "torch._dynamo"))):
             raise
-        reason = next(line for line in [*str(error).splitlines(), type(error).__name__] if line.strip())
-        raise ValueError(
-            f"compile=True does not work here ({reason:.80}); install a C++ compiler such as g++, or leave it out."
-        ) from error
+        way_out = "install a C++ compiler such as g++, or leave it out"
+        raise ValueError(f"compile=True does not work here ({first_line(error):.80}); {way_out}.") from error
 
 
 def _set_aside(run_dir: Path) -> Path:

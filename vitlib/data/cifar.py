@@ -21,7 +21,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from vitlib.utils import cache_dir, import_torchvision
+from vitlib.utils import cache_dir, first_line, import_torchvision
 
 CIFAIR_URL = "https://github.com/cvjena/cifair/releases/download/v1.0"
 TIMEOUT = 30  # seconds without a byte after which a connection counts as broken
@@ -52,11 +52,7 @@ def cifar_class(name: str) -> type:
 def load_cifar(
     name: str, split: str, data_dir: str | os.PathLike | None, progress: bool
 ) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """Return images uint8 [N, 3, 32, 32], labels int64 [N] and class names, downloaded if they are not there.
-
-    Raises:
-        OSError: as :func:`prepare_cifar`.
-    """
+    """Return images uint8 [N, 3, 32, 32], labels int64 [N] and class names, after :func:`prepare_cifar`."""
     prepare_cifar(name, data_dir, progress)
     data = cifar_class(name)(cache_dir(data_dir), train=split == "train")
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
@@ -85,7 +81,7 @@ def prepare_cifar(name: str, data_dir: str | os.PathLike | None, progress: bool)
                 fetch(dataset.url, folder, filename=dataset.filename, md5=dataset.tgz_md5)
                 dataset(folder, train=False)
     except (OSError, RuntimeError, http.client.HTTPException) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = first_line(error)
         raise OSError(
             f"{name} could not be downloaded from {dataset.url} into {folder} ({reason}); try again, put the file with "
             f"md5 {dataset.tgz_md5} there by hand, for instance with `curl -L -C - -O {dataset.url}`, which goes on "

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vitlib.utils import atomic_write, cache_dir, printable, progress_bar
+from vitlib.utils import atomic_write, cache_dir, first_line, printable, progress_bar
 
 CACHE_VERSION = 6  # raise it when the same files and options come to give other pixels
 MOST_UNREADABLE = 0.1  # of a folder's images; leaving out more would change the data set
@@ -84,8 +84,7 @@ def read_image(path: str | os.PathLike, image_size: int | None = None, num_chann
     except (Image.DecompressionBombError, MemoryError):
         problem = "has too many pixels to be decoded safely; scale it down first"
     except Exception as error:  # a damaged file can make PIL raise almost anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        problem = f"is damaged ({reason:.100}); copy or download it again"
+        problem = f"is damaged ({first_line(error):.100}); copy or download it again"
     raise ValueError(f"{name} {problem}.")
 
 

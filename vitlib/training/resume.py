@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from vitlib.utils import atomic_write
+from vitlib.utils import atomic_write, first_line
 
 # settings that are fingerprints; to show the two hashes would help nobody
 _CHANGED = {
@@ -57,8 +57,7 @@ class ResumeFile:
             try:
                 torch.save({"format": self.FORMAT, "settings": json.dumps(self.settings), "state": state}, temporary)
             except RuntimeError as error:
-                reason = str(error).splitlines()[0]
-                raise OSError(f"{self.path} cannot be written ({reason:.100}); is the disk full?") from error
+                raise OSError(f"{self.path} cannot be written ({first_line(error):.100}); is the disk full?") from error
             if self.path.exists():
                 os.replace(self.path, self.previous)
         self.written = time.monotonic()
@@ -80,11 +79,10 @@ class ResumeFile:
                 raise ValueError(f"its format is {content['format']!r}")
             settings, state = json.loads(content["settings"]), content["state"]
         except Exception as error:  # damaged files fail in many ways: zip, pickle, key, type
-            reason = str(error).partition("\n")[0] or type(error).__name__
             has_previous = path == self.path and self.previous.exists()
             way_out = f"go on from {self.previous.name}" if has_previous else "begin again"
             raise ValueError(
-                f"{path} is not a whole resume file of vitlib ({reason:.100}); delete it to {way_out}."
+                f"{path} is not a whole resume file of vitlib ({first_line(error):.100}); delete it to {way_out}."
             ) from error
         self._compare(path, _flat(settings), _flat(self.settings))
         return state

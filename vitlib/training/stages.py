@@ -16,7 +16,8 @@ from vitlib.training.loop import evaluate, fit
 from vitlib.training.recipes import FINETUNING, RECIPES, Recipe, named_recipe
 from vitlib.training.resume import ResumeFile
 from vitlib.training.trainer import TrainingOptions
-from vitlib.weights.checkpoint import ModelCard, fingerprint, save_checkpoint, transfer_encoder, versions
+from vitlib.utils import versions
+from vitlib.weights.checkpoint import ModelCard, fingerprint, save_checkpoint, transfer_encoder
 
 
 @dataclass(frozen=True)

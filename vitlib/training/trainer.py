@@ -74,12 +74,7 @@ class Batch:
 
 
 class Trainer:
-    """A running training: its model, optimiser, history and random numbers.
-
-    Args:
-        model: is trained in place.
-        card: gives the normalisation.
-        resume: the file to resume from, if it exists, and to save the state in.
+    """A running training: its model, optimiser, history and random numbers. The arguments are those of ``fit``.
 
     Attributes:
         ema_model: the model to evaluate and to keep: with averaged weights if the recipe has them, else ``model``.

@@ -7,7 +7,6 @@ from vitlib.weights.checkpoint import (
     load_weights,
     save_checkpoint,
     transfer_encoder,
-    versions,
     with_image_size,
 )
 from vitlib.weights.official import OFFICIAL, official_weights

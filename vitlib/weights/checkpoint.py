@@ -6,10 +6,8 @@ safetensors files are read without running any code, unlike pickles. The card tr
 import dataclasses
 import hashlib
 import json
-import platform
 import unicodedata
 from dataclasses import dataclass, field
-from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
@@ -94,16 +92,12 @@ def load_checkpoint(path: str | Path) -> tuple[ViTModel, ModelCard]:
         raise ValueError(
             f"{printable(path)} is not a whole checkpoint of vitlib ({reason:.150}); copy it again."
         ) from error
-    check_finite(model, printable(path))
-    return model.eval(), card
-
-
-def check_finite(model: nn.Module, name: str) -> None:
-    """Raise ValueError, with ``name`` for the model, for weights that are not numbers; it would still name classes."""
-    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):  # such a model would still name classes
         raise ValueError(
-            f"{name} has weights that are not finite, so its training diverged; train again with a lower learning rate."
+            f"{printable(path)} has weights that are not finite, so its training diverged; train again with a lower "
+            "learning rate."
         )
+    return model.eval(), card
 
 
 def load_pretrained(name: str) -> tuple[ViTModel, ModelCard]:
@@ -195,12 +189,6 @@ def unwrap(model: nn.Module) -> ViTModel:
     if not isinstance(inner, ViTModel):
         raise ValueError(f"{type(inner).__name__} holds no ViTModel; give a ViTModel, wrapped or not.")
     return inner
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that the record of a run names; vitlib's only where it is installed."""
-    found = {name: next(iter(distributions(name=name)), None) for name in ("torch", "vitlib")}
-    return {"python": platform.python_version(), **{name: one.version for name, one in found.items() if one}}
 
 
 def fingerprint(*tensors: Tensor) -> str:

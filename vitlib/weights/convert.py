@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from vitlib.model import ViTModel
-from vitlib.utils import atomic_write, import_torchvision
+from vitlib.utils import atomic_write, first_line, import_torchvision
 from vitlib.weights.checkpoint import unwrap
 
 CLS, POSITIONS = "vit_encoder.embedding.cls_token", "vit_encoder.embedding.position_embedding"
@@ -303,8 +303,8 @@ def _proved(model: ViTModel, module: nn.Module, output: Callable = lambda given:
         try:
             theirs = output(copy.deepcopy(module).to("cpu", torch.float32).eval()(images))
         except Exception as error:  # in one of their layers
-            reason = str(error).partition("\n")[0]
-            raise ValueError(f"The module cannot compute images of shape {list(shape)} ({reason}).") from error
+            told = f"The module cannot compute images of shape {list(shape)} ({first_line(error)})."
+            raise ValueError(told) from error
     difference = (ours - theirs).abs().max().item() if ours.shape == theirs.shape else math.inf
     if not difference <= 1e-4 * max(1.0, ours.abs().max().item()):
         raise ValueError(

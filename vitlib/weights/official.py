@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vitlib.model import ViTModel
-from vitlib.utils import cache_dir, import_torchvision, printable
+from vitlib.utils import cache_dir, first_line, import_torchvision, printable
 from vitlib.weights.checkpoint import ModelCard
 from vitlib.weights.convert import from_state_dict, layout_of, names
 
@@ -52,7 +52,7 @@ def official_weights(name: str) -> tuple[ViTModel, ModelCard]:
         torch.hub.load_state_dict_from_url(address, folder, "cpu", check_hash=True, weights_only=True)
     except Exception as error:  # damaged files fail in many ways
         raise OSError(
-            f"{name} could not be downloaded or read ({str(error):.100}); put the whole file of {address} into "
+            f"{name} could not be downloaded or read ({first_line(error):.100}); put the whole file of {address} into "
             f"{printable(folder)}, in place of what is there, or use shipped weights, such as cifar100-small."
         ) from error
     model = from_file(folder / os.path.basename(address))
@@ -91,8 +91,7 @@ def _why_not_read(error: Exception) -> str:
             "holds Python objects, such as a whole model, and loading them would run code; where you trust it, write "
             "its state_dict alone to another file with torch.save"
         )
-    reason = str(error).partition("\n")[0] or type(error).__name__
-    return f"is damaged, or not a file of weights ({reason:.100}); copy or download it again"
+    return f"is damaged, or not a file of weights ({first_line(error):.100}); copy or download it again"
 
 
 def from_file(path: str | os.PathLike, *, num_heads: int | None = None, norm_eps: float | None = None) -> ViTModel:
