@@ -435,6 +435,8 @@ def read_roster(path: Path) -> list[str]:
     """Read the names of a class, one a line."""
     try:
         lines = path.expanduser().read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} does not exist; check the path.") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8; save it as UTF-8 text with one name a line.") from error
     return [_plain(line) for line in lines if line.strip()]
