@@ -41,18 +41,6 @@ def own_numbers(conv):
     return nn.Linear(conv.weight[0].numel(), conv.out_channels, bias=conv.bias is not None)
 
 
-def copied_back(conv):
-    linear = own_numbers(conv)
-    conv.load_state_dict({name: tensor.view_as(getattr(conv, name)) for name, tensor in linear.state_dict().items()})
-    return linear
-
-
-def with_gradients(conv):
-    linear = own_numbers(conv)
-    linear.weight.copy_(conv.weight.flatten(1))
-    return linear
-
-
 def doubled(conv):
     linear = layer(conv.weight.flatten(1), conv.bias)
     linear.register_forward_hook(lambda layer, patches, tokens: 2 * tokens)
@@ -67,13 +55,6 @@ def stretched(positions, grid, mode="bicubic", **options):
     return torch.cat([positions[:, :1], picture.flatten(2).mT], 1)
 
 
-def by_factor(positions, grid):
-    old = math.isqrt(positions.shape[1] - 1)
-    picture = positions[0, 1:].reshape(old, old, -1).permute(2, 0, 1)[None]
-    picture = F.interpolate(picture, scale_factor=grid / old, mode="bicubic")
-    return torch.cat([positions[:, 0], picture[0].permute(1, 2, 0).flatten(0, 1)])[None]
-
-
 def broken_stretch(positions, grid, first=0):
     """As in the notebook; ``first=1`` leaves CLS out."""
     old = math.isqrt(positions.shape[1])
@@ -85,7 +66,6 @@ def broken_stretch(positions, grid, first=0):
 RIGHT = {
     "patch_numbers": {
         "sides first": lambda h, w, c, p: (h // p * (w // p), c * p * p),
-        "area first": lambda h, w, c, p: (h * w // p**2, c * p**2),
         "NumPy's": lambda h, w, c, p: np.array([h // p * (w // p), c * p * p]),
         "tensors": lambda h, w, c, p: (torch.tensor(h // p) * (w // p), torch.tensor(c * p * p)),
         "a list": lambda h, w, c, p: [len(range(0, h, p)) * len(range(0, w, p)), p * p * c],
@@ -93,7 +73,6 @@ RIGHT = {
     "patchify": {
         "vitlib": patchify,
         "blocks": lambda x, p: cut(x, p).flatten(3).flatten(1, 2),
-        "F.unfold": lambda x, p: F.unfold(x, p, stride=p).mT,
     },
     "patch_embedding": {
         "copies": lambda conv: layer(conv.weight.flatten(1), conv.bias),
@@ -109,10 +88,6 @@ RIGHT = {
     "interpolation": {
         "vitlib": interpolate_positions,
         "never a shortcut": stretched,
-        "a scale factor": by_factor,
-        "feature by feature": lambda positions, grid: torch.cat(
-            [stretched(feature, grid) for feature in positions.split(1, dim=2)], dim=2
-        ),
     },
 }
 
@@ -134,18 +109,9 @@ WRONG = {
         "half done": (lambda h, w, c, p: (h * w // p**2, ...), "still missing"),
     },
     "patchify": {
-        "reshape alone": (
-            lambda x, p: x.reshape(len(x), -1, x.shape[1] * p * p),
-            "reshape alone never moves a number",
-        ),
-        "channels last": (
-            lambda x, p: cut(x, p).permute(0, 1, 2, 4, 5, 3).flatten(3).flatten(1, 2),
-            "channels come last",
-        ),
-        "numbered by column": (
-            lambda x, p: cut(x, p).transpose(1, 2).flatten(3).flatten(1, 2),
-            "numbered down the columns",
-        ),
+        "reshape alone": (lambda x, p: x.reshape(len(x), -1, x.shape[1] * p * p), "reshape alone never moves"),
+        "channels last": (lambda x, p: cut(x, p).movedim(3, 5).flatten(3).flatten(1, 2), "channels come last"),
+        "by column": (lambda x, p: cut(x, p).transpose(1, 2).flatten(3).flatten(1, 2), "numbered down the columns"),
         "mirrored": (lambda x, p: cut(x, p).mT.flatten(3).flatten(1, 2), "mirrored"),
         "transposed image": (lambda x, p: cut(x.mT, p).flatten(3).flatten(1, 2), "transposed image"),
         "shuffled": (lambda x, p: patchify(x, p).flip(1), "not in its place"),
@@ -157,36 +123,19 @@ WRONG = {
         "patches left": (lambda x, p: cut(x, p).flatten(1, 2), "flatten each patch"),
         "channels apart": (lambda x, p: cut(x, p).flatten(4).flatten(1, 3), "side by side"),
         "detached": (lambda x, p: patchify(x, p).detach(), "no gradient comes back"),
-        "another type": (lambda x, p: patchify(x, p).double(), "the numbers that come back are float64"),
         "one size only": (lambda x, p: patchify(x, 4), "stopped with ValueError"),
-        "a list": (lambda x, p: list(patchify(x, p)), "a tensor is wanted, but a list"),
     },
     "patch_embedding": {
         "own numbers": (own_numbers, "has weights of its own"),
         "no bias": (lambda conv: layer(conv.weight.flatten(1)), "you forgot the bias"),
         "a bias too many": (lambda c: layer(c.weight.flatten(1), torch.ones(len(c.weight))), "convolution has no bias"),
-        "bias not copied": (
-            lambda conv: layer(conv.weight.flatten(1), None if conv.bias is None else 2 * conv.bias),
-            "the bias is not the convolution's",
-        ),
-        "channels last": (
-            lambda conv: layer(conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias),
-            "have the channels last",
-        ),
+        "bias": (lambda c: layer(c.weight.flatten(1), None if c.bias is None else 2 * c.bias), "not the convolution's"),
+        "channels last": (lambda c: layer(c.weight.movedim(1, 3).flatten(1), c.bias), "have the channels last"),
         "mirrored": (lambda conv: layer(conv.weight.mT.flatten(1), conv.bias), "rows and columns are swapped"),
-        "merged the wrong way": (
-            lambda conv: layer(conv.weight.reshape(-1, conv.out_channels).T, conv.bias),
-            "merged the wrong dimensions",
-        ),
+        "wrong merge": (lambda c: layer(c.weight.reshape(-1, c.out_channels).T, c.bias), "merged the wrong dimensions"),
         "backwards": (lambda conv: layer(conv.weight.flatten(1).flip(1), conv.bias), "but not in its place"),
-        "in and out swapped": (lambda conv: layer(conv.weight.flatten(1).T), "in and out are swapped"),
-        "only as wide as a side": (
-            lambda conv: nn.Linear(conv.kernel_size[0], conv.out_channels),
-            "that of nn.Linear(C * P * P, D).weight = [10, 48]",
-        ),
-        "copied the other way": (copied_back, "your function changes the model that it is given"),
+        "swapped": (lambda c: layer(c.weight.flatten(1).T), ".weight = [10, 48]: in and out are swapped"),
         "the weight alone": (lambda conv: conv.weight.flatten(1), "an nn.Linear is wanted, but a Tensor"),
-        "gradients on": (with_gradients, "stopped with RuntimeError: a leaf Variable"),
         "doubled": (doubled, "what else is computed"),
     },
     "tokens": {
@@ -198,13 +147,9 @@ WRONG = {
         "no CLS": (lambda x, cls, p: x + p[:, 1:], "one token is missing"),
         "CLS added": (lambda x, cls, p: in_front(x + cls, cls) + p, "a token of its own"),
         "zeros for CLS": (lambda x, cls, p: in_front(x, 0 * cls) + p, "first token is not CLS"),
-        "CLS once": (
-            lambda x, cls, p: torch.cat([torch.cat([cls, 0 * cls.expand(len(x) - 1, -1, -1)]), x], 1) + p,
-            "only the first image",
-        ),
+        "CLS once": (lambda x, cls, p: torch.cat([cls * torch.eye(len(x))[:, :1, None], x], 1) + p, "only the first"),
         "patches reversed": (lambda x, cls, p: in_front(x.flip(1), cls) + p, "unchanged and in their order"),
         "multiplied": (lambda x, cls, p: in_front(x, cls) * (1 + p) + p, "only add"),
-        "wrong shape": (lambda x, cls, p: in_front(x, cls).mT, "the shape is"),
         "positions twice": (lambda x, cls, p: in_front(x, cls) + 2 * p, "the positions are added twice"),
         "normalised": (lambda x, cls, p: F.layer_norm(in_front(x, cls) + p, x.shape[-1:]), "tokens are normalised"),
         "CLS detached": (lambda x, cls, p: in_front(x, cls.detach()) + p, "no gradient comes back to tensor 2"),
@@ -214,43 +159,23 @@ WRONG = {
         "broken as in the notebook": (broken_stretch, "CLS was stretched along with the patches"),
         "CLS looked for at the end": (lambda positions, grid: stretched(positions.roll(1, 1), grid), "not left alone"),
         "patches in a line": (
-            lambda positions, grid: torch.cat(
-                [positions[:, :1], F.interpolate(positions[:, 1:].mT, size=grid**2, mode="linear").mT], 1
-            ),
+            lambda p, g: in_front(F.interpolate(p[:, 1:].mT, size=g**2, mode="linear").mT, p[:, :1]),
             "a picture of g x g, not a line",
         ),
-        "no transpose": (
-            lambda positions, grid: broken_stretch(positions, grid, 1),
-            "places and features are mixed up",
-        ),
+        "no transpose": (lambda positions, grid: broken_stretch(positions, grid, 1), "places and features are mixed"),
         "rows and columns swapped": (
-            lambda positions, grid: torch.cat(
-                [
-                    positions[:, :1],
-                    stretched(positions, grid)[:, 1:].unflatten(1, (grid, grid)).transpose(1, 2).flatten(1, 2),
-                ],
-                1,
-            ),
+            lambda p, g: in_front(stretched(p, g)[:, 1:].unflatten(1, (g, g)).transpose(1, 2).flatten(1, 2), p[:, :1]),
             "rows and columns are swapped",
         ),
         "nearest": (lambda positions, grid: stretched(positions, grid, "nearest"), "(mode nearest)"),
         "nearest-exact": (lambda positions, grid: stretched(positions, grid, "nearest-exact"), "(mode nearest-exact)"),
         "bilinear": (lambda positions, grid: stretched(positions, grid, "bilinear"), "that is bilinear interpolation"),
-        "aligned corners": (
-            lambda positions, grid: stretched(positions, grid, align_corners=True),
-            "that is align_corners=True",
-        ),
+        "aligned": (lambda positions, grid: stretched(positions, grid, align_corners=True), "is align_corners=True"),
         "antialiased": (lambda positions, grid: stretched(positions, grid, antialias=True), "computes other weights"),
         "area": (lambda positions, grid: stretched(positions, grid, "area"), "not those of a bicubic resize"),
-        "patches in half precision": (
-            lambda positions, grid: torch.cat(
-                [positions[:, :1], stretched(positions.bfloat16(), grid).float()[:, 1:]], 1
-            ),
-            "at the same size the positions do not come back",
-        ),
+        "half precision": (lambda p, g: in_front(stretched(p.bfloat16(), g).float()[:, 1:], p[:, :1]), "not come back"),
         "no CLS": (lambda positions, grid: stretched(positions, grid)[:, 1:], "the row of CLS is lost"),
         "nothing done": (lambda positions, grid: positions, "still the old number of places"),
         "not swapped back": (lambda positions, grid: stretched(positions, grid).mT, "swap the last two dimensions"),
-        "one place too many": (lambda positions, grid: stretched(positions, grid + 1), "the shape is ["),
     },
 }

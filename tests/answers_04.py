@@ -78,17 +78,6 @@ def spoilt_and_frozen(model):
     model.vit_encoder.requires_grad_(False)
 
 
-def one_by_one(model):
-    for parameter in model.vit_encoder.parameters():
-        parameter.requires_grad = False
-
-
-def all_but_the_head(model):
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = "classifier" in name
-    return model
-
-
 def weight_of_the_head(model):
     model.requires_grad_(False)
     model.linear_classifier.weight.requires_grad_(True)
@@ -96,11 +85,6 @@ def weight_of_the_head(model):
 
 def mean_gain(ours, control):
     return sum(ours) / len(ours) - sum(control) / len(control)
-
-
-def in_loops(ours, control):
-    gain = statistics.mean(ours) - statistics.mean(control)
-    return gain, all(a > b for a in ours for b in control)
 
 
 def as_tensors(ours, control):
@@ -118,11 +102,6 @@ def gain(measure):
     return lambda ours, control: (measure(ours, control), min(ours) > max(control))
 
 
-def by_hand(images, card):
-    mean, std = (torch.tensor(numbers).view(-1, 1, 1) for numbers in (card.mean, card.std))
-    return (images / 255 - mean) / std
-
-
 def by_hand_of(divisor, order=lambda x, mean, std: (x - mean) / std):
     def answer(images, card):
         mean, std = (torch.tensor(numbers).view(-1, 1, 1) for numbers in (card.mean, card.std))
@@ -131,28 +110,22 @@ def by_hand_of(divisor, order=lambda x, mean, std: (x - mean) / std):
     return answer
 
 
+by_hand = by_hand_of(255)
+
+
 def image_by_image(images, card):
     return torch.cat([normalise(image, *channel_statistics(image)) for image in images.split(1)])
 
 
 RIGHT = {
     "transfer": {"repaired": repaired, "vitlib's": transfer_encoder, "a copy with a new head": rebuilt},
-    "probe_size": {
-        "weights and biases": lambda width, classes: width * classes + classes,
-        "a row for each class": lambda width, classes: (width + 1) * classes,
-        "NumPy": lambda width, classes: np.int64(width * classes + classes),
-        "a tensor": lambda width, classes: torch.tensor(width * classes + classes),
-        "counted": lambda width, classes: sum(p.numel() for p in nn.Linear(width, classes).parameters()),
-    },
+    "probe_size": {"weights and biases": lambda width, classes: width * classes + classes},
     "linear_probe": {
         "the module's method": lambda model: model.vit_encoder.requires_grad_(False),
-        "one by one": one_by_one,
-        "by name": all_but_the_head,
         "all, then the head": lambda model: model.requires_grad_(False).linear_classifier.requires_grad_(True),
     },
     "fair_comparison": {
         "lowest and highest": gain(mean_gain),
-        "every pair of runs": in_loops,
         "tensors": as_tensors,
         "rounded": gain(lambda ours, control: round(mean_gain(ours, control), 3)),
         "an array": lambda ours, control: np.array([mean_gain(ours, control), min(ours) > max(control)]),
@@ -163,28 +136,19 @@ RIGHT = {
         "vitlib's": lambda images, card: normalise(images, card.mean, card.std),
         "NumPy": lambda images, card: by_hand(images, card).numpy(),
         "half precision": lambda images, card: by_hand(images, card).half(),
-        "channel by channel": lambda images, card: torch.stack(
-            [(images[:, c] / 255 - card.mean[c]) / card.std[c] for c in range(3)], 1
-        ),
     },
 }
 
 WRONG = {
     "transfer": {
-        "old head": (
-            lambda pretrained, _: repaired(pretrained, pretrained.config["num_classes"]),
-            "100 rows for 10 classes",
-        ),
+        "old head": (lambda old, _: repaired(old, old.config["num_classes"]), "100 rows for 10 classes"),
         "nothing loaded": (fresh_encoder, "the encoder is a fresh one"),
         "half loaded": (embedding_only, "only some of the encoder's tensors"),
         "encoder shared": (repaired_and(share_encoder), "shares tensors"),
         "in place": (new_head_in_place, "your function changes the model that it is given"),
         "its config": (in_the_config, "your function changes `pretrained.config`"),
         "old rows": (repaired_and(keep_rows), "rows of the old head are in the new one"),
-        "frozen": (
-            repaired_and(lambda model, _: model.vit_encoder.requires_grad_(False)),
-            "some weights of the new model are frozen",
-        ),
+        "frozen": (repaired_and(lambda model, _: model.vit_encoder.requires_grad_(False)), "new model are frozen"),
         "fixed size": (lambda pretrained, _: repaired(pretrained, 10), "must come from num_classes"),
     },
     "probe_size": {
@@ -202,14 +166,8 @@ WRONG = {
         "embedding": (lambda model: model.vit_encoder.embedding.requires_grad_(False), "are still trained"),
         "wrong part": (lambda model: model.linear_classifier.requires_grad_(False), "the other way round"),
         "no bias": (weight_of_the_head, "its weight and its bias"),
-        "an attribute": (
-            lambda model: setattr(model.vit_encoder, "requires_grad", False),
-            "only gives it an attribute of that name",
-        ),
-        "an optimiser": (
-            lambda model: torch.optim.SGD(model.linear_classifier.parameters(), lr=0.1),
-            "the model is not set up",
-        ),
+        "an attribute": (lambda model: setattr(model.vit_encoder, "requires_grad", False), "an attribute of that name"),
+        "an optimiser": (lambda model: torch.optim.SGD(model.linear_classifier.parameters()), "model is not set up"),
         "a copy": (frozen_copy, "the model that came back is another one"),
         "spoilt": (spoilt_and_frozen, "your function changes the model's weights"),
         "to inference": (lambda model: model.vit_encoder.zero_grad(), "nothing is frozen"),
@@ -222,19 +180,13 @@ WRONG = {
         "means": (rule(lambda a, b: sum(a) > sum(b)), "the means are compared"),
         "any": (rule(lambda a, b: max(a) > min(b)), "one winning run is enough for you"),
         "ties": (rule(lambda a, b: min(a) >= max(b)), "use > and not >="),
-        "two deviations": (
-            rule(lambda a, b: mean_gain(a, b) > 2 * max(statistics.stdev(a), statistics.stdev(b))),
-            "whether the means differ by more than the spread",
-        ),
+        "deviations": (rule(lambda a, b: mean_gain(a, b) > 2 * max(map(statistics.stdev, (a, b)))), "than the spread"),
         "control first": (rule(lambda a, b: min(b) > max(a)), "whether the control beats ours"),
         "always": (rule(lambda a, b: True), "not whether each run of ours is higher"),
         "in words": (rule(lambda a, b: "yes"), "True or False"),
         "order swapped": (gain(lambda a, b: mean_gain(b, a)), "a gain is ours minus the control"),
         "percent": (gain(lambda a, b: 100 * mean_gain(a, b)), "that is in percent"),
-        "sizes": (
-            gain(lambda a, b: sum(abs(x - y) for x, y in zip(a, b, strict=True)) / len(a)),
-            "mean of the differences' sizes",
-        ),
+        "sizes": (gain(lambda a, b: np.abs(np.subtract(a, b)).mean()), "mean of the differences' sizes"),
         "without sign": (gain(lambda a, b: abs(mean_gain(a, b))), "keep its sign"),
         "gain of the best": (gain(lambda a, b: max(a) - max(b)), "take the mean of each arm"),
         "smallest gain": (gain(lambda a, b: min(a) - max(b)), "our worst run minus the control's best"),
@@ -255,14 +207,8 @@ WRONG = {
         "changed places": (by_hand_of(255, lambda x, mean, std: (x - std) / mean), "changed places"),
         "wrong order": (by_hand_of(255, lambda x, mean, std: x / std - mean), "divided first"),
         "256": (by_hand_of(256), "by 255 and not by 256"),
-        "own mean": (
-            lambda x, card: normalise(x, channel_statistics(x)[0], card.std),
-            "the mean is that of these images",
-        ),
-        "own std": (
-            lambda x, card: normalise(x, card.mean, channel_statistics(x)[1]),
-            "the std is that of these images",
-        ),
+        "own mean": (lambda x, card: normalise(x, channel_statistics(x)[0], card.std), "the mean is that of these"),
+        "own std": (lambda x, card: normalise(x, card.mean, channel_statistics(x)[1]), "the std is that of these"),
         "variance": (by_hand_of(255, lambda x, mean, std: (x - mean) / std**2), "divided by the variance"),
         "one channel's": (lambda x, card: (x / 255 - card.mean[0]) / card.std[0], "channel by channel"),
     },

@@ -9,10 +9,8 @@ from vitlib import explain
 from vitlib.model import patchify
 
 
-def distance(
-    weights, patch_size, cls=True, normalised=True, total=torch.Tensor.mean, scale=True, p=2.0, dim=1, attend=True
-):
-    among = weights[1:, 1:] if cls else weights
+def distance(weights, patch_size, normalised=True, total=torch.Tensor.mean, scale=True, p=2.0, dim=1, attend=True):
+    among = weights[1:, 1:]
     grid = math.isqrt(len(weights) - 1)
     if not attend:
         among = torch.ones_like(among)
@@ -65,7 +63,6 @@ def share(relevance, mask, patch_size, normalised=True, cut=None):
 RIGHT = {
     "distance": {
         "the library's": lambda weights, size: explain.attention_distance(weights[None, None, None], size)[0, 0],
-        "a number": lambda weights, size: distance(weights, size).item(),
     },
     "rollout": {
         "the library's": lambda attention: explain.rollout(attention[:, None])[0],
@@ -84,7 +81,6 @@ RIGHT = {
     },
     "share_on_object": {
         "the library's": lambda relevance, mask, size: explain.share_on_mask(relevance[None], mask[None])[0],
-        "a number": lambda relevance, mask, size: share(relevance, mask, size).item(),
     },
 }
 WRONG = {
@@ -95,8 +91,6 @@ WRONG = {
         "city blocks": (lambda w, size: distance(w, size, p=1.0), "square root of the sum of squares"),
         "unweighted": (lambda w, size: distance(w, size, attend=False), "weight the distances by the attention"),
         "columns": (lambda w, size: distance(w, size, dim=0), "normalise the rows, not the columns"),
-        "CLS left in": (lambda w, size: distance(w, size, cls=False), "your code stopped with RuntimeError"),
-        "per query": (lambda w, size: w[1:, 1:].sum(1), "one number is wanted"),
         "sums without their axis": (
             lambda w, size: (
                 (w[1:, 1:] / w[1:, 1:].sum(1) * explain.patch_distances(math.isqrt(len(w) - 1)) * size).sum(1).mean()
@@ -136,7 +130,6 @@ WRONG = {
         "swapped": (lambda *given: delete(*given, swapped=True), "rows and columns of the grid are swapped"),
         "the others": (lambda x, *given: x - delete(x, *given), "only the patches that should go are left"),
         "CLS as the first of the order": (cls_first, "CLS is the first token, not the first of the order"),
-        "in place": (lambda x, *given: x.copy_(delete(x, *given)), "your function changes its input number 1"),
         "nothing": (lambda x, *given: x, "nothing is deleted"),
         "everything": (lambda x, *given: 0 * x, "everything is deleted"),
         "one too many": (lambda x, r, n, p: delete(x, r, n + 1, p), "should have lost 36 pixels"),

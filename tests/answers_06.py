@@ -70,12 +70,6 @@ RIGHT = {
         "sorted": mistakes,
         "a list": lambda *given: mistakes(*given).tolist(),
         "an array": lambda *given: mistakes(*given).numpy(),
-        "one after the other": lambda logits, labels, count: torch.tensor(
-            sorted(
-                (i for i in range(len(logits)) if logits[i].argmax() != labels[i]),
-                key=lambda i: -logits[i].softmax(0).max(),
-            )[:count]
-        ),
     },
 }
 WRONG = {

@@ -60,12 +60,6 @@ def test_every_round_measures_everything_once_in_another_order():
     assert [seen[position - 1] for position in results["c"]] == ["c"] * 4
 
 
-def test_facts_about_the_machine_name_neither_it_nor_a_folder():
-    facts = common.machine(torch.device("cpu"))
-    assert set(facts) == {"date", "processor", "cores", "instructions", "system", "device", "versions"}
-    assert str(Path.home()) not in json.dumps(facts)
-
-
 @pytest.mark.parametrize("name", peers.PEERS)
 def test_peers_have_the_size_of_ours(name):
     models, skipped = peers.build_models([name])
@@ -101,18 +95,14 @@ def test_models_of_another_size_are_refused():
         peers.compare_sizes({"vitlib": create_model("small", 100), "timm": nn.Linear(1, 101)})
 
 
-def made_up_throughput() -> throughput.Results:
+def test_throughput_arithmetic():
     """Seconds for 2 steps of 10 images: vitlib 0.5, 1, 1; published twice that; timm as fast on average."""
     rounds = {"vitlib": [0.5, 1.0, 1.0], "published": [1.0, 2.0, 2.0], "timm": [0.5, 0.8, 2.0]}
     phases = {
         name: [{"forward": s / 4, "backward": s / 2, "step": s / 4} for s in seconds]
         for name, seconds in rounds.items()
     }
-    return throughput.Results({(name, "float32"): seconds for name, seconds in phases.items()}, 10, 2)
-
-
-def test_throughput_arithmetic():
-    results = made_up_throughput()
+    results = throughput.Results({(name, "float32"): seconds for name, seconds in phases.items()}, 10, 2)
     assert results.speeds(("vitlib", "float32")) == [40, 20, 20]
     assert results.fastest_other("float32") == ("timm", "float32")
     assert results.against(("vitlib", "float32"), ("timm", "float32")) == "1.00 (0.80 to 2.00)"
@@ -251,12 +241,6 @@ def test_the_cnn_has_the_parameters_of_the_vit_and_each_knows_what_it_computes()
     assert vit["parameters"] == 3_218_020 and vit["what"] == "preset small"
     assert vit["forward_flops"] == costs(preset_config("small", 100)).forward_flops.total
     assert abs(cnn["parameters"] / vit["parameters"] - 1) < 0.01 and cnn["what"] == "ResNet-20, width 55"
-    # three stages: 6 convolutions in each, the first of the later two with half of the inputs and a 1x1 beside it
-    products = sum(
-        (side * width) ** 2 * (6 * 9 if side == 32 else 5 * 9 + 9 / 2 + 1 / 2)
-        for side, width in ((32, 55), (16, 110), (8, 220))
-    )
-    assert cnn["forward_flops"] == 2 * (products + 32 * 32 * 55 * 3 * 9 + 220 * 100)
 
 
 def test_the_cnn_is_the_residual_network_for_cifar():

@@ -315,12 +315,6 @@ def test_compile_without_a_compiler_is_one_line(pretrained, folder, tmp_path, mo
     )
 
 
-def test_finetune_refuses_an_image_size_that_is_no_multiple_of_the_patch_size(pretrained, folder, tmp_path):
-    weights = pretrained[1] / "pretrained.safetensors"
-    result = call("finetune", downstream=folder, weights=weights, run_dir=tmp_path, **{**SMALL, "image_size": 10})
-    assert result.exit_code == 2 and result.stderr.startswith("Error: image_size=10 is not a multiple of patch_size=4")
-
-
 def test_finetune_takes_a_folder_as_people_have_them(pretrained, tmp_path):
     """Two classes, images of any size and kind, one class missing in test/, and what else lies about in folders."""
     kinds = [("RGB", (30, 20), "jpg"), ("L", (9, 50), "png"), ("RGBA", (8, 8), "png"), ("P", (64, 64), "gif")]

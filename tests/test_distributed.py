@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import children
 import pytest
 import torch
-from conftest import TINY, coloured, image_folder
+from conftest import TINY, image_folder
 from test_resume import ALL_AT_ONCE, contents, differences, kill_before, print_steps
+from test_resume import train as train_three_epochs
 from torch import distributed
 
 from vitlib.data.augment import Augmentation
@@ -24,7 +25,6 @@ from vitlib.training.distributed import DistributedContext, current_context, end
 from vitlib.training.history import History
 from vitlib.training.recipes import RECIPES
 from vitlib.training.resume import ResumeFile
-from vitlib.training.stages import pretrain
 from vitlib.training.trainer import Trainer
 from vitlib.weights.checkpoint import load_checkpoint
 
@@ -41,11 +41,7 @@ CLIPPED = replace(
 )
 # AdamW and clipping forgive gradients of the wrong size, SGD alone does not.
 PLAIN_SGD = replace(CLIPPED, optimizer="sgd", learning_rate=0.1, clip=None)
-
-
-def train(run_dir, recipe=CLIPPED, **changes):
-    arguments = {"preset": "tiny", "pretrain_epochs": 2, "batch_size": 16, "device": "cpu", "progress": False}
-    return pretrain(coloured(), recipe=recipe, run_dir=run_dir, resume=True, **arguments | changes)
+train = functools.partial(train_three_epochs, recipe=CLIPPED, pretrain_epochs=2)
 
 
 def train_together(run_dir, options, killed, step):
@@ -58,12 +54,9 @@ def train_together(run_dir, options, killed, step):
     assert init_distributed("cpu") == "cpu"
     # every process in a folder of its own, if it writes
     trained = train(Path(run_dir) if current_context().is_first else Path(run_dir) / "other", **options)
-    torch.save({"model": trained.model.state_dict(), "history": asdict(trained.history)}, _result(run_dir))
+    result = {"model": trained.model.state_dict(), "history": asdict(trained.history)}
+    torch.save(result, f"{run_dir}-of-{os.environ['RANK']}.pt")
     end_distributed()
-
-
-def _result(run_dir) -> Path:
-    return Path(f"{run_dir}-of-{os.environ['RANK']}.pt")
 
 
 def together(run_dir: Path, killed: int | None = None, step: int = 0, count: int = 2, **options) -> list[int]:
@@ -102,13 +95,6 @@ def test_the_shares_in_a_row_are_the_batch_and_as_even_as_can_be(count, size):
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_one_process_alone_gets_back_what_it_gives():
-    alone, model, tensor = current_context(), torch.nn.Linear(1, 1), torch.tensor(3)
-    assert alone == DistributedContext(0, 1) and alone.is_first
-    assert alone.total(tensor) is tensor and alone.gather("a") == ["a"] and alone.from_first("b") == "b"
-    assert alone.parallel(model) is model
-
-
 @pytest.fixture
 def launched(monkeypatch):
     """As if torchrun had started four processes on this machine with ``gpus`` GPUs, of which this is the third."""
@@ -143,12 +129,6 @@ def test_processes_without_a_device_of_their_own_are_refused(launched, device, g
     with pytest.raises(ValueError, match=words):
         init_distributed(device)
     assert launched.calls == []
-
-
-def test_a_process_on_its_own_joins_nobody(launched, monkeypatch):
-    monkeypatch.delenv("LOCAL_RANK")
-    assert [init_distributed(device) for device in ("auto", "cuda:1")] == ["auto", "cuda:1"] and launched.calls == []
-    end_distributed()
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,9 @@ import nbformat
 import psutil
 import pytest
 from children import start_command, wait_until
-from click.testing import CliRunner
+from conftest import invoke
 from nbformat.v4 import new_code_cell, new_notebook
 
-from vitlib.__main__ import main
 from vitlib.course import grade, sandbox
 from vitlib.course.cells import calls_of, names_of, needed_cells
 from vitlib.course.checks import VERDICT
@@ -78,10 +77,6 @@ def course(tmp_path_factory):
         yield top / "notebooks"
 
 
-def command(*arguments):
-    return CliRunner().invoke(main, ["grade", *map(str, arguments)])
-
-
 def rows_of(out):
     with open(out / "grades.csv", encoding="utf-8-sig", newline="") as file:
         return list(csv.DictReader(file))
@@ -118,8 +113,8 @@ def graded(course, tmp_path_factory):
     (folder / "linked").symlink_to(folder / "ada")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     (top / "roster.txt").write_text("Ada\nZoë\nEarly, Eva\nIvan\n", encoding="utf-8")
-    result = command(folder, "--notebooks", course, "--out", out, "--jobs", 2, "--memory", 0.8, "-p", "seed", 7,
-                     "--roster", top / "roster.txt")  # fmt: skip
+    limits = ["--jobs", 2, "--memory", 0.8, "-p", "seed", 7, "--roster", top / "roster.txt"]
+    result = invoke("grade", folder, "--notebooks", course, "--out", out, *limits)
     assert before.items() <= {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}.items()
     rows = {}
     for row in rows_of(out):
@@ -319,16 +314,13 @@ def test_two_files_of_one_student_have_own_rows(no_kernel):
 
 def test_an_earlier_result_is_replaced_and_not_graded(no_kernel):
     for _ in range(2):
-        assert command("class", "--notebooks", "course", "--out", "class/out").exit_code == 0
+        assert invoke("grade", "class", "--notebooks", "course", "--out", "class/out").exit_code == 0
     (no_kernel / "class" / "ada" / "01_first.ipynb").write_text("broken since")
-    assert command("class", "--notebooks", "course", "--out", "class/out").exit_code == 1
+    assert invoke("grade", "class", "--notebooks", "course", "--out", "class/out").exit_code == 1
     assert not (no_kernel / "class" / "out" / "ada" / "01_first.ipynb").exists()
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [("", "it is empty"), ("[1]", "not a notebook"), ("[" * 100_000, "RecursionError"), ('{"nbformat": 4}', "not a")],
-)
+@pytest.mark.parametrize(("text", "said"), [("", "it is empty"), ("[" * 100_000, "RecursionError")])
 def test_a_broken_file_is_named_with_a_reason(no_kernel, text, said):
     (no_kernel / "class" / "ada" / "01_first.ipynb").write_text(text)
     (one,) = grade_folder("class", "out", notebooks="course")
@@ -348,22 +340,16 @@ def test_where_the_solutions_fail_nobody_is_graded(course, tmp_path, monkeypatch
     write(tmp_path / "class" / "ada" / "01_first.ipynb", *RIGHT)
     broken = new_code_cell("import vitlib", outputs=[nbformat.v4.new_output("error", ename="PermissionError")])
     monkeypatch.setattr(grade, "run_apart", lambda *_: (new_notebook(cells=[broken]), ""))
-    result = command(tmp_path / "class", "--notebooks", course, "--out", tmp_path / "out")
+    result = invoke("grade", tmp_path / "class", "--notebooks", course, "--out", tmp_path / "out")
     assert result.exit_code == 2 and "own solutions of 01_first fail here, so nobody is graded" in result.output
     assert "PermissionError" in result.output and not (tmp_path / "out" / "grades.csv").exists()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["-p", "sed", "1"], "did you mean 'seed'"),
-        (["--notebooks", "absent"], "No notebook [0-9]*.ipynb in absent"),
-        (["--out", "class"], "would overwrite"),
-        (["--roster", "absent.txt"], "absent.txt"),
-    ],
+    ("arguments", "said"), [(["--out", "class"], "would overwrite"), (["--roster", "absent.txt"], "absent.txt")]
 )
 def test_a_wrong_command_is_one_sentence(no_kernel, arguments, said):
-    result = command("class", "--notebooks", "course", *arguments)
+    result = invoke("grade", "class", "--notebooks", "course", *arguments)
     assert result.exit_code == 2 and result.output.startswith("Error: ") and said in result.output
     assert not (no_kernel / "runs").exists()
 

@@ -5,10 +5,9 @@ import re
 import nbformat
 import pytest
 import yaml
-from click.testing import CliRunner
+from conftest import invoke
 from test_runner import write_notebook
 
-from vitlib.__main__ import main
 from vitlib.course import grid as grids
 from vitlib.course.grid import make_plan, parse_axes
 from vitlib.course.runner import COURSE_FOLDER, parameters_from_file
@@ -18,10 +17,6 @@ from vitlib.course.runner import COURSE_FOLDER, parameters_from_file
 def notebook(tmp_path):
     write_notebook(tmp_path / "book", "01_lesson", "print(seed)")
     return tmp_path / "book" / "01_lesson.ipynb"
-
-
-def command(*arguments):
-    return CliRunner().invoke(main, ["sweep", *map(str, arguments)])
 
 
 def varied(plan):
@@ -98,8 +93,8 @@ def test_a_yaml_file_says_the_same_as_options(notebook, tmp_path):
     content = {"notebook": "book/01_lesson.ipynb", "grid": {"seed": [0, 1], "preset": "mini"}, "zip": zips}
     file.write_text(yaml.safe_dump(content, sort_keys=False))
     options = ["--grid", "seed=0,1", "preset=mini", "--zip", "batch_size=1,2", "train_steps_per_epoch=3,None"]
-    by_options = command(notebook, *options, "--dry-run", "--out", tmp_path / "out")
-    by_file = command(file, "--dry-run", "--out", tmp_path / "out")
+    by_options = invoke("sweep", notebook, *options, "--dry-run", "--out", tmp_path / "out")
+    by_file = invoke("sweep", file, "--dry-run", "--out", tmp_path / "out")
     assert by_options.exit_code == 0 and by_options.output == by_file.output, by_options.output
     assert "Runs: 4; to run: 4." in by_file.output and not (tmp_path / "out").exists()
     (run,) = make_plan(file, {"seed": ["7"]}, [{"batch_size": ["5"]}], {"train_steps_per_epoch": 2}).runs
@@ -110,7 +105,7 @@ def test_a_yaml_file_says_the_same_as_options(notebook, tmp_path):
 def test_a_file_for_the_whole_course_may_be_given(notebook, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "mine.yaml").write_text("finetune_epochs: 3\nbatch_size: 2")
-    done = command("~/book/01_lesson.ipynb", "--parameters", "~/mine.yaml", "--grid", "seed=0", "--dry-run")
+    done = invoke("sweep", "~/book/01_lesson.ipynb", "--parameters", "~/mine.yaml", "--grid", "seed=0", "--dry-run")
     assert done.exit_code == 0, done.output
     smoke = parameters_from_file(COURSE_FOLDER / "parameters" / "smoke.yaml")
     plan = make_plan(COURSE_FOLDER / "04_finetuning.ipynb", {"seed": [0, 1, 2]}, parameters=smoke)
@@ -128,10 +123,10 @@ def test_a_file_for_the_whole_course_may_be_given(notebook, tmp_path, monkeypatc
 )
 def test_a_file_that_is_no_sweep_is_refused(notebook, tmp_path, text, words):
     (tmp_path / "sweep.yaml").write_text(text)
-    refused = command(tmp_path / "sweep.yaml", "--out", tmp_path / "out")
+    refused = invoke("sweep", tmp_path / "sweep.yaml", "--out", tmp_path / "out")
     assert refused.exit_code == 2 and re.search(words, refused.output) and not (tmp_path / "out").exists()
 
 
 def test_workers_are_not_asked_of_a_cluster(notebook):
-    refused = command(notebook, "--workers", "2", "--scheduler", "tcp://127.0.0.1:1")
+    refused = invoke("sweep", notebook, "--workers", "2", "--scheduler", "tcp://127.0.0.1:1")
     assert refused.exit_code == 2 and "--workers is about this machine" in refused.output

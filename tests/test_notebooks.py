@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from pathlib import Path
 
 import nbformat
 import papermill
@@ -14,20 +13,18 @@ import pytest
 import yaml
 from nbval.plugin import IPyNbFile
 from prose import MACHINE_PATH
+from test_lessons import CHAPTERS, FOLDER, SOLUTIONS, by_chapter
 
 from vitlib.course.parameters import PARAMETERS, check_parameters
 from vitlib.course.runner import read_lessons
 
-FOLDER = Path(__file__).parents[1] / "notebooks"
-CHAPTERS = sorted(FOLDER.glob("[0-9]*.ipynb"))
 SWEEPS = sorted((FOLDER / "sweeps").glob("*.ipynb"))
-STORED = CHAPTERS + sorted((FOLDER / "solutions").glob("*.ipynb")) + SWEEPS
+STORED = CHAPTERS + SOLUTIONS + SWEEPS
 
 TRACE = re.compile(rf"{MACHINE_PATH.pattern}|\b0x[0-9a-fA-F]{{6,}}|site-packages")
 PROGRESS = re.compile(r"\r|\d+%\||\bit/s\b|\bs/it\b")
 NOT_COMPARED = {"image/png", "image/jpeg", "application/vnd.jupyter.widget-view+json"}
 
-by_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 by_notebook = pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
 
 
@@ -176,7 +173,7 @@ def test_class_yaml_is_the_lessons_own_defaults():
     assert defaults == {name: {value} for name, value in parameters_file("class").items()}
 
 
-@pytest.mark.parametrize("name", ["class", "smoke", "full"])
+@pytest.mark.parametrize("name", ["smoke", "full"])
 def test_parameters_files_hold_known_names_and_allowed_values(name):
     values = parameters_file(name)
     assert set(values) <= set().union(*(lesson.parameters for lesson in read_lessons(FOLDER)))

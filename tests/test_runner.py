@@ -13,10 +13,9 @@ import psutil
 import pytest
 import torch
 from children import start_command, wait_until
-from click.testing import CliRunner
+from conftest import invoke
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from vitlib.__main__ import main
 from vitlib.course import runner
 from vitlib.course.figures import record_figures, recorded_figures
 from vitlib.course.runner import run_course
@@ -37,10 +36,6 @@ def write_notebook(folder, name, *cells, needs=(), parameters=PARAMETERS):
     code = [new_code_cell(parameters, metadata={"tags": ["parameters"]}), *map(new_code_cell, cells)]
     notebook = new_notebook(cells=[new_markdown_cell("# A lesson"), *code], metadata={"vitlib": {"needs": list(needs)}})
     nbformat.write(notebook, folder / f"{name}.ipynb")
-
-
-def command(*arguments):
-    return CliRunner().invoke(main, ["run", *map(str, arguments)])
 
 
 def metrics_of(folder):
@@ -121,7 +116,7 @@ def test_files_and_metrics_record_the_run(course):
 
 def test_a_hung_cell_ends_at_the_timeout(tmp_path):
     write_notebook(tmp_path / "notebooks", "01_hung", "import time\ntime.sleep(60)")
-    result = command("--notebooks", tmp_path / "notebooks", "--out", tmp_path / "run", "--timeout", 1)
+    result = invoke("run", "--notebooks", tmp_path / "notebooks", "--out", tmp_path / "run", "--timeout", 1)
     assert result.exit_code == 1
     assert "no answer for 1 seconds" in result.output
 
@@ -174,7 +169,7 @@ def test_a_wrong_command_or_file_is_one_sentence(no_kernel, monkeypatch, argumen
     if isinstance(arguments, str):
         (no_kernel / "wrong.yaml").write_text(arguments, encoding="latin-1")
         arguments = ["--parameters", "wrong.yaml"]
-    result = command("--notebooks", "notebooks", "--out", "run", *arguments)
+    result = invoke("run", "--notebooks", "notebooks", "--out", "run", *arguments)
     assert result.exit_code == 2 and result.output.startswith("Error: ") and said in result.output
     assert not (no_kernel / "run").exists()
 
@@ -184,16 +179,16 @@ def test_a_parameter_wins_over_the_file_which_may_hold_those_of_others(no_kernel
     passed = []
     monkeypatch.setattr(runner.papermill, "execute_notebook", lambda source, _, values, **k: passed.append(values))
     (no_kernel / "tiny.yaml").write_text("batch_size: 2\nseed: 5\nrate: 0.001")
-    result = command("--notebooks", no_kernel / "notebooks", "--out", no_kernel / "run",
+    result = invoke("run", "--notebooks", no_kernel / "notebooks", "--out", no_kernel / "run",
                      "--parameters", no_kernel / "tiny.yaml", "-p", "seed", "6", *only)  # fmt: skip
     first = {"batch_size": 2, "seed": 6, "run_dir": str((no_kernel / "run").resolve())}
     assert result.exit_code == 0 and passed == ([first] if only else [first, {"rate": 0.001}])
 
 
-def test_help_is_there_without_importing_torch_or_papermill():
-    code = "import sys, vitlib.__main__; print([name for name in ('torch', 'papermill') if name in sys.modules])"
+def test_help_and_doctor_are_there_without_importing_torch_or_papermill():
+    code = "import sys, vitlib.__main__, vitlib.course.doctor; print({'torch', 'papermill'} & sys.modules.keys())"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert printed.strip() == "[]"
+    assert printed.strip() == "set()"
 
 
 def test_recorded_figures_come_back_in_order(monkeypatch):
@@ -211,11 +206,6 @@ def test_recorded_figures_come_back_in_order(monkeypatch):
     ]  # fmt: skip
     assert {type(value) for value in figures.values()} == {float, int, str, type(None)}
     assert shown[0]["text/plain"].splitlines()[0] == "top1    0.5"
-
-
-def test_outside_a_notebook_figures_are_printed(capsys):
-    record_figures(top1=0.512345, preset="mini")
-    assert capsys.readouterr().out == "top1    0.5123\npreset  mini\n"
 
 
 @pytest.mark.parametrize("value", [True, [1], torch.zeros(1)])

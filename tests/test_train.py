@@ -49,15 +49,14 @@ def test_same_seed_same_weights_and_another_seed_others():
     assert not torch.equal(weights(first.model), weights(other.model))
 
 
-@pytest.mark.parametrize("batch_size, limit, steps", [(16, None, 4), (16, 2, 2), (1000, None, 1)])
-def test_steps_per_epoch_are_whole_epochs_unless_limited(batch_size, limit, steps):
-    """60 images, 6 of which are held out for validation."""
-    trained = pretrain(coloured(), **quick(batch_size=batch_size, train_steps_per_epoch=limit))
-    assert [step["step"] for step in trained.history.steps] == list(range(1, 2 * steps + 1))
-    assert [epoch["step"] for epoch in trained.history.epochs] == [steps, 2 * steps]
+def test_steps_of_an_epoch_may_be_limited():
+    history = pretrain(coloured(), **quick(train_steps_per_epoch=2)).history
+    assert [step["step"] for step in history.steps] == [1, 2, 3, 4]
+    assert [epoch["step"] for epoch in history.epochs] == [2, 4]
 
 
 def test_the_loss_of_an_epoch_is_the_mean_over_its_images():
+    """60 images, 6 of which are held out for validation."""
     history = pretrain(coloured(), **quick()).history
     mean = sum(step["loss"] * size for step, size in zip(history.steps[:4], (16, 16, 16, 6), strict=True)) / 54
     assert history.epochs[0]["train_loss"] == pytest.approx(mean, rel=1e-5)
@@ -232,13 +231,12 @@ def taken(monkeypatch):
     return taken
 
 
-@pytest.mark.parametrize("decay", [0.2, 0.999])
-def test_averaged_weights_follow_the_formula_and_are_those_that_are_kept(taken, tmp_path, decay):
-    recipe = replace(RECIPES["modern"], ema_decay=decay, learning_rate=1e-2)
+def test_averaged_weights_follow_the_formula_and_are_those_that_are_kept(taken, tmp_path):
+    recipe = replace(RECIPES["modern"], ema_decay=0.2, learning_rate=1e-2)
     trained = pretrain(coloured(), **quick(recipe=recipe, run_dir=tmp_path))
     average = taken[0].double()
     for step, now in enumerate(taken[1:]):
-        warm = min(decay, (1 + step) / (10 + step))
+        warm = min(0.2, (1 + step) / (10 + step))
         average = warm * average + (1 - warm) * now.double()
     torch.testing.assert_close(weights(trained.model).double(), average, rtol=0, atol=1e-6)
     assert (taken[-1].double() - average).abs().max() > 1e-4, "they differ from the last weights"
@@ -337,7 +335,6 @@ def test_the_loss_of_a_mixed_image_is_that_of_a_target_with_two_labels():
         ("auto", "cpu", "avx512_bf16", "bfloat16"),
         ("auto", "cpu", "amx_bf16", "bfloat16"),
         ("auto", "cpu", "avx2", "float32"),
-        ("float32", "cuda", "native", "float32"),
         ("bfloat16", "cpu", "avx2", "bfloat16"),
     ],
 )

@@ -217,14 +217,8 @@ class OpenNotebook:
         """Screenshots from the top of the notebook to its end, a window's height each: ``stem_1.png`` and so on."""
         height, whole = self._panel.evaluate(HEIGHTS)
         for number, top in enumerate(range(0, whole, height), start=1):
-            self._scroll_to(top)
+            self._panel.evaluate("(panel, top) => panel.scrollTo(0, top)", top)
             self.page.screenshot(path=f"{stem}_{number}.png")
-
-    def open_table_of_contents(self) -> None:
-        """The panel at the side with the headings, beside the top of the notebook."""
-        self.page.locator('.jp-SideBar [data-id="table-of-contents"]').click()
-        self.page.locator(".jp-TableOfContents .jp-tocItem").first.wait_for()
-        self._scroll_to(0)
 
     def close(self) -> None:
         """Ends the kernel and closes the page."""
@@ -235,9 +229,6 @@ class OpenNotebook:
     @property
     def _panel(self):
         return self.page.locator(".jp-NotebookPanel-notebook .jp-WindowedPanel-outer")
-
-    def _scroll_to(self, top: int) -> None:
-        self._panel.evaluate("(panel, top) => panel.scrollTo(0, top)", top)
 
     def _menu(self, menu: str, entry: str) -> None:
         self.page.locator(".lm-MenuBar-itemLabel").get_by_text(menu, exact=True).click()
