@@ -70,6 +70,15 @@ def invoke(*words: object):
     return result
 
 
+def refusal(call, *arguments, **options) -> str:
+    """The one sentence that a call is refused with."""
+    with pytest.raises((ValueError, OSError)) as error:
+        call(*arguments, **options)
+    text = str(error.value)
+    assert "\n" not in text and text.endswith(".")
+    return text
+
+
 TINY = {"num_layers": 2, "image_size": 8, "patch_size": 4, "em_dim": 16, "num_heads": 2, "ff_dim": 32}
 COLOURS = ("red", "green", "blue")
 

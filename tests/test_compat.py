@@ -59,13 +59,6 @@ assert (not vitlib.utils._declared) == whole, "operators must be declared exactl
     assert done.returncode == 0, done.stderr
 
 
-def test_a_whole_torchvision_is_imported_once_and_nothing_is_declared(fake_torchvision, library):
-    imports = fake_torchvision("whole = True")
-    module = utils.import_torchvision()
-    assert module.whole and module is sys.modules["torchvision"] is utils.import_torchvision()
-    assert len(imports) == 1 and not library.called
-
-
 def test_the_missing_operators_are_declared_and_the_import_starts_afresh(fake_torchvision, library):
     missing = "raise RuntimeError('operator torchvision::nms does not exist')"
     imports = fake_torchvision(f"if len(sys.extension_imports) == 1: {missing}")

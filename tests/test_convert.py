@@ -1,10 +1,10 @@
 """Weights from and to other libraries: equal outputs, round trips bit for bit, and refusals."""
 
 import sys
-from functools import partial
 
 import pytest
 import torch
+from conftest import refusal
 from torch import nn
 
 from vitlib.model import ViTModel, interpolate_positions
@@ -55,14 +55,6 @@ def assert_outputs_are_equal(module: nn.Module, model: nn.Module, x: torch.Tenso
         torch.testing.assert_close(run(module, x), model(x), rtol=0, atol=1e-5)
 
 
-def refusal(convert_it, *arguments, **options) -> str:
-    """The one line that it says."""
-    with pytest.raises(ValueError) as error:
-        convert_it(*arguments, **options)
-    (line,) = str(error.value).splitlines()
-    return line
-
-
 # ---- the libraries
 
 
@@ -93,7 +85,6 @@ BUILD = {"torchvision": build_torchvision, "timm": build_timm, "huggingface": bu
 FROM = {name: getattr(convert, f"from_{name}") for name in BUILD}
 TO = {name: getattr(convert, f"to_{name}") for name in BUILD}
 every_library = pytest.mark.parametrize("library", BUILD)
-every_layout = pytest.mark.parametrize("layout", convert.LAYOUTS)
 
 
 # ---- equality
@@ -126,7 +117,7 @@ def test_both_directions_give_equal_outputs_and_no_bit_is_lost(library, changes)
         assert torch.equal(run(again, x), run(module, x))
 
 
-@pytest.mark.parametrize("changes", [{}, ODD, {"num_classes": 0}, {"pre_logits": 7}], ids=str)
+@pytest.mark.parametrize("changes", [ODD, {"num_classes": 0}, {"pre_logits": 7}], ids=str)
 def test_an_npz_file_gives_back_the_same_model(changes, tmp_path):
     model = ours(**changes)
     convert.to_npz(model, tmp_path / "ViT.npz")
@@ -200,9 +191,8 @@ def test_a_headless_classifier_of_hugging_face_has_no_classes():
 # ---- names
 
 
-@pytest.mark.parametrize("num_classes", [5, 0])
-def test_names_before_transformers_5_are_known(num_classes):
-    state = convert.to_state_dict(model := ours(num_classes), "huggingface")
+def test_names_before_transformers_5_are_known():
+    state = convert.to_state_dict(model := ours(), "huggingface")
     new = {"attention.q_proj": "attention.attention.query", "attention.k_proj": "attention.attention.key"}
     new |= {"attention.v_proj": "attention.attention.value", "attention.o_proj": "attention.output.dense"}
     new |= {"layers.": "encoder.layer.", "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
@@ -212,11 +202,8 @@ def test_names_before_transformers_5_are_known(num_classes):
     assert same(read(state, "huggingface").state_dict(), model.state_dict())
 
 
-@pytest.mark.parametrize(
-    "call", [convert.names, partial(convert.to_state_dict, ours()), partial(convert.from_state_dict, {}, num_heads=1)]
-)
-def test_an_unknown_layout_lists_the_known_ones(call):
-    assert refusal(call, "keras").startswith("layout='keras' is not known; choose one of torchvision, timm")
+def test_an_unknown_layout_lists_the_known_ones():
+    assert refusal(convert.names, "keras").startswith("layout='keras' is not known; choose one of torchvision, timm")
 
 
 # ---- entries that do not fit
@@ -226,13 +213,12 @@ def read(state: dict, layout: str) -> ViTModel:
     return convert.from_state_dict(state, layout, num_heads=4)
 
 
-@every_layout
-def test_missing_and_unknown_entries_are_listed(layout):
-    state = convert.to_state_dict(ours(), layout)
+def test_missing_and_unknown_entries_are_listed():
+    state = convert.to_state_dict(ours(), "timm")
     name = [*state][7]
     value = state.pop(name)
-    assert f"(missing: {name})" in refusal(read, state, layout)
-    assert "(unknown: head_dist.weight)" in refusal(read, state | {name: value, "head_dist.weight": value}, layout)
+    assert f"(missing: {name})" in refusal(read, state, "timm")
+    assert "(unknown: head_dist.weight)" in refusal(read, state | {name: value, "head_dist.weight": value}, "timm")
 
 
 @pytest.mark.parametrize("layout", ["npz", "timm"])
@@ -246,7 +232,7 @@ def test_a_misshapen_entry_is_refused(layout, change):
             assert "do not fit together" in refusal(read, state | {name: wrong}, layout), name
 
 
-@every_layout
+@pytest.mark.parametrize("layout", ["timm", "huggingface"])
 @pytest.mark.parametrize(("prefix", "num_classes"), [("module.", 5), ("module._orig_mod.", 0)])
 def test_a_prefix_before_the_names_is_stripped(layout, prefix, num_classes):
     model = ours(num_classes)
@@ -267,10 +253,8 @@ def test_a_prefix_before_the_encoder_alone_is_stripped():
 @pytest.mark.parametrize(
     ("path", "part"),
     [
-        ("encoder.layers.encoder_layer_0.ln_1", nn.LayerNorm(16, bias=False)),
         ("encoder.layers.encoder_layer_0.mlp.1", nn.GELU("tanh")),
         ("conv_proj.stride", (2, 2)),
-        ("scale", nn.Parameter(torch.ones(1))),
     ],
 )
 def test_a_module_of_torchvision_with_another_part_is_refused(path, part):
@@ -283,16 +267,7 @@ def test_a_module_of_torchvision_with_another_part_is_refused(path, part):
 
 @pytest.mark.parametrize(
     "arguments",
-    [
-        {"reg_tokens": 4},
-        {"img_size": (8, 16)},
-        {"img_size": 10},
-        {"act_layer": "quick_gelu"},
-        {"norm_layer": nn.RMSNorm},
-        {"block_fn": "ResPostBlock"},
-        {"block_fn": "ParallelScalingBlock"},
-        {"global_pool": "max", "fc_norm": False},
-    ],
+    [{"img_size": 10}, {"block_fn": "ParallelScalingBlock"}, {"global_pool": "max", "fc_norm": False}],
     ids=str,
 )
 def test_a_module_of_timm_with_another_part_is_refused(arguments):
@@ -303,11 +278,7 @@ def test_a_module_of_timm_with_another_part_is_refused(arguments):
     refusal(convert.from_timm, perturbed(build_timm(**arguments)))
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [{"hidden_act": "relu"}, {"qkv_bias": False}, {"image_size": (8, 16)}, {"kind": "ViTModel", "pooler_act": "relu"}],
-    ids=str,
-)
+@pytest.mark.parametrize("arguments", [{"hidden_act": "relu"}, {"kind": "ViTModel", "pooler_act": "relu"}], ids=str)
 def test_a_module_of_hugging_face_with_another_part_is_refused(arguments):
     refusal(convert.from_huggingface, perturbed(build_huggingface(**arguments)))
 
@@ -328,8 +299,8 @@ def test_dropout_and_layer_scale_of_timm_are_no_other_parts():
 @pytest.mark.parametrize(
     ("layout", "changes", "part"),
     [
-        *((layout, {"norm_first": False}, "norm_first=False") for layout in convert.LAYOUTS),
-        *((layout, {"pooling": "mean"}, "pooling='mean'") for layout in convert.LAYOUTS if layout != "timm"),
+        ("torchvision", {"norm_first": False}, "norm_first=False"),
+        ("npz", {"pooling": "mean"}, "pooling='mean'"),
         ("timm", {"pre_logits": 4}, "pre_logits=4"),
         ("huggingface", {"pre_logits": 4}, "pre_logits=4"),
         ("npz", {"norm_eps": 1e-5}, "norm_eps=1e-05"),
@@ -340,18 +311,16 @@ def test_an_option_that_the_library_lacks_is_named(layout, changes, part):
     assert text.startswith(f"The layout {layout} has no {part}") and "; keep such a model with" in text
 
 
-@pytest.mark.parametrize("library", ["timm", "transformers"])
-def test_a_missing_library_is_named_with_its_command(library, monkeypatch):
-    monkeypatch.setitem(sys.modules, library, None)
-    to = {"timm": convert.to_timm, "transformers": convert.to_huggingface}[library]
-    with pytest.raises(ModuleNotFoundError, match=f"{library} is not installed; install it with `pip install"):
-        to(ours())
+def test_a_missing_library_is_named_with_its_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ModuleNotFoundError, match=r"timm is not installed; install it with `pip install timm`\."):
+        convert.to_timm(ours())
 
 
 # ---- positions at another resolution
 
 
-@pytest.mark.parametrize("grid", [1, 3, 7])
+@pytest.mark.parametrize("grid", [3, 7])
 def test_interpolated_positions_equal_those_of_timm(grid):
     from timm.layers import resample_abs_pos_embed
 

@@ -139,13 +139,8 @@ def test_a_configuration_takes_the_model_s_defaults():
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"image_size": 225}, ValueError, "image_size=225 .* patch_size=16"),
-        ({"num_heads": 7}, ValueError, "num_heads=7"),
-        ({"size": 4}, TypeError, "size"),
-    ],
+    ("change", "words"), [({"image_size": 225}, "image_size=225 .* patch_size=16"), ({"num_heads": 7}, "num_heads=7")]
 )
-def test_fractions_of_a_patch_or_a_head_are_refused(change, error, message):
-    with pytest.raises(error, match=message):
+def test_fractions_of_a_patch_or_a_head_are_refused(change, words):
+    with pytest.raises(ValueError, match=words):
         costs({**preset_config("B/16", 10), **change})

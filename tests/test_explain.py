@@ -20,20 +20,10 @@ def model():
     return model
 
 
-def random_attention(*shape):
-    return torch.randn(shape).softmax(dim=-1)
-
-
-@pytest.mark.parametrize(
-    "call, words",
-    [
-        (lambda: explain.delete_patches(torch.zeros(1, 3, 6, 6), torch.rand(1, 9), -1), "count=-1 is not possible"),
-        (lambda: explain.delete_patches(torch.zeros(1, 3, 6, 6), torch.rand(1, 9), 10), "count=10 .* with 9 patches"),
-    ],
-)
-def test_what_would_silently_give_something_else_is_refused(call, words):
-    with pytest.raises(ValueError, match=words):
-        call()
+@pytest.mark.parametrize("count", [-1, 10])
+def test_a_count_that_would_silently_delete_others_is_refused(count):
+    with pytest.raises(ValueError, match=f"count={count} is not possible with 9 patches"):
+        explain.delete_patches(torch.zeros(1, 3, 6, 6), torch.rand(1, 9), count)
 
 
 def test_attention_of_is_the_models_attention_however_it_is_cut_into_batches(model, monkeypatch):
@@ -76,7 +66,7 @@ def test_the_share_on_the_mask_counts_a_half_covered_patch_half():
 
 
 def test_patch_relevance_reads_the_row_that_the_classifier_sees():
-    matrix = random_attention(2, 5, 5)
+    matrix = torch.rand(2, 5, 5)
     assert torch.equal(explain.patch_relevance(matrix), matrix[:, 0, 1:])
     assert torch.allclose(explain.patch_relevance(matrix, "mean"), matrix[:, 1:, 1:].mean(1))
 

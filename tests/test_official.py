@@ -6,8 +6,9 @@ import urllib.error
 import numpy as np
 import pytest
 import torch
+from conftest import refusal
 from safetensors.torch import save_file
-from test_convert import assert_outputs_are_equal, ours, perturbed, refusal, same
+from test_convert import assert_outputs_are_equal, ours, perturbed, same
 
 from vitlib.weights import convert, load_weights, official
 
@@ -30,12 +31,11 @@ FILES = {
 
 
 @pytest.mark.parametrize("layout", FILES)
-@pytest.mark.parametrize("num_classes", [5, 0])
-def test_foreign_files_are_refused_with_the_line_that_converts_them(tmp_path, layout, num_classes):
+def test_foreign_files_are_refused_with_the_line_that_converts_them(tmp_path, layout):
     """Of the width of Ti/16, so that the number of heads is known."""
     name, library = FILES[layout]
     norm_eps = 1e-12 if layout == "huggingface" else 1e-6
-    model = ours(num_classes, em_dim=192, num_heads=3, num_layers=1, norm_eps=norm_eps)
+    model = ours(em_dim=192, num_heads=3, num_layers=1, norm_eps=norm_eps)
     write(tmp_path / name, convert.to_state_dict(model, layout))
     text = refusal(load_weights, tmp_path / name)
     assert f"{name} is not a checkpoint of vitlib: it holds weights of {library}; convert them with " in text
@@ -111,11 +111,3 @@ def test_without_a_network_official_weights_give_one_sentence(downloads, monkeyp
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
     with pytest.raises(OSError, match=r"^deit_tiny_patch16_224 could not be downloaded or read \(.*no route.*\); put "):
         load_weights("deit_tiny_patch16_224")
-
-
-def test_big_visions_names_are_not_mistaken_for_ours(tmp_path):
-    """They have other numbers on the same kinds of layers."""
-    state = convert.to_state_dict(ours(num_layers=1), "npz")
-    renamed = {name.replace("MlpBlock_3", "MlpBlock_0"): value.numpy() for name, value in state.items()}
-    np.savez(tmp_path / "big_vision.npz", **renamed)
-    assert "are not those of torchvision, timm" in refusal(official.from_file, tmp_path / "big_vision.npz")
