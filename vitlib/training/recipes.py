@@ -112,12 +112,12 @@ SHORT = replace(
 # About ten epochs on photographs. Muon (Jordan et al. 2024) makes every update of a matrix orthogonal. Per image it
 # learns much faster than AdamW; its rate is scaled so that AdamW's rates fit (Liu et al. 2025, arXiv:2502.16982).
 #   python -m vitlib pretrain --upstream cifar100 --recipe muon --pretrain-epochs 11 --validation-fraction 0.02:
-#   58.97 % on CIFAR-100's test images, 4,725 s (the shipped cifar100-small)
+#   58.97 % on CIFAR-100's test images, 4,725 s
 MUON = replace(MODERN, optimizer="muon", matrix_rate=3.0, ema_decay=0.995)
 # A hundred epochs on photographs. Muon needs strong augmentation there (arXiv:2605.24770); half of the patches are
 # dropped in the first 80 %, which halves the time of a step.
-#   python -m vitlib pretrain --upstream cifar100 --recipe long --batch-size 256 --validation-fraction 0.02: not yet run
-#   to its end
+#   python -m vitlib pretrain --upstream cifar100 --recipe long --batch-size 256 --validation-fraction 0.02: 69.62 % on
+#   CIFAR-100's test images, 35,613 s beside other work (the shipped cifar100-small)
 LONG = replace(
     MUON,
     learning_rate=1.4e-3,
@@ -130,8 +130,8 @@ LONG = replace(
 RECIPES = {"published": PUBLISHED_RECIPE, "modern": MODERN, "short": SHORT, "muon": MUON, "long": LONG}
 
 # Fine-tuning: the pretrained encoder should change little, its new head a lot.
-#   python -m vitlib finetune --recipe muon: 77.7 % on CIFAR-10 after one epoch from cifar100-small, 289 s
-#   (--recipe modern: 74.5 %)
+#   python -m vitlib finetune --recipe muon --batch-size 64 --finetune-epochs 1 --validation-fraction 0.02: 85.3 % on
+#   CIFAR-10 after one epoch from cifar100-small, 358 s
 _MODERN = replace(
     MODERN,
     learning_rate=5e-4,
