@@ -85,7 +85,7 @@ student-copy: $(READY)
 	@$(RUN) -m tools.student_copy
 
 lab: $(READY)
-	$(RUN) -m jupyterlab notebooks
+	$(RUN) -m jupyterlab --FileContentsManager.preferred_dir=notebooks
 
 lint: $(READY)
 	$(RUN) -m ruff check .

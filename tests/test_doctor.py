@@ -21,13 +21,14 @@ from conftest import invoke
 import vitlib.training
 from vitlib.course import doctor
 from vitlib.course.doctor import GIB, Facts, can_run, problems, report
+from vitlib.utils import versions
 
 ROOT = Path(__file__).parents[1]
 VERSIONS = {
-    "Python": "3.12.4", "torch": "2.13.0+cpu", "torchvision": "0.28.0", "vitlib": "0.1.0", "ipywidgets": "8.1.9",
+    "python": "3.12.4", "torch": "2.13.0+cpu", "torchvision": "0.28.0", "vitlib": "0.1.0", "ipywidgets": "8.1.9",
     "jupyterlab": "4.6.6", "papermill": "2.7.0",
 }  # fmt: skip
-NEEDS = {"Python": "3.11", "torch": "2.11", "torchvision": "0.26", "ipywidgets": "7.7", "papermill": "2.6"}
+NEEDS = {"python": "3.11", "torch": "2.11", "torchvision": "0.26", "ipywidgets": "7.7", "papermill": "2.6"}
 UNASKED = Facts(
     place="a machine of your own", cores=2, cores_in_all=2, memory=8 * GIB, free_memory=6 * GIB, free_disk=20 * GIB,
     busy=0.1, needs=NEEDS, versions=VERSIONS,
@@ -35,13 +36,13 @@ UNASKED = Facts(
 LAPTOP = replace(UNASKED, threads=2, weights=("shapes100-mini",), speed=700.0)
 
 
-def with_versions(**versions) -> Facts:
-    return replace(UNASKED, versions=VERSIONS | versions)
+def with_versions(**changes) -> Facts:
+    return replace(UNASKED, versions={name: found for name, found in (VERSIONS | changes).items() if found})
 
 
 SENTENCES = {
     "vitlib is not installed": (replace(UNASKED, needs={}), True, "python -m pip install -e ."),
-    "Python 3.10.9 is too old": (with_versions(Python="3.10.9"), True, "3.11 or newer"),
+    "Python 3.10.9 is too old": (with_versions(python="3.10.9"), True, "3.11 or newer"),
     "Missing or too old: torch 2.4.0+cu121, ipywidgets;": (
         with_versions(torch="2.4.0+cu121", ipywidgets=None), True, '"torch>=2.11" "ipywidgets>=7.7"'
     ),
@@ -161,8 +162,7 @@ def test_commands_compute_on_the_cores_that_a_container_grants(quick, command, g
 
 def test_without_psutil_the_memory_is_unknown(quick):
     quick.setitem(sys.modules, "psutil", None)
-    found = doctor.version
-    quick.setattr(doctor, "version", lambda name: None if name == "psutil" else found(name))
+    quick.setattr(doctor, "versions", lambda *names: versions(*(set(names) - {"psutil"})))
     facts = doctor.gather()
     assert facts.memory is None and facts.speed is None
     assert re.search(r"memory +unknown\n", report(facts)) and "Missing or too old: psutil;" in report(facts)
@@ -175,7 +175,7 @@ def test_the_lowest_versions_are_those_of_pyproject(monkeypatch):
     monkeypatch.setattr(doctor.metadata, "requires", lambda name: [*project["dependencies"], optional])
     monkeypatch.setattr(doctor.metadata, "metadata", lambda name: {"Requires-Python": project["requires-python"]})
     wanted = dict(line.split(">=") for line in project["dependencies"])
-    assert doctor.lowest_versions() == wanted | {"Python": project["requires-python"].removeprefix(">=")}
+    assert doctor.lowest_versions() == wanted | {"python": project["requires-python"].removeprefix(">=")}
 
 
 def test_torch_that_does_not_load_is_a_sentence(quick):

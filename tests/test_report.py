@@ -66,7 +66,7 @@ def test_a_report_compares_means_and_lists_all_runs(tmp_path):
 def test_foreign_text_in_a_report_means_nothing(tmp_path):
     plain = sweep(lambda source, seed: {"top1": seed / 4}, source=["a", "b"], seed=[0, 1])
     results = sweep(
-        lambda seed, **_: {"top1": seed / 4, HOSTILE: HOSTILE}, **{HOSTILE: [HOSTILE, "猫 \ud800 \x00"], "seed": [0, 1]}
+        lambda seed, **_: {"top1": seed / 4, HOSTILE: HOSTILE}, **{HOSTILE: [HOSTILE, "猫 \x00"], "seed": [0, 1]}
     )
     results |= {"command": HOSTILE, "notebook": HOSTILE, "vitlib": HOSTILE}
     results["runs"][0] |= {"run": HOSTILE, "error": HOSTILE, "host": HOSTILE, "versions": {HOSTILE: HOSTILE}}

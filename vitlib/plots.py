@@ -303,8 +303,8 @@ def lines(
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title, **axis)
     for name, value in (reference or {}).items():
         ax.axhline(value, color="black", linestyle=":")
-        place = {"xy": (1, value), "xycoords": ax.get_yaxis_transform(), "xytext": (0, 3), "ha": "right"}
-        ax.annotate(name, textcoords="offset points", fontsize=10, path_effects=[HALO], **place)
+        place = {"xy": (1, value), "xycoords": ax.get_yaxis_transform(), "xytext": (4, 0), "va": "center"}
+        ax.annotate(name, textcoords="offset points", fontsize=10, **place)
     if percent:
         ax.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.4g}%")
     if axis.get("xscale") == "log" and not isinstance(x, Mapping) and len(x) <= 12 and "xticks" not in axis:

@@ -137,7 +137,7 @@ def vit(chapter: str = "", model: ViTModel | None = None) -> str:
         "01": (8, 52, 684, 194, "you are here: 01, patches and tokens"),
         "02": (40, 272, 372, 188, "you are here: 02, attention and the block"),
         "03": (*everything, "you are here: 03, every weight is trained"),
-        "04": (436, 314, 256, 146, "you are here: 04, a new head"),
+        "04": (586, 324, 106, 136, "you are here: 04, a new head"),
         "05": (122, 310, 100, 50, "you are here: 05, attention"),
         "06": (*everything, "you are here: 06, at full size"),
     }
@@ -300,13 +300,18 @@ def heads() -> str:
         parts += [text(x, 62, name, 14, weight="bold"), text(x, 82, done, 12, GREY)]
         parts += [text(x, 372, shape, 12, BLUE)]
     parts += [matrix(13, 198, ["#555555"] * 6)]
-    parts += [line((84, 220), (104, 220))]
+    for y in (140, 220, 300):
+        parts += [line((84, 220), (92, 220), (92, y), (104, y))]
     for seed, (y, name) in enumerate(zip((118, 198, 278), "qkv", strict=True)):
         parts += [matrix(109, y, wide, seed=seed + 1), text(142, y + 60, name, 14)]
-    parts += [line((180, 220), (206, 220))]
+    for y in (140, 220, 300):  # every head takes its columns of q, of k and of v
+        parts += [line((180, y), (190, y), (190, 220), tip=False), line((190, 220), (190, y), (206, y))]
     for seed, (y, colour) in enumerate(zip((118, 198, 278), colours, strict=True)):
         for place, name in ((213, "q"), (241, "k"), (269, "v")):
-            parts += [matrix(place, y, [colour] * 2, seed=seed + 4), text(place + 11, y + 60, name, 14)]
+            parts += [
+                matrix(place, y, [colour] * 2, seed=seed + place),
+                text(place + 11, y + 60, name, 14),
+            ]
         parts += [line((300, y + 22), (328, y + 22)), matrix(336, y, [colour] * 4, seed=seed + 9)]
         below = ((304, y + 36), (304, y + 56), (518, y + 56), (518, y + 34))  # the way of the values
         parts += [line((293, y + 36), *below, (541, y + 34), colour=GREY)]

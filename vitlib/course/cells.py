@@ -19,15 +19,14 @@ def calls_of(cell: NotebookNode) -> dict[str, str]:
     """Return the checks that a cell calls, with their arguments as text; "" in a cell with a syntax error."""
     if cell.cell_type != "code":
         return {}
+    found = {}
     try:
-        tree = ast.parse(_python(cell.source))
+        for node in ast.walk(ast.parse(_python(cell.source))):
+            match node:
+                case ast.Call(func=ast.Attribute(value=ast.Name("checks"), attr=name)) if name != "be_strict":
+                    found[name] = ", ".join(map(ast.unparse, [*node.args, *node.keywords]))
     except (SyntaxError, ValueError, RecursionError):
         return {name: "" for name in CALL.findall(cell.source) if name != "be_strict"}
-    found = {}
-    for node in ast.walk(tree):
-        is_call = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr != "be_strict"
-        if is_call and isinstance(node.func.value, ast.Name) and node.func.value.id == "checks":
-            found[node.func.attr] = ", ".join(map(ast.unparse, [*node.args, *node.keywords]))
     return found
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
-from vitlib.utils import cache_dir, first_line, text_table
+from vitlib.utils import cache_dir, first_line, text_table, versions
 
 GIB = 2**30
 PEAK = 0.8 * GIB  # the most memory that a chapter takes (RESULTS.md)
@@ -31,7 +31,7 @@ CHAPTERS = {  # images that each trains on; one that is only looked at counts as
     "05 looking inside": 11_000, "06 the real ViT": 2_500,
 }  # fmt: skip
 START = 10  # seconds that a chapter takes to import and draw
-SUSTAINED = 1.5  # short measurements overestimate sustained speed
+SUSTAINED = 1.2  # short measurements overestimate sustained speed
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Facts:
     free_memory: int | None
     free_disk: int  # where downloads are kept
     busy: float  # share of all cores that other programs use
-    needs: Mapping[str, str]  # "Python" or package to the lowest version; empty if vitlib is not installed
-    versions: Mapping[str, str | None]  # "Python" or package to the version
+    needs: Mapping[str, str]  # "python" or package to the lowest version; empty if vitlib is not installed
+    versions: Mapping[str, str]  # "python" or installed package to the version
     failure: str | None = None  # why torch does not load or train; the rest is known only where it does
     gpu: str | None = None
     threads: int = 1
@@ -76,7 +76,7 @@ def gather() -> Facts:
         free_disk=shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free,
         busy=busy,
         needs=needs,
-        versions={**{name: version(name) for name in (*SHOWN, *needs)}, "Python": platform.python_version()},
+        versions=versions(*SHOWN, *needs),
     )
     return replace(facts, **_ask_torch()) if can_run(facts) else facts
 
@@ -110,20 +110,12 @@ def container_limits(root: Path = Path("/sys/fs/cgroup")) -> tuple[float, float,
     return cores, int(limit), int(limit) - int(used) + int(cached)
 
 
-def version(package: str) -> str | None:
-    """Return the version of an installed package, or None."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def lowest_versions() -> dict[str, str]:
     """Return the lowest versions that pyproject.toml allows, from the metadata of the installed vitlib."""
-    if version("vitlib") is None:
+    if "vitlib" not in versions():
         return {}
     needed = [line for line in metadata.requires("vitlib") if "extra ==" not in line]
-    lines = [f"Python{metadata.metadata('vitlib')['Requires-Python']}", *needed]
+    lines = [f"python{metadata.metadata('vitlib')['Requires-Python']}", *needed]
     return dict(line.split(">=") for line in lines)
 
 
@@ -189,22 +181,21 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(error).replace(str(Path.home()), '~'):.100}"
 
 
-def _numbers(version: str | None) -> list[int]:
-    """Return the numbers in a version, to be compared; those of None are below all others."""
-    return [int(number) for number in re.findall(r"\d+", version or "")]
+def _numbers(version: str) -> list[int]:
+    """Return the numbers in a version, to be compared; those of "" are below all others."""
+    return [int(number) for number in re.findall(r"\d+", version)]
 
 
 def problems(facts: Facts) -> list[tuple[bool, str]]:
     """Return a sentence for each problem, and before it whether the course cannot run because of it."""
-    found = []
+    found, there = [], facts.versions
     if not facts.needs:
         found.append((True, "vitlib is not installed; python -m pip install -e . in the course's folder does that."))
-    poor = {name: least for name, least in facts.needs.items() if _numbers(facts.versions[name]) < _numbers(least)}
-    if lowest := poor.pop("Python", None):
-        python = facts.versions["Python"]
-        found.append((True, f"Python {python} is too old; make an environment with {lowest} or newer."))
+    poor = {name: least for name, least in facts.needs.items() if _numbers(there.get(name, "")) < _numbers(least)}
+    if lowest := poor.pop("python", None):
+        found.append((True, f"Python {there['python']} is too old; make an environment with {lowest} or newer."))
     if poor:
-        listed = ", ".join(f"{name} {facts.versions[name] or ''}".strip() for name in poor)
+        listed = ", ".join(f"{name} {there.get(name, '')}".strip() for name in poor)
         wanted = " ".join(f'"{name}>={lowest}"' for name, lowest in poor.items())
         found.append((True, f"Missing or too old: {listed}; python -m pip install --upgrade {wanted}"))
     if facts.failure:
@@ -227,7 +218,7 @@ def can_run(facts: Facts) -> bool:
 def report(facts: Facts) -> str:
     """Return the facts, how long each chapter takes, and what is wrong, in at most 30 lines."""
     memory = "unknown" if facts.memory is None else f"{gib(facts.memory)}, of which {gib(facts.free_memory)} are free"
-    names = ", ".join(f"{name} {facts.versions[name] or 'missing'}" for name in SHOWN)
+    names = ", ".join(f"{name} {facts.versions.get(name, 'missing')}" for name in SHOWN)
     compiler = shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++") or shutil.which("cl")
     machine = {
         "where": f"{facts.place} ({platform.system()} {platform.machine()})",
@@ -247,7 +238,7 @@ def report(facts: Facts) -> str:
             name: f"{duration(START + SUSTAINED * images / facts.speed)}{' (an estimate)' if images else ''}"
             for name, images in CHAPTERS.items()
         }
-    software = {"with": f"Python {facts.versions['Python']}, {names}"}
+    software = {"with": f"Python {facts.versions['python']}, {names}"}
     sections = {"This machine": machine, "Software": software, "Data": data, "What that means": chapters}
     lines = []
     for title, rows in sections.items():

@@ -4,6 +4,8 @@ import math
 import sys
 from collections.abc import Mapping
 
+from vitlib.utils import text_table
+
 MIME_TYPE = "application/vnd.vitlib.figures+json"
 FIGURES_IN_TABLE = 4
 
@@ -22,19 +24,23 @@ def record_figures(**figures: float | int | str | None) -> None:
     chance  0.1
     """
     plain = {name: _plain(name, value) for name, value in figures.items()}
-    width = max(map(len, plain), default=0)
-    table = "\n".join(f"{name:<{width}}  {format_figure(value)}" for name, value in plain.items())
-    if "IPython" not in sys.modules or sys.modules["IPython"].get_ipython() is None:
-        print(table)
-        return
-    from IPython.display import display
-
+    table = "\n".join(text_table([(name, format_figure(value)) for name, value in plain.items()]))
     # a list of pairs, because stored notebooks sort the keys of every mapping
     stored = [
         [name, None if isinstance(value, float) and not math.isfinite(value) else value]
         for name, value in plain.items()
     ]
-    display({"text/plain": table, MIME_TYPE: stored}, raw=True)
+    show(table, MIME_TYPE, stored)
+
+
+def show(text: str, mime_type: str, stored: object) -> None:
+    """Print a text; a notebook stores ``stored`` beside it."""
+    if "IPython" not in sys.modules or sys.modules["IPython"].get_ipython() is None:
+        print(text)
+    else:
+        from IPython.display import display
+
+        display({"text/plain": text, mime_type: stored}, raw=True)
 
 
 def recorded_figures(notebook: Mapping) -> dict[str, float | int | str | None]:

@@ -52,11 +52,11 @@ class KernelMonitor:
     holds the text.
     """
 
-    def __init__(self, end: Callable[[], str] = lambda: "", interval: float = 0.2):
+    def __init__(self, end: Callable[[], str]):
         self.pid: int | None = None
         self.peak_bytes: int | None = None
         self.ended = ""
-        self._end, self._interval = end, interval
+        self._end = end
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -69,7 +69,7 @@ class KernelMonitor:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._done.wait(self._interval):
+        while not self._done.wait(0.2):
             if self.pid is None:
                 continue
             with suppress(psutil.Error, OSError):  # the process is ending

@@ -137,7 +137,7 @@ _TABLE = (
     Parameter(
         "weights", str, "where the encoder comes from: a shipped name or a checkpoint file", optional=True, rule=path
     ),
-    Parameter("official_weights", bool, "download the published ViT-B/16 (about 350 MB) and use it"),
+    Parameter("official_weights", bool, "download torchvision's ViT-B/16 (about 350 MB) and use it"),
     Parameter("freeze_encoder", bool, "train the head alone (a linear probe)"),
     Parameter("arm", str, "where the encoder comes from and what is trained", choices=ARMS),
     # the five of the published system

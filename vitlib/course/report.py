@@ -58,8 +58,7 @@ def write_report(results: Mapping, path: str | Path) -> None:
     head = f'<meta charset="utf-8"><title>Sweep of {text(results["notebook"])}</title><style>{STYLE}</style>'
     page = f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
     with atomic_write(path) as temporary:
-        # a name of a file that is not UTF-8 holds halves of surrogate pairs
-        temporary.write_text(page, encoding="utf-8", errors="replace")
+        temporary.write_text(page, encoding="utf-8")
 
 
 def _counts(frame: pd.DataFrame) -> str:
@@ -137,8 +136,8 @@ def in_percent(metric: str, values: Iterable[float]) -> bool:
 
 
 def _word(text: str) -> str:
-    """Return foreign text for a figure: on one line, without formulas, and without the bytes of other encodings."""
-    return " ".join(text.split()).encode(errors="replace").decode().replace("$", r"\$")
+    """Return foreign text for a figure: on one line, without formulas."""
+    return " ".join(text.split()).replace("$", r"\$")
 
 
 def _image(results: Mapping, metric: str, axis: str) -> str:

@@ -27,7 +27,7 @@ import nbformat
 import psutil
 from nbformat import NotebookNode
 
-from vitlib.course.kernels import KernelMonitor, kill_tree, run_notebook, with_children
+from vitlib.course.kernels import kill_tree, run_notebook, with_children
 from vitlib.utils import cache_dir
 
 # Environment variables that a notebook inherits; tokens and passwords are in others.
@@ -101,24 +101,21 @@ def run_apart(
         job = {"own": str(own), "parameters": parameters, "limits": asdict(limits), "contained": contained}
         line = _bwrap(own, hidden, readable) if contained else []
         line += [sys.executable, "-P", "-m", __name__, json.dumps(job)]
-        deadline = time.monotonic() + limits.timeout + GRACE
-
-        def end() -> str:  # the limits are kept inside; this is for a notebook that has ended or halted papermill
-            return "interrupted" if stopped.is_set() else "it did not end" if time.monotonic() > deadline else ""
-
-        with KernelMonitor(end, interval=0.1) as monitor, open(own / "errors.txt", "wb") as errors:
+        deadline, ended = time.monotonic() + limits.timeout + GRACE, ""
+        with open(own / "errors.txt", "wb") as errors:
             process = subprocess.Popen(
-                line, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors, env=environment,
+                line, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, env=environment,
                 cwd=own / "folder", start_new_session=True,
             )  # fmt: skip
-            monitor.pid = process.pid
-            try:
+        try:
+            while process.poll() is None and not ended:  # the limits are kept inside, unless it has halted papermill
+                ended = "interrupted" if stopped.is_set() else "it did not end" if time.monotonic() > deadline else ""
+                time.sleep(0.1)
+        finally:
+            if process.poll() is None:
+                kill_tree(process.pid)
                 process.wait()
-            finally:  # after Ctrl-C it still runs
-                if process.poll() is None:
-                    kill_tree(process.pid)
-                process.stdin.close()
-        return _result(own, monitor.ended)
+        return _result(own, ended)
 
 
 def _result(own: Path, ended: str) -> tuple[NotebookNode | None, str]:
@@ -193,17 +190,19 @@ def main(job: str) -> None:
     """Run the notebook of a job, which :func:`run_apart` writes as JSON, to ``executed*.ipynb`` and ``error.txt``."""
     given = json.loads(job)
     own, limits = Path(given["own"]), Limits(**given["limits"])
-    threading.Thread(target=_end_with_the_grader, daemon=True).start()
     if os.name == "posix":
         import resource
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))
+    grader = os.getppid()
     deadline = time.monotonic() + limits.timeout
 
     def end() -> str:
         # inside bwrap every process is the notebook's, even one that has cut itself loose
         processes = list(psutil.process_iter()) if given["contained"] else with_children(os.getpid())
         partial = own / f"{NAME}.partial.ipynb"
+        if os.getppid() != grader:  # it was killed; bwrap would have ended this, too
+            return "interrupted"
         if time.monotonic() > deadline:
             return f"stopped after {limits.timeout:g} s"
         if len(processes) > MOST_PROCESSES:
@@ -229,13 +228,6 @@ def _memory(process: psutil.Process) -> int:
     with suppress(psutil.Error, OSError):  # it has ended
         return process.memory_info().rss
     return 0
-
-
-def _end_with_the_grader() -> None:
-    """End when the grader is gone, however it ended: it holds the other end of standard input open."""
-    os.read(sys.stdin.fileno(), 1)
-    kill_tree(os.getpid(), itself=False)
-    os._exit(1)
 
 
 if __name__ == "__main__":

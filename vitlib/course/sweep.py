@@ -265,7 +265,7 @@ def _work(notebook, name, defaults, home, threads, timeout, folder, parameters) 
     # of Dask's settings for its workers, this one makes a training on the CPU take up to half as long again
     environment = {"MALLOC_TRIM_THRESHOLD_": None, **dict.fromkeys(THREAD_VARIABLES, str(threads))}
     with tempfile.TemporaryDirectory(prefix="vitlib-", ignore_cleanup_errors=True) as temporary:
-        place = Path(folder or temporary)
+        place = Path(folder or f"{temporary}/run")
         shutil.rmtree(place, ignore_errors=True)  # of an earlier try
         place.mkdir(parents=True, exist_ok=True)
         given = {name: value for name, value in parameters.items() if value != defaults[name]}
@@ -277,15 +277,8 @@ def _work(notebook, name, defaults, home, threads, timeout, folder, parameters) 
                 defaults=defaults, log=log, end=end, environment=environment,
                 folder=Path(home) if Path(home).is_dir() else place,
             )  # fmt: skip
-        return Result(outcome, socket.gethostname(), b"" if folder else _zipped(place))
-
-
-def _zipped(folder: Path) -> bytes:
-    archive = io.BytesIO()
-    with zipfile.ZipFile(archive, "w", strict_timestamps=False) as file:
-        for path in filter(Path.is_file, folder.rglob("*")):
-            file.write(path, path.relative_to(folder))
-    return archive.getvalue()
+        files = b"" if folder else Path(shutil.make_archive(f"{temporary}/files", "zip", place)).read_bytes()
+        return Result(outcome, socket.gethostname(), files)
 
 
 def _store(out: Path, plan: Plan, run: Run, result: Result, attempts: int) -> dict:

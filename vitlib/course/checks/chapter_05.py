@@ -23,7 +23,8 @@ def distance(learners: Callable, grid: int, patch_size: int) -> None:
     weights[:, 0] = 0.3 * torch.rand(grid**2 + 1) + 0.2  # a share for CLS that differs from row to row
     weights[:, 1:] *= ((1 - weights[:, 0]) / weights[:, 1:].sum(1))[:, None]
     given = torch.tensor(number_answer(learners, weights, patch_size))
-    among, apart = weights[1:, 1:], _distances(grid) * patch_size
+    places = patch_size * torch.cartesian_prod(*2 * [torch.arange(float(grid))])  # [N, 2]: row, column
+    among, apart = weights[1:, 1:], torch.cdist(places, places)
     rows, columns = among.sum(dim=1, keepdim=True), among.sum(dim=0, keepdim=True)
 
     def mean(shares: Tensor, distances: Tensor = apart) -> Tensor:
@@ -35,7 +36,7 @@ def distance(learners: Callable, grid: int, patch_size: int) -> None:
         "without CLS each row sums to less than 1; divide it by its sum": mean(among),
         "that is the sum of the queries' distances; take their mean": right * grid**2,
         "rows and columns are added up; the distance is the square root of the sum of squares": (
-            mean(among / rows, _distances(grid, power=1) * patch_size)
+            mean(among / rows, torch.cdist(places, places, p=1))
         ),
         "every patch counts the same in that mean; weight the distances by the attention": apart.mean(),
         "the columns are divided by their sums: normalise the rows, not the columns": mean(among / columns),
@@ -54,13 +55,6 @@ def distance(learners: Callable, grid: int, patch_size: int) -> None:
     }
     otherwise = "that is not the mean over the queries of the distances to all patches, weighted by the attention"
     compare(given, right, slips, otherwise)
-
-
-def _distances(grid: int, power: float = 2) -> Tensor:
-    """Return the distances of all pairs of patches, in patches, with plain loops: independent of vitlib.explain."""
-    places = [(row, column) for row in range(grid) for column in range(grid)]
-    pairs = [[(abs(a - c) ** power + abs(b - d) ** power) ** (1 / power) for c, d in places] for a, b in places]
-    return torch.tensor(pairs)
 
 
 @exercise("rollout")
@@ -132,13 +126,8 @@ def deletion(learners: Callable, cls: tuple[float, ...], grid: int, patch_size: 
 
     def without(orders: Tensor) -> Tensor:
         """Set the patches of these numbers ``[B, n]`` to 0; numbers that no patch has are ignored."""
-        result = images.clone()
-        for image, patches in zip(result, orders.tolist(), strict=True):
-            for patch in patches:
-                if 0 <= patch < N:
-                    top, left = patch // grid * patch_size, patch % grid * patch_size
-                    image[:, top : top + patch_size, left : left + patch_size] = 0
-        return result
+        kept = (orders[..., None] != torch.arange(N)).all(dim=1).unflatten(1, (1, grid, grid))
+        return images * kept.repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)
 
     order = relevance[:, 1:].argsort(dim=1, descending=True)
     best = order[:, :count]

@@ -3,7 +3,6 @@
 import ast
 import inspect
 import math
-import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
@@ -13,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-VERDICT = "application/vnd.vitlib.verdict+json"
+from vitlib.course.figures import show
+
+VERDICT = "application/vnd.vitlib.verdict+json"  # what `python -m vitlib grade` reads
 CORRECT, NOT_YET, NOT_ATTEMPTED = "correct", "not yet", "not attempted yet"
 STUBS = ["...", "pass", "return", "return ...", "return None"]
 STUBS += ["raise NotImplementedError", "raise NotImplementedError()"]
@@ -194,7 +195,7 @@ def exercise(title: str, *cases: tuple):
         def check(learners) -> None:
             status, message = _judge(body, learners, cases or ((),))
             line = f"{title}: {status}: {message}" if message else f"{title}: {status}"
-            _show(line, {"check": body.__name__, "status": status, "message": message})
+            show(line, VERDICT, {"check": body.__name__, "status": status, "message": message})
             if _strict and status != CORRECT:
                 raise AssertionError(line)
 
@@ -240,13 +241,3 @@ def _in_words(error: BaseException) -> str:
     """Return ``Name: text`` on one line, and not a long one."""
     text = " ".join(str(error).split()[:30])
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _show(line: str, verdict: dict[str, str]) -> None:
-    """Print the line; in a notebook store the verdict with it, for ``python -m vitlib grade``."""
-    if "IPython" not in sys.modules or sys.modules["IPython"].get_ipython() is None:
-        print(line)
-        return
-    from IPython.display import display
-
-    display({"text/plain": line, VERDICT: verdict}, raw=True)
