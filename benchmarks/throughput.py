@@ -21,8 +21,10 @@ import common
 import torch
 import torch.nn.functional as F
 from common import Spread, ratio
-from peers import OURS, PEERS, build_models, compare_sizes, installed_versions
+from peers import OURS, PEERS, build_models, compare_sizes
 from torch import Tensor, nn
+
+from vitlib.utils import versions
 
 PHASES = ("forward", "backward", "step")
 
@@ -51,22 +53,6 @@ def training_task(model: nn.Module, images: Tensor, labels: Tensor, precision: s
         return seconds
 
     return train
-
-
-def prediction_task(model: nn.Module, images: Tensor, precision: str, steps: int) -> Callable[[], dict]:
-    """Return a function that predicts ``steps`` times and returns the seconds: eval mode, no gradients."""
-    device = images.device
-
-    @torch.inference_mode()
-    def predict() -> dict[str, float]:
-        model.eval()
-        start = common.clock(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            for _ in range(steps):
-                model(images)
-        return {"forward": common.clock(device) - start}
-
-    return predict
 
 
 @dataclass(frozen=True)
@@ -103,11 +89,10 @@ class Results:
 
     def table(self) -> str:
         """Return a line per model: speed, milliseconds per step, and ratios to others in the same precision."""
-        phases = list(next(iter(self.rounds.values()))[0])
-        header = ["model", "precision", "images/s", *(f"{phase}, ms" for phase in phases)]
+        header = ["model", "precision", "images/s", *(f"{phase}, ms" for phase in PHASES)]
         rows = []
         for model, rounds in self.rounds.items():
-            medians = [Spread.of([seconds[phase] for seconds in rounds]).median for phase in phases]
+            medians = [Spread.of([seconds[phase] for seconds in rounds]).median for phase in PHASES]
             times = [f"{1000 * median / self.steps:.1f}" for median in medians]
             references = ("published", model[1]), self.fastest_other(model[1])
             ratios = [self.against(model, reference) for reference in references]
@@ -133,38 +118,29 @@ class Results:
 @common.whole_number("--batch-size", 128, "Images per step.")
 @common.whole_number("--rounds", 5, "How often every model is measured.")
 @common.whole_number("--steps", 2, "Steps per model and round.")
-@common.whole_number("--threads", None, "Threads of the CPU; without it PyTorch's own choice.")
 @common.device_option
 @common.listed("--models", click.Choice(list(PEERS)), ",".join(PEERS), "What is measured beside vitlib.")
 @common.precisions_option
-@click.option("--forward-only", is_flag=True, help="Predict in place of training.")
 @common.out_option
-def main(batch_size, rounds, steps, threads, device, models, precisions, forward_only, out) -> None:
+def main(batch_size, rounds, steps, device, models, precisions, out) -> None:
     """Images/s of vitlib's small model and of others of its size, measured side by side."""
-    if threads is not None:
-        torch.set_num_threads(threads)
     torch.manual_seed(0)
     models, skipped = build_models(models)
     for line in [*compare_sizes(models), *(f"{name}: skipped: {reason}" for name, reason in skipped.items())]:
         click.echo(line)
-    if len(models) == 1:
-        raise click.ClickException("there is nothing to compare vitlib with; name a model that is installed.")
     images = torch.randn(batch_size, 3, 32, 32, device=device)
     labels = torch.randint(100, (batch_size,), device=device)
     tasks = {}
     for precision in precisions:
         for name, model in models.items():
-            model.to(device)
-            if forward_only:
-                tasks[name, precision] = prediction_task(model, images, precision, steps)
-            else:
-                tasks[name, precision] = training_task(model, images, labels, precision, steps)
+            tasks[name, precision] = training_task(model.to(device), images, labels, precision, steps)
     common.interleave(tasks, 1, "warming up")  # memory is allocated and kernels are chosen
     results = Results(common.interleave(tasks, rounds), batch_size, steps)
     click.echo(f"\n{results.table()}\n\n{results.conclusion()}")
-    settings = {"batch_size": batch_size, "steps": steps, "forward_only": forward_only}
+    settings = {"batch_size": batch_size, "steps": steps}
     seconds = {", ".join(model): rounds for model, rounds in results.rounds.items()}
-    record = {"machine": common.machine(device), "settings": settings, "peers": installed_versions()}
+    peers = versions("torchvision", "timm", "transformers", "vit-pytorch")
+    record = {"machine": common.machine(device), "settings": settings, "peers": peers}
     common.write_json(out, {**record, "skipped": skipped, "seconds": seconds})
 
 

@@ -2,7 +2,7 @@
 
     python -m vitlib pretrain --recipe published --norm-first false --pretrain-epochs 100 --run-dir runs/published
     python -m vitlib pretrain --recipe long --pretrain-epochs 100 --batch-size 256 --run-dir runs/long
-    python benchmarks/time_to_accuracy.py runs/published runs/long --figure curves.png
+    python benchmarks/time_to_accuracy.py runs/published runs/long
 
 The first is judged by its last epoch, the second by the first epoch that is at least as good, both on the validation
 images. A long training seldom has its machine for itself, so seconds are given twice: as they were, and "quiet", where
@@ -13,9 +13,7 @@ from pathlib import Path
 
 import click
 import common
-from matplotlib.figure import Figure
 
-from vitlib.plots import lines
 from vitlib.training import History
 
 
@@ -31,16 +29,11 @@ def learning_curve(run_dir: Path) -> list[dict]:
     return curve
 
 
-def first_to_reach(curve: list[dict], accuracy: float) -> dict | None:
-    """Return the first point of the curve with at least this accuracy, or None."""
-    return next((point for point in curve if point["accuracy"] >= accuracy), None)
-
-
 def conclusion(slow: list[dict], fast: list[dict]) -> str:
     """Return one sentence: by what share of the steps and seconds the second curve gets there sooner."""
     end = slow[-1]
     goal = f"the first ends with {end['accuracy']:.1%} after {end['step']} steps"
-    reached = first_to_reach(fast, end["accuracy"])
+    reached = next((point for point in fast if point["accuracy"] >= end["accuracy"]), None)
     if reached is None:
         best = max(point["accuracy"] for point in fast)
         return f"{goal}; the second does not reach that in {fast[-1]['step']} steps (best: {best:.1%})."
@@ -51,24 +44,10 @@ def conclusion(slow: list[dict], fast: list[dict]) -> str:
     )
 
 
-def draw(curves: dict[str, list[dict]]) -> Figure:
-    """Draw validation accuracy against quiet seconds, and where the first ends."""
-    hours, accuracies = (
-        {name: [point[key] / unit for point in curve] for name, curve in curves.items()}
-        for key, unit in (("quiet", 3600), ("accuracy", 1))
-    )
-    name = next(iter(curves))
-    return lines(
-        hours, accuracies, "hours of training on a quiet machine", "accuracy on the validation images", percent=True,
-        ylim=(0, None), reference={f"{name}'s last": accuracies[name][-1]},
-    )  # fmt: skip
-
-
 @click.command(help=__doc__.splitlines()[0])
 @click.argument("slow", type=click.Path(exists=True, path_type=Path))
 @click.argument("fast", type=click.Path(exists=True, path_type=Path))
-@click.option("--figure", type=click.Path(dir_okay=False), help="PNG file for the curves.")
-def main(slow, fast, figure) -> None:
+def main(slow, fast) -> None:
     curves = {str(folder): learning_curve(folder) for folder in (slow, fast)}
     header = ["run", "epoch", "step", "seconds", "quiet seconds", "validation accuracy, %"]
     rows = [
@@ -78,8 +57,6 @@ def main(slow, fast, figure) -> None:
         for point in curve
     ]  # fmt: skip
     click.echo(f"{common.table(header, rows)}\n\n{conclusion(*curves.values())}")
-    if figure is not None:
-        draw(curves).savefig(figure, dpi=150)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import image_folder
-from PIL import Image
 from test_model import copy_block
 from torch import nn
 
@@ -66,10 +65,7 @@ def test_peers_have_the_size_of_ours(name):
     if skipped:
         pytest.skip(skipped[name])
     assert list(models) == ["vitlib", name]
-    lines = peers.compare_sizes(models)
-    assert lines[0] == "vitlib: 3,218,020 parameters"
-    assert ("(" in lines[1]) == (not name.startswith("published"))
-    assert not lines[1].endswith(": )")  # where the number differs, the reason is given
+    assert peers.compare_sizes(models)[0] == "vitlib: 3,218,020 parameters"
     assert models[name](torch.zeros(2, 3, 32, 32)).shape == (2, 100)
 
 
@@ -116,15 +112,12 @@ def test_throughput_arithmetic():
     assert " ".join(published[6:]) == "1.00 (1.00 to 1.00) 0.50 (0.40 to 1.00)"
 
 
-@pytest.mark.parametrize(
-    ("options", "phases"), [([], {"forward", "backward", "step"}), (["--forward-only"], {"forward"})]
-)
-def test_throughput_of_small_models(options, phases, tmp_path, monkeypatch):
+def test_throughput_of_small_models(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "vit_pytorch", None)  # as if it were not installed
     out = tmp_path / "out.json"
     output = run(
         throughput, "--models", "published,vit-pytorch", "--batch-size", 2, "--rounds", 2, "--steps", 1,
-        "--device", "cpu", "--out", out, *options,
+        "--device", "cpu", "--out", out,
     )  # fmt: skip
     assert "vit-pytorch: skipped: " in output and "pip install -r benchmarks/requirements.txt" in output
     assert re.match("vitlib is in float32 .* in bfloat16", output.splitlines()[-1])
@@ -133,13 +126,7 @@ def test_throughput_of_small_models(options, phases, tmp_path, monkeypatch):
     models = ["vitlib", "published"]
     assert set(record["seconds"]) == {f"{name}, {kind}" for name in models for kind in ("float32", "bfloat16")}
     for rounds in record["seconds"].values():
-        assert len(rounds) == 2 and all(set(seconds) == phases and min(seconds.values()) > 0 for seconds in rounds)
-
-
-def test_throughput_needs_something_to_compare(monkeypatch):
-    monkeypatch.setitem(sys.modules, "vit_pytorch", None)
-    result = CliRunner().invoke(throughput.main, ["--models", "vit-pytorch", "--device", "cpu"])
-    assert result.exit_code == 1 and "nothing to compare" in result.output
+        assert len(rounds) == 2 and all(tuple(s) == throughput.PHASES and min(s.values()) > 0 for s in rounds)
 
 
 def test_torchvision_takes_the_published_steps():
@@ -157,13 +144,10 @@ def test_torchvision_takes_the_published_steps():
 
 def test_input_pipeline_arithmetic():
     speeds = {("vitlib", "modern", 2): [1000, 3000, 2000], ("torchvision", "modern", 2): [100, 100, 100]}
-    results = input_pipeline.Results(speeds, {("modern", "float32"): [0.5, 0.5, 0.5]}, cores=2, batch_size=10)
-    factor, share = results.factor("modern", 2), results.share("modern", "float32")
-    assert (factor.median, factor.low, factor.high) == (20, 10, 30)
-    assert share.median == pytest.approx(1.0)  # 10 images at 2000 images/s are 5 ms of 500
-    assert results.tables().splitlines()[2].split()[:4] == ["modern", "2", "100", "2,000"]
-    assert "at least 20.0 (10.0 to 30.0) times" in results.conclusion()
-    assert "at most 1.00 (0.67 to 2.00) % of a training step (modern, float32" in results.conclusion()
+    steps = {("modern", "float32"): [0.5, 0.5, 0.5]}  # 10 images at 2000 images/s are 5 ms of 500
+    lines = input_pipeline.tables(speeds, steps, cores=2, batch_size=10).splitlines()
+    assert " ".join(lines[2].split()) == "modern 2 100 2,000 20.0 (10.0 to 30.0)"
+    assert " ".join(lines[-1].split()) == "modern float32 500.0 1.00 (0.67 to 2.00)"
 
 
 def test_input_pipeline_of_few_images(tmp_path):
@@ -172,7 +156,7 @@ def test_input_pipeline_of_few_images(tmp_path):
         input_pipeline, "--images", 16, "--batch-size", 4, "--rounds", 1, "--steps", 1, "--cores", 2,
         "--device", "cpu", "--precisions", "float32", "--out", out,
     )  # fmt: skip
-    assert output.splitlines()[-1].startswith("vitlib prepares images at least ")
+    assert output.splitlines()[-1].startswith("modern ")
     record = json.loads(out.read_text())
     assert len(record["images_per_second"]) == 8  # two libraries, two recipes, one core and two
     assert set(record["seconds_per_step"]) == {"published, float32", "modern, float32"}
@@ -193,13 +177,12 @@ def made_up_run(folder: Path, accuracies: list[float], seconds: list[float]) -> 
 def test_time_to_accuracy(tmp_path):
     slow = made_up_run(tmp_path / "published", [0.1, 0.35, 0.2, 0.3], [30, 10, 30, 40])
     fast = made_up_run(tmp_path / "long", [0.25, 0.3, 0.4], [8, 8, 8])
-    output = run(time_to_accuracy, slow, fast, "--figure", tmp_path / "curves.png")
+    output = run(time_to_accuracy, slow, fast)
     assert re.search(r"published +4 +40 +110 +90 +30\.0", output), "quiet: 10 + 10 + 30 + 40"
     assert output.endswith(
         "the first ends with 30.0% after 40 steps; the second reaches that after 20 steps, 0.50 of the steps, "
         "0.15 of the seconds and 0.18 of the quiet seconds (goal: at most 0.33).\n"
     )
-    assert Image.open(tmp_path / "curves.png").format == "PNG"
     never = made_up_run(tmp_path / "never", [0.25, 0.2], [8, 8])
     assert "does not reach that in 20 steps (best: 25.0%)" in run(time_to_accuracy, slow, never)
 
@@ -255,11 +238,6 @@ def test_a_block_adds_its_input_to_what_it_computes():
     nn.init.zeros_(block.convolutions[-1].weight)
     x = torch.randn(2, 4, 8, 8)
     assert torch.equal(block(x), x.relu())
-
-
-def test_a_cnn_that_cannot_be_as_large_is_refused():
-    with pytest.raises(ValueError, match="width 1 has .* parameters, which is not within 1 % of the ViT's 2,000;"):
-        vit_against_cnn.matching_width(2_000, 10)
 
 
 def test_both_models_see_the_same_images_and_are_scored_on_what_they_say(monkeypatch):

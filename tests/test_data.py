@@ -275,7 +275,7 @@ def test_what_systems_leave_in_folders_is_passed_over(folder, load, capsys):
 
 def test_every_readable_file_is_read_whatever_its_name(folder, load, capsys):
     kinds = {"a.jfif": "JPEG", "b.gif": "GIF", "c.JPE": "JPEG", "d": "PNG", "e.txt": "WEBP", "f.dib": "BMP"}
-    kinds |= {"g.pnm": "PPM"} | ({"h.avif": "AVIF"} if "AVIF" in folders._formats() else {})
+    kinds |= {"g.pnm": "PPM"} | ({"h.avif": "AVIF"} if "AVIF" in folders.FORMATS else {})
     for name, kind in kinds.items():
         save_picture(folder / "train" / "cat" / name, format=kind)
     assert len(load(folder)) == 6 + len(kinds)

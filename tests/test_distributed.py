@@ -21,7 +21,7 @@ from torch import distributed
 from vitlib.data.augment import Augmentation
 from vitlib.model import PRESETS
 from vitlib.training import stages
-from vitlib.training.distributed import DistributedContext, current_context, end_distributed, init_distributed
+from vitlib.training.distributed import current_context, end_distributed, init_distributed
 from vitlib.training.history import History
 from vitlib.training.recipes import RECIPES
 from vitlib.training.resume import ResumeFile
@@ -86,13 +86,6 @@ def curve(history: dict) -> list[float]:
     """All losses and accuracies of a history in a row."""
     names = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
     return [step["loss"] for step in history["steps"]] + [epoch[name] for epoch in history["epochs"] for name in names]
-
-
-@pytest.mark.parametrize("count, size", [(1, 7), (3, 16), (5, 2), (2, 0)])
-def test_the_shares_in_a_row_are_the_batch_and_as_even_as_can_be(count, size):
-    shares = [DistributedContext(rank, count).shard(torch.arange(size)) for rank in range(count)]
-    assert torch.equal(torch.cat(shares), torch.arange(size))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 @pytest.fixture

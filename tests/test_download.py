@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from vitlib.data import cifar
-from vitlib.data.images import download, load_images
+from vitlib.data.images import load_images
 
 ONCE = 2  # requests of one download by torchvision: where the file is, and the file
 NAMES = ("cifair100", "cifair10", "cifar100", "cifar10")
@@ -139,19 +139,6 @@ def test_progress_is_shown_on_stdout_when_asked_for(fake, capsys):
     fake("cifair10").load(progress=True)
     shown = capsys.readouterr()
     assert "100%" in shown.out and shown.err == ""
-
-
-def test_download_makes_a_source_ready_without_network(fake):
-    fake = fake("cifair10")
-    download("cifair10", fake.folder, progress=False)
-    fake.served.unlink()
-    assert len(fake.load()) == 20
-
-
-def test_embedded_data_sets_need_no_download(tmp_path, monkeypatch):
-    monkeypatch.setattr(cifar, "import_torchvision", None)  # a call would fail
-    download("shapes100", tmp_path)
-    assert not list(tmp_path.iterdir())
 
 
 def test_archive_put_there_by_hand_needs_no_network(fake):

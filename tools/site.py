@@ -1,4 +1,4 @@
-"""Check the built site in site/: links, anchors and images of every page; print what a chapter weighs."""
+"""Check the built site in site/: links, anchors and images of every page."""
 
 import sys
 from html.parser import HTMLParser
@@ -36,12 +36,6 @@ def target_of(page: Page, link: str) -> tuple[Path, str] | None:
     return path, unquote(parts.fragment)
 
 
-def size_of(page: Page, *parts: str) -> int:
-    """Return the bytes of the files that the page loads whose address has one of these parts."""
-    targets = [target_of(page, link) for link in page.loaded if any(part in link for part in parts)]
-    return sum(target[0].stat().st_size for target in targets if target and target[0].exists())
-
-
 def main() -> None:
     pages = {path.resolve(): Page(path) for path in SITE.rglob("*.html") if "_static" not in path.parts}
     faults = []
@@ -53,11 +47,6 @@ def main() -> None:
             known = pages[target].anchors if target in pages else ()
             if not target.exists() or anchor and target.suffix == ".html" and anchor not in known:
                 faults.append(f"{name} links to {link}")
-    for path in sorted(SITE.glob("notebooks/[0-9]*.html")):
-        text, pictures = path.stat().st_size, size_of(pages[path.resolve()], "_images/")
-        print(f"{path.stem}: {(text + pictures) / 1e6:.1f} MB ({text / 1e6:.2f} text, {pictures / 1e6:.2f} figures)")
-    shared = size_of(pages[(SITE / "README.html").resolve()], ".css", ".js")
-    print(f"once for all pages: {shared / 1e6:.1f} MB of style and scripts")
     sys.exit("\n".join(sorted(faults)) or 0)
 
 

@@ -6,7 +6,7 @@ heatmap(matrix, rows, columns)          a matrix in colours, with its numbers wh
 lines(x, series, xlabel, ylabel)        curves by name, with bands, runs, a reference such as chance, a reading
 dots(groups, xlabel)                    a row for each group: a dot for each run, a bar at the mean
 cost_bars(costs_by_name)                what the parts of one or several models cost
-panels(count)                           axes side by side, for the ``ax=`` of these functions
+panels(count)                           axes side by side, for the ``ax=`` of heatmap and lines
 show(figure, alt)                       display a figure with its alternative text
 
 Colours are those of Okabe and Ito, which colour-blind readers can tell apart. Maps of numbers use viridis, or PuOr
@@ -157,13 +157,13 @@ def image_grid(
 
 
 @_styled
-def patch_grid(image: Tensor, patch_size: int, title: str | None = None, ax: Axes | None = None) -> Figure:
+def patch_grid(image: Tensor, patch_size: int) -> Figure:
     """Draw one image uint8 ``[C, H, W]`` with its patches outlined and, up to 12 columns, numbered row by row. The
     title says what the cut costs: N patches of so many numbers, and N^2 weights in each head."""
     channels, height, width = image.shape
     rows, columns = height // patch_size, width // patch_size
     patches = rows * columns
-    ax = _axes(ax, 5.2, 5.2 * height / width + 0.6)
+    figure, ax = plt.subplots(figsize=(5.2, 5.2 * height / width + 0.6))
     ax.imshow(_picture(image), cmap="gray", vmin=0, vmax=255)
     for row in range(rows + 1):
         ax.axhline(row * patch_size - 0.5, color="white", linewidth=0.8)
@@ -178,12 +178,11 @@ def patch_grid(image: Tensor, patch_size: int, title: str | None = None, ax: Axe
                 bbox={"boxstyle": "round,pad=0.15", "facecolor": "black", "alpha": 0.55, "linewidth": 0},
             )  # fmt: skip
     _without_ticks(ax)
-    cost = (
+    ax.set_title(
         f"patch size {patch_size}: N = {rows} x {columns} = {patches:,} patches\n"
         f"{channels * patch_size**2:,} numbers per patch, N² = {patches**2:,} attention weights"
     )
-    ax.set_title(cost if title is None else title)
-    return ax.figure
+    return figure
 
 
 @_styled
@@ -326,7 +325,6 @@ def dots(
     reference: Mapping[str, float] | None = None,
     kinds: Sequence[str] = (),
     percent: bool = False,
-    ax: Axes | None = None,
     **axis,
 ) -> Figure:
     """Draw a row for each group: a dot for each run, a bar at the mean, and beside it the mean (lowest to highest).
@@ -336,7 +334,7 @@ def dots(
         kinds: one per group; groups of one kind share a colour.
         reference, percent, axis: as in :func:`lines`.
     """
-    ax = _axes(ax, 7.5, 1.1 + 0.5 * len(groups))
+    figure, ax = plt.subplots(figsize=(7.5, 1.1 + 0.5 * len(groups)))
     kinds = list(kinds) or list(groups)
     colours = dict(zip(dict.fromkeys(kinds), COLOURS * len(kinds), strict=False))
     for row, (values, kind) in enumerate(zip(groups.values(), kinds, strict=True)):
@@ -358,7 +356,7 @@ def dots(
     ax.set(xlabel=xlabel, title=title, ylim=(len(groups) - 0.4, -0.6), **axis)
     if percent:
         ax.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.4g}%")
-    return ax.figure
+    return figure
 
 
 COST_PARTS = {  # as they are drawn, from the image to the classifier: sums of fields of vitlib.costs.Parts

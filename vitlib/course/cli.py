@@ -153,9 +153,9 @@ def sweep(notebook, grid, zips, parameters, given, out, dry_run, scheduler, work
 @click.option("--data-dir", metavar="DIR", type=NAME, help="Without it, VITLIB_DATA or the usual cache.")
 def download(name, data_dir) -> None:
     """Fetch the images NAME (for instance cifair100), so that notebooks find them without a network."""
-    from vitlib.data.images import download as fetch
+    from vitlib.data import load_images
 
-    fetch(name, data_dir)
+    load_images(name, data_dir=data_dir)
     click.echo(f"{name} is ready.")
 
 

@@ -19,6 +19,7 @@ from vitlib.data.randaugment import draw_operations, randaugment
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)  # the published system normalises every data set with these
 CIFAR10_STD = (0.2471, 0.2435, 0.2616)
+MIXUP, CUTMIX = 0.8, 1.0  # alpha of the Beta distribution of an image's own share
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -133,11 +134,9 @@ class Augmentation:
         magnitude: how strong these are, from 0 to 30.
         erase: probability of erasing a rectangle (random erasing, Zhong et al. 2017, arXiv:1708.04896): 2 to 33 % of
             the area, height by width from 0.3 to 3.3. A side longer than the image is cut; the paper draws again.
-        mixing: probability of mixing an image with another one, see :meth:`mix`.
-        mixup: alpha of the Beta distribution of the own share in mixup (Zhang et al. 2018, arXiv:1710.09412), where
-            two images are blended.
-        cutmix: the same in CutMix (Yun et al. 2019, arXiv:1905.04899), where a rectangle comes from the other image.
-            With both, a mixed image is mixed by either with probability 1/2.
+        mixing: probability of mixing an image with another one, see :meth:`mix`: by mixup, where the two are blended
+            (Zhang et al. 2018, arXiv:1710.09412), or, in half of the cases, by CutMix, where a rectangle comes from the
+            other one (Yun et al. 2019, arXiv:1905.04899).
     """
 
     padding: int = 4
@@ -147,8 +146,6 @@ class Augmentation:
     magnitude: int = 9
     erase: float = 0.0
     mixing: float = 0.0
-    mixup: float = 0.8
-    cutmix: float = 1.0
 
     def draw(self, count: int, height: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Draw the numbers for ``count`` images of ``height`` x ``width`` pixels.
@@ -204,10 +201,9 @@ class Augmentation:
     def _draw_mixing(self, count: int, height: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Draw what :func:`mix_neighbours` takes; share 1 and an empty rectangle for images that stay unmixed."""
         mixed = torch.rand(count, generator=generator) < self.mixing
-        cut_share = 0.5 if self.mixup and self.cutmix else float(self.cutmix > 0)  # of the mixed images
-        cut = torch.rand(count, generator=generator) < cut_share
-        numbers = {"mix_share": torch.where(mixed & ~cut, _draw_beta(self.mixup, count, generator), 1.0)}
-        side = (1 - torch.where(mixed & cut, _draw_beta(self.cutmix, count, generator), 1.0)).sqrt()
+        cut = torch.rand(count, generator=generator) < 0.5
+        numbers = {"mix_share": torch.where(mixed & ~cut, _draw_beta(MIXUP, count, generator), 1.0)}
+        side = (1 - torch.where(mixed & cut, _draw_beta(CUTMIX, count, generator), 1.0)).sqrt()
         for corner, name, size in (("cut_top", "cut_height", height), ("cut_left", "cut_width", width)):
             half = (side * size / 2).long()
             numbers[corner] = torch.randint(size, (count,), generator=generator) - half  # around any pixel
@@ -284,12 +280,10 @@ def _reflect(index: Tensor, length: int) -> Tensor:
 
 
 def _draw_beta(alpha: float, count: int, generator: torch.Generator) -> Tensor:
-    """Draw float32 ``[count]`` from Beta(alpha, alpha); all 1 for alpha 0.
+    """Draw float32 ``[count]`` from Beta(alpha, alpha).
 
     torch's distribution knows no generator but the default one, which gets a drawn seed for it.
     """
-    if not alpha:
-        return torch.ones(count)
     seed = torch.randint(2**62, (), generator=generator)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed.item())  # torch.manual_seed would seed the GPUs anew as well

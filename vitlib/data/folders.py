@@ -4,7 +4,6 @@ The files may come from anywhere. Nothing in them is run, no link to a folder in
 an unreadable file costs one image, unless there are too many of them (``MOST_UNREADABLE``).
 """
 
-import functools
 import hashlib
 import json
 import math
@@ -29,7 +28,8 @@ CACHE_VERSION = 6  # raise it when the same files and options come to give other
 MOST_UNREADABLE = 0.1  # of a folder's images; leaving out more would change the data set
 NAMED = 10  # files that a message names; it counts all
 # by the content of a file, not by its name; Pillow knows far more, and hands EPS to Ghostscript, which runs it
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+Image.init()  # not every Pillow was built with all of them
+FORMATS = [name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF") if name in Image.OPEN]
 # a file that cannot be read counts as an image if its name ends like one, also of a format that is not read
 IMAGE_NAME = re.compile(
     r".+\.(jpe?g|jpe|jfif|a?png|webp|gif|bmp|dib|tiff?|p[pgbn]m|avif|hei[cf]|jxl|jp2|j2k|svg|ico|psd|tga|pcx|eps|dcm|"
@@ -73,7 +73,7 @@ def read_image(path: str | os.PathLike, image_size: int | None = None, num_chann
     if os.path.getsize(path) == 0:
         raise UnknownFormat(f"{name} is empty; copy or download it again.")
     try:
-        with Image.open(path, formats=_formats()) as picture:
+        with Image.open(path, formats=FORMATS) as picture:
             if picture.mode != "F" and (picture.mode, picture.format) != ("I", "TIFF"):  # other formats' I: 16 bits
                 return _pixels(picture, image_size, num_channels)
         problem = "has pixels of 32 bits; store it with 8 or 16 bits"
@@ -86,13 +86,6 @@ def read_image(path: str | os.PathLike, image_size: int | None = None, num_chann
     except Exception as error:  # a damaged file can make PIL raise almost anything
         problem = f"is damaged ({first_line(error):.100}); copy or download it again"
     raise ValueError(f"{name} {problem}.")
-
-
-@functools.cache
-def _formats() -> list[str]:
-    """Return those of ``FORMATS`` that this Pillow was built with; it would stop at the name of another."""
-    Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def _pixels(picture: Image.Image, image_size: int | None, num_channels: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vitlib.data.cifar import kept_by_file, kept_by_index, load_cifar, prepare_cifar
+from vitlib.data.cifar import kept_by_file, kept_by_index, load_cifar
 from vitlib.data.folders import find_splits, load_folder, refit
 from vitlib.data.shapes import draw_shapes
 from vitlib.utils import near_match, printable
@@ -170,18 +170,6 @@ def check_source(source: str | os.PathLike, name: str = "source") -> None:
         f"{name}={text!r} is neither a data set nor a folder{near_match(text.lower(), SOURCES)}; "
         f"give one of {', '.join(SOURCES)}, or a folder with train/<class>/* and test/<class>/*."
     )
-
-
-def download(name: str, data_dir: str | os.PathLike | None = None, *, progress: bool = True) -> None:
-    """Make a source ready for use without a network, without loading it.
-
-    Raises:
-        ValueError: for an unknown source.
-        OSError: if the download fails or is not what it should be.
-    """
-    check_source(name, "name")
-    if name in SOURCES and not name.startswith("shapes"):
-        prepare_cifar(name, data_dir, progress)
 
 
 def train_validation_split(
