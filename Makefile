@@ -2,7 +2,7 @@
 # make test     ruff, two notebooks with tiny parameters, the tests, and every stored output against a fresh run
 # make lab      open JupyterLab in notebooks/
 # make lint     ruff check and format check           make format     let ruff repair what it can
-# make test-browser  open, run and use every lesson in JupyterLab and Chromium; screenshots in runs/browser
+# make test-browser  open, run and use every lesson in JupyterLab and Chromium, by playwright; screenshots in runs/browser
 # make site     the course as a web site, in site/          make test-site  build it, and look at every page in Chromium
 # make student-copy  the course without solutions and guide, in student-copy/
 # make address REPOSITORY=name/repository  say where this repository is hosted, in every link
@@ -63,7 +63,6 @@ test: lint
 
 test-browser: export VITLIB_BROWSER := 1
 test-browser: $(READY)
-	@$(RUN) tests/browser/lab.py
 	$(RUN) -m pytest tests/browser/test_lab.py -v -s
 
 $(READY_SITE): docs/requirements.txt $(READY)
@@ -77,7 +76,6 @@ site: $(READY_SITE)
 
 test-site: export VITLIB_BROWSER := 1
 test-site: site
-	@$(RUN) tests/browser/lab.py
 	npm install --silent --no-save --prefix runs/axe axe-core@4.14.1
 	$(RUN) -m pytest tests/browser/test_site.py -q
 

@@ -15,7 +15,6 @@ import vitlib  # noqa: F401  before torch, whose threads shall not spin beside o
 # isort: split
 import torch
 
-from vitlib.course import checks
 from vitlib.course.cli import main
 from vitlib.data import LabelledImages
 from vitlib.model import PRESETS
@@ -54,12 +53,6 @@ def verdict(capsys):
         return line.split(": ", 1)[1]
 
     return say
-
-
-@pytest.fixture(autouse=True)
-def _lenient_checks():
-    yield
-    checks.be_strict(False)
 
 
 def invoke(*words: object):

@@ -5,8 +5,8 @@
     python tests/other_versions.py ipywidgets-7    the pinned versions, but for ipywidgets
     python tests/other_versions.py colab           what Colab publishes of what vitlib depends on, and not our pins
 
-Installs into ``runs/versions``, and runs pytest there, by default on the notebooks and on the tests of what depends on
-these packages. Needs the network for pip, and gigabytes on Linux unless pip knows where builds of torch without CUDA
+Installs into ``runs/versions``, and runs pytest there, on the notebooks and on the tests of what depends on these
+packages. Needs the network for pip, and gigabytes on Linux unless pip knows where builds of torch without CUDA
 are. Another torch may compute another last digit; then a compared output says so.
 """
 
@@ -69,7 +69,7 @@ def install(which: str) -> Path:
     replaced = {re.split(r"[=~]", package)[0] for package in packages}
     kept = [line for line in pinned if re.split(r"[=;#\s]", line)[0] not in {*replaced, ""}]
     if which == "colab":  # none of our pins; pip completes the rest
-        kept = ["nbval", "pytest-timeout"]
+        kept = ["nbval"]
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     # together, so that pip does not put back what another package asks for
     install = [python, "-m", "pip", "install", "--quiet", "--upgrade", *kept, *packages, "--editable", ROOT]
@@ -79,13 +79,12 @@ def install(which: str) -> Path:
 
 @click.command()
 @click.argument("which", type=click.Choice(["oldest", "newest", "ipywidgets-7", "colab"]))
-@click.argument("what", nargs=-1)
-def main(which: str, what: tuple[str, ...]) -> None:
-    """Run pytest on WHAT, tests and notebooks, with other versions of torch or ipywidgets."""
+def main(which: str) -> None:
+    """Run tests and notebooks with other versions of torch or ipywidgets."""
     python = install(which)
     shown = f"import importlib.metadata as m; print(*(f'{{n}} {{m.version(n)}}' for n in {OTHERS}), sep=', ')"
     subprocess.run([python, "-c", shown], check=True)
-    what = what or (CHAPTERS if which == "colab" else TESTED)
+    what = CHAPTERS if which == "colab" else TESTED
     sys.exit(subprocess.run([python, "-m", "pytest", *NBVAL, *what], cwd=ROOT).returncode)
 
 

@@ -1,20 +1,19 @@
 """The edges of training: what does not go together is one sentence, and the smallest data sets can be trained on."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY
-from PIL import Image
+from conftest import TINY, refusal
 from torch import nn
 
-from vitlib.classify import predict_files
 from vitlib.data import LabelledImages
 from vitlib.data.augment import Augmentation
 from vitlib.model import ViTModel
-from vitlib.training import FINETUNING, RECIPES, finetune, fit, pretrain, record_test
-from vitlib.weights import ModelCard, load_weights
+from vitlib.training import FINETUNING, RECIPES, finetune, fit, pretrain
+from vitlib.weights import ModelCard
 
 PLAIN = replace(RECIPES["short"], augmentation=Augmentation(padding=1, cutout=0))
 MIXED = replace(PLAIN, augmentation=Augmentation(padding=1, cutout=0, randaugment=1, erase=0.5, mixing=1.0))
@@ -49,10 +48,7 @@ def tiny(**changes) -> ViTModel:
 )
 def test_what_does_not_go_together_is_one_sentence(changes, words):
     good = {"model": tiny(), "train": pictures(), "validation": pictures(), "card": card_of(), "recipe": PLAIN}
-    written = []
-    with pytest.raises(ValueError, match=words) as error:
-        fit(**{**good, **changes}, epochs=1, progress=False, after_epoch=lambda model, history: written.append(model))
-    assert "\n" not in str(error.value) and str(error.value).endswith(".") and not written
+    assert re.search(words, refusal(fit, **{**good, **changes}, epochs=1, progress=False))
 
 
 def steps_of(data: LabelledImages, **changes) -> int:
@@ -64,9 +60,9 @@ def steps_of(data: LabelledImages, **changes) -> int:
 
 
 @pytest.mark.parametrize(("batch_size", "steps"), [(1, 9), (8, 2), (9, 1), (10_000, 1)])
-def test_any_batch_size_works_with_nine_training_images(tiny_preset, batch_size, steps):
+def test_any_batch_size_works_with_nine_grey_training_images(tiny_preset, batch_size, steps):
     more = {"train_steps_per_epoch": 1000, "eval_steps_per_epoch": 1000}  # than there are: all images
-    assert steps_of(pictures(12), batch_size=batch_size, **more) == 2 * steps
+    assert steps_of(pictures(12, channels=1), batch_size=batch_size, **more) == 2 * steps
 
 
 def test_a_class_of_one_image_can_be_trained_but_not_all_of_them(tiny_preset):
@@ -76,25 +72,11 @@ def test_a_class_of_one_image_can_be_trained_but_not_all_of_them(tiny_preset):
         steps_of(pictures(3))
 
 
-def test_grey_images_go_all_the_way(tiny_preset, tmp_path):
-    upstream = pretrain(
-        pictures(12, channels=1), "tiny", pretrain_epochs=1, recipe=MIXED, run_dir=tmp_path / "grey", **QUIET
-    )
-    model, card = load_weights(tmp_path / "grey" / "pretrained.safetensors")
-    assert model.config["num_channels"] == len(card.mean) == len(upstream.card.mean) == 1
-    tuned = finetune(model, card, pictures(8, classes=2, channels=1), recipe=PLAIN, **QUIET)
-    checkpoint = tmp_path / "finetuned.safetensors"
-    record_test(tuned, pictures(4, classes=2, channels=1), "grey", checkpoint)
-    Image.new("RGB", (20, 10), "red").save(tmp_path / "colour.png")
-    (prediction,) = predict_files(*load_weights(checkpoint), [tmp_path / "colour.png"])
-    assert prediction.error is None and sum(share for _, share in prediction.classes) == pytest.approx(1, abs=1e-6)
-
-
 def test_all_recipes_take_the_smallest_training(tiny_preset):
     one = {"train_steps_per_epoch": 1, "eval_steps_per_epoch": 1, **QUIET}
     for name in RECIPES:
         done = pretrain(pictures(4, classes=2, side=16), "tiny", pretrain_epochs=1, recipe=name, **one)
         assert len(done.history.steps) == 1, name
     for name in FINETUNING:
-        tuned = finetune(done.model, done.card, pictures(4, classes=2, side=16), recipe=name, **one)
-        assert len(tuned.history.steps) == 1, name
+        tuned = finetune(done.model, done.card, pictures(4, classes=2, side=8), recipe=name, **one)
+        assert len(tuned.history.steps) == 1 and tuned.model.config["image_size"] == 8, name

@@ -34,18 +34,6 @@ def test_attention_of_is_the_models_attention_however_it_is_cut_into_batches(mod
     torch.testing.assert_close(attention, model.intermediates(images)["attention"], rtol=0, atol=1e-5)
 
 
-def test_attention_distance_by_hand():
-    # four patches of 2 pixels in a 2 x 2 grid; CLS takes half of every row, which must not matter
-    attention = torch.zeros(1, 1, 2, 5, 5)
-    attention[..., 0] = 0.5
-    for query in range(1, 5):
-        attention[0, 0, 0, query, query] = 0.5  # head 0 looks at itself
-        attention[0, 0, 1, query, 5 - query] = 0.5  # head 1 looks at the opposite corner
-    distance = explain.attention_distance(attention, patch_size=2)
-    assert distance.shape == (1, 2)
-    assert distance[0].tolist() == pytest.approx([0, 2 * math.sqrt(2)])
-
-
 def test_a_deletion_curve_starts_at_the_models_own_confidence_and_ends_at_the_empty_image(model):
     images = torch.randn(4, 3, 8, 8)
     curve = explain.deletion_curve(model, images, torch.rand(4, 16), [0, 5, 16])
@@ -55,14 +43,6 @@ def test_a_deletion_curve_starts_at_the_models_own_confidence_and_ends_at_the_em
     assert torch.allclose(curve[0], probabilities.max(1).values)
     empty = model(torch.zeros(1, 3, 8, 8)).softmax(1)[0]
     assert torch.allclose(curve[2], empty[predicted], atol=1e-6)
-
-
-def test_the_share_on_the_mask_counts_a_half_covered_patch_half():
-    masks = torch.zeros(2, 4, 4, dtype=torch.bool)
-    masks[:, :, 0] = True  # half of the two patches on the left
-    masks[:, 0:2, 2:4] = True  # all of the upper right patch
-    relevance = torch.tensor([[0.1, 0.1, 0.1, 0.1], [0.0, 3.0, 1.0, 0.0]])  # need not sum to 1
-    assert explain.share_on_mask(relevance, masks).tolist() == pytest.approx([0.5, 0.875])
 
 
 def test_patch_relevance_reads_the_row_that_the_classifier_sees():

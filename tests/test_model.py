@@ -1,9 +1,11 @@
 """The model: its numbers against PyTorch's own transformer, its algebra, its parameter counts, its errors."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY
+from conftest import TINY, refusal
 from torch import nn
 
 from vitlib.model import (
@@ -131,15 +133,6 @@ def test_a_dropped_branch_leaves_what_came_in(norm_first):
     assert same.float().mean().item() == pytest.approx(0.25, abs=0.07)
 
 
-def test_mean_pooling_leaves_cls_out():
-    by_cls, by_mean = tiny(), tiny(pooling="mean")
-    by_mean.load_state_dict(by_cls.state_dict())
-    images = torch.randn(3, 3, 8, 8)
-    tokens = by_cls.vit_encoder(images)
-    assert torch.equal(by_cls(images), by_cls.linear_classifier(tokens[:, 0]))
-    torch.testing.assert_close(by_mean(images), by_mean.linear_classifier(sum(tokens[:, i] for i in range(1, 5)) / 4))
-
-
 def test_attention_in_bfloat16_on_a_cpu_is_written_out(monkeypatch):
     attention, x = SelfAttention(16, 4).eval(), torch.randn(2, 7, 16)
     fused, calls = F.scaled_dot_product_attention, []
@@ -163,18 +156,6 @@ def test_dropout_of_attention_keeps_the_mean():
         mean = torch.stack([attention(x)[0].float() for _ in range(500)])
     assert (mean[0] - mean[1]).abs().max() > 0.01
     torch.testing.assert_close(mean.mean(0), expected.float(), rtol=0, atol=0.06)
-
-
-def test_without_classes_the_model_returns_features():
-    model = tiny(pooling="mean", pre_logits=24)
-    headless = ViTModel(**{**model.config, "num_classes": 0}).eval()
-    headless.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("linear_classifier")})
-    x = torch.randn(2, 3, 8, 8)
-    features = headless(x)
-    assert features.shape == (2, 24)
-    torch.testing.assert_close(model.linear_classifier(features), model(x))
-    pooled = model.vit_encoder(x)[:, 1:].mean(1)
-    torch.testing.assert_close(features, torch.tanh(F.linear(pooled, *model.pre_logits[0].parameters())))
 
 
 def test_kept_patches_go_on_with_their_positions():
@@ -207,6 +188,4 @@ def test_norm_eps_reaches_every_layer_norm():
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_sentence(call, words):
-    with pytest.raises(ValueError, match=words) as error:
-        call()
-    assert "\n" not in str(error.value)
+    assert re.search(words, refusal(call))

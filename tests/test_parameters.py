@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from conftest import refusal
 
 from vitlib.course.parameters import PARAMETERS, check_parameters
 
@@ -25,23 +26,11 @@ from vitlib.course.parameters import PARAMETERS, check_parameters
     ],
 )
 def test_a_value_that_is_not_allowed_is_named_in_one_sentence(name, value):
-    with pytest.raises(ValueError) as error:
-        check_parameters({name: value})
-    message = str(error.value)
-    assert repr(value).strip("'") in message and "\n" not in message and message.endswith(".")
+    assert repr(value).strip("'") in refusal(check_parameters, {name: value})
 
 
 def test_names_outside_the_table_are_left_alone():
     check_parameters({"batch_size": 8, "In": [], "__name__": "__main__", "learning_rate": "what"})
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "meant"),
-    [("preset", "smal", "small"), ("device", "cud", "cuda"), ("arm", "fine tuning", "fine-tuning")],
-)
-def test_a_slip_of_the_pen_is_answered_with_the_nearest_choice(name, value, meant):
-    with pytest.raises(ValueError, match=f"did you mean '{meant}'"):
-        PARAMETERS[name].check(value)
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu", "mps", "cuda", "cuda:3"])

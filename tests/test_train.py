@@ -3,13 +3,14 @@
 import copy
 import math
 import os
+import re
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import coloured
+from conftest import coloured, refusal
 from torch import nn
 
 from vitlib.data.augment import CIFAR10_MEAN, PUBLISHED, Augmentation, mixed_cross_entropy
@@ -147,16 +148,8 @@ def test_prediction_does_not_depend_on_the_batch_size_or_change_the_mode():
     ],
 )
 def test_bad_arguments_give_one_sentence_and_write_nothing(tmp_path, changes, words):
-    with pytest.raises(ValueError, match=words) as error:
-        pretrain(coloured(), **quick(run_dir=tmp_path, **changes))
-    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
-
-
-def test_images_of_another_size_than_the_upstream_ones_stretch_the_positions():
-    upstream = pretrain(coloured(), **quick())
-    larger = LabelledImages(torch.zeros(20, 3, 16, 16, dtype=torch.uint8), torch.arange(20) % 2, ("a", "b"))
-    tuned = finetune(upstream.model, upstream.card, larger, finetune_epochs=1, train_steps_per_epoch=1, progress=False)
-    assert tuned.model.config["image_size"] == 16
+    assert words in refusal(pretrain, coloured(), **quick(run_dir=tmp_path, **changes))
+    assert not list(tmp_path.iterdir())
 
 
 def test_images_that_are_not_square_are_refused():
@@ -191,9 +184,9 @@ def test_averaged_weights_of_a_cnn_come_with_the_running_statistics_of_batch_nor
 
 def test_a_diverged_training_ends_with_one_sentence(tmp_path):
     recipe = replace(RECIPES["modern"], learning_rate=1e30, clip=None, schedule="constant", warmup=0.0)
-    with pytest.raises(ValueError, match=r"The loss is \S+ in step \d+ of 8, at learning rate 1e\+30") as error:
-        pretrain(coloured(), **quick(recipe=recipe, run_dir=tmp_path))
-    assert "\n" not in str(error.value) and not list(tmp_path.glob("*.safetensors"))
+    said = refusal(pretrain, coloured(), **quick(recipe=recipe, run_dir=tmp_path))
+    assert re.search(r"The loss is \S+ in step \d+ of 8, at learning rate 1e\+30", said)
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 def test_accuracy_on_images_that_cifair_kept_is_apart():

@@ -4,11 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
-from conftest import image_folder
+from conftest import image_folder, invoke
 from PIL import Image
 
-from vitlib.course.cli import main
 from vitlib.course.runner import COURSE_FOLDER
 
 PATCHES = str(COURSE_FOLDER / "sweeps" / "patches.ipynb")
@@ -16,7 +14,7 @@ WRONG = [  # command, and words of the sentence
     ("pretrain --batch-size 0", r"batch_size=0 is not allowed; give a whole number of at least 1 and at most 65536\."),
     ("pretrain --train-steps-per-epoch some", r"train_steps_per_epoch='some' is not allowed; .*, or None\."),
     ("pretrain --preset smal", r"preset='smal' is not allowed; .* \(did you mean 'small'\?\)\."),
-    ("pretrain --norm-first 1", r"norm_first='1' is not allowed; give True or False\."),
+    ("pretrain --device cud", r"device='cud' is not allowed; .* \(did you mean 'cuda'\?\)\."),
     ("pretrain --upstream shapes1000", r"'shapes1000' is neither .*did you mean"),
     ("pretrain --upstream tiny --image-size 30", r"image_size=30 is not a multiple of patch_size=4"),
     ("pretrain --run-dir=", r"run_dir='' is not allowed"),
@@ -43,7 +41,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.parametrize(("command", "words"), WRONG, ids=[command.replace(PATCHES, "patches") for command, _ in WRONG])
 def test_a_wrong_value_gets_one_sentence_and_writes_nothing(folder, command, words):
-    result = CliRunner().invoke(main, command.split())
+    result = invoke(*command.split())
     *usage, sentence = [line for line in result.stderr.splitlines() if line]
     assert result.exit_code == 2, result.output
     assert sentence.startswith("Error: ") and re.search(words, sentence), result.stderr

@@ -1,13 +1,7 @@
-"""A JupyterLab of its own, and a hand that drives it in headless Chromium: open, clear, run all, look, move sliders.
+"""A JupyterLab of its own, and a hand that drives it in headless Chromium: open, clear, run all, look, move sliders."""
 
-``python tests/browser/lab.py`` says what is missing for that, and exits with 1; with 0 and in silence if nothing is.
-"""
-
-import importlib.util
 import json
 import os
-import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -18,7 +12,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # every cell is in the page, also those that are out of sight; no question about news stands before the notebook
 SETTINGS = {
     "notebook-extension/tracker": {"windowingMode": "none"},
@@ -47,25 +40,6 @@ panel => {
   return [panel.clientHeight, Math.ceil(end - panel.getBoundingClientRect().top + panel.scrollTop)];
 }
 """
-
-
-def find_browser() -> str | None:
-    """The Chromium to drive: the environment's VITLIB_CHROMIUM, else the first of the usual names on the path."""
-    names = [os.environ["VITLIB_CHROMIUM"]] if "VITLIB_CHROMIUM" in os.environ else BROWSERS
-    return next(filter(None, map(shutil.which, names)), None)
-
-
-def missing() -> str:
-    """What is not there and how to get it, in a sentence each; empty if nothing is missing."""
-    sentences = []
-    if importlib.util.find_spec("playwright") is None:
-        sentences.append(f"The Python package playwright is missing: {sys.executable} -m pip install playwright.")
-    if find_browser() is None:
-        sentences.append(
-            "Chromium is missing: install it with the system's package manager (apt-get install chromium), or set "
-            "VITLIB_CHROMIUM to the path of a Chromium or Chrome."
-        )
-    return " ".join(sentences)
 
 
 @dataclass(frozen=True)
@@ -107,10 +81,7 @@ def serve(folder: Path, own: Path) -> Iterator[Server]:
     environment = (
         outside | {name: str(own / place) for name, place in places.items()} | {"JUPYTER_PREFER_ENV_PATH": "1"}
     )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", str(folder)]
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", str(folder)]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         command.append("--allow-root")
     with (own / "server.log").open("w") as log:
@@ -184,11 +155,6 @@ class OpenNotebook:
         texts = self.page.locator(shown).all_inner_texts()
         return [text.strip().strip("[]:").strip() for text in texts]
 
-    def tracebacks(self) -> list[str]:
-        """The last line of each traceback on the page."""
-        texts = self.page.locator(".jp-OutputArea-output").filter(has_text="Traceback (most recent call last)")
-        return [text.strip().splitlines()[-1] for text in texts.all_inner_texts()]
-
     def widgets(self) -> list:
         """The outputs with a picture that has controls, in the order of the page."""
         return self.page.locator(".jp-OutputArea-output").filter(has=self.page.locator("img.widget-image")).all()
@@ -253,7 +219,3 @@ class OpenNotebook:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{self.name}: {complaint} after {seconds} seconds")
             self.page.wait_for_timeout(200)
-
-
-if __name__ == "__main__":
-    sys.exit(missing() or 0)

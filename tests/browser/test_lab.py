@@ -1,7 +1,6 @@
 """Every lesson in a real JupyterLab, as a new user has it: open, Run All, move what can be moved.
 
-``make test-browser`` runs this; it takes minutes. Look at the screenshots that it leaves in runs/browser. With
-VITLIB_BROWSER_PARAMETERS=notebooks/parameters/smoke.yaml the lessons run with these values, for a quick look.
+``make test-browser`` runs this; it takes minutes. Look at the screenshots that it leaves in runs/browser.
 """
 
 import os
@@ -10,13 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from statistics import median
 
-import nbformat
 import pytest
-import yaml
-from papermill.iorw import load_notebook_node
-from papermill.parameterize import parameterize_notebook
-
-from vitlib.course.runner import read_lessons
 
 from . import lab
 
@@ -29,10 +22,7 @@ SECONDS_TO_RUN = 1200
 MOVES = 4
 SLOWEST_MOVE = 2000  # milliseconds; 200 is the aim, and what a busy machine adds is not the widget's fault
 
-pytestmark = [
-    pytest.mark.skipif(not os.environ.get("VITLIB_BROWSER"), reason="make test-browser runs it"),
-    pytest.mark.skipif(bool(lab.missing()), reason=lab.missing()),
-]
+pytestmark = pytest.mark.skipif(not os.environ.get("VITLIB_BROWSER"), reason="make test-browser runs it")
 
 
 @pytest.fixture(scope="module")
@@ -40,20 +30,13 @@ def server(tmp_path_factory):
     """JupyterLab over a copy of the lessons, which stay as they are."""
     folder = tmp_path_factory.mktemp("lessons") / "notebooks"
     shutil.copytree(ROOT / "notebooks", folder, ignore=shutil.ignore_patterns("runs", ".ipynb_checkpoints"))
-    file = os.environ.get("VITLIB_BROWSER_PARAMETERS")
-    values = yaml.safe_load((ROOT / file).read_text()) if file else {}
-    for lesson in read_lessons(folder):
-        taken = {name: value for name, value in values.items() if name in lesson.parameters}
-        if taken:
-            nbformat.write(parameterize_notebook(load_notebook_node(str(lesson.path)), taken), lesson.path)
     with lab.serve(folder, tmp_path_factory.mktemp("jupyter")) as server:
         yield server
 
 
 def run_problems(notebook):
-    """What went wrong in Run All, by what the page shows and by what is saved."""
-    problems = [f"the page shows {line}" for line in notebook.tracebacks()]
-    problems += [
+    """What went wrong in Run All."""
+    problems = [
         f"code cell {number} was not run" for number, prompt in enumerate(notebook.prompts()) if not prompt.isdigit()
     ]
     outputs = [output for cell in notebook.saved()["cells"] for output in cell.get("outputs", ())]

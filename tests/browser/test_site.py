@@ -13,8 +13,6 @@ import pytest
 
 from tools.address import PLACEHOLDER, ROOT, repository
 
-from . import lab
-
 SITE = ROOT / "site"
 SCREENSHOTS = ROOT / "runs" / "site"
 AXE = ROOT / "runs" / "axe" / "node_modules" / "axe-core" / "axe.min.js"
@@ -32,10 +30,7 @@ LOOK = """() => ({
   levels: [...document.querySelectorAll("article :is(h1, h2, h3, h4, h5)")].map(h => +h.tagName[1]),
 })"""
 
-pytestmark = [
-    pytest.mark.skipif(not os.environ.get("VITLIB_BROWSER"), reason="make test-site runs it"),
-    pytest.mark.skipif(bool(lab.missing()), reason=lab.missing()),
-]
+pytestmark = pytest.mark.skipif(not os.environ.get("VITLIB_BROWSER"), reason="make test-site runs it")
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
