@@ -23,7 +23,7 @@ TRIALS: dict[str, tuple[Recipe, int]] = {  # name: recipe and batch size
     "rate-double": (replace(MUON, learning_rate=MUON.learning_rate * 2), 64),
     "decay-0.7": (replace(MUON, layer_decay=0.7), 64),
     "decay-0.8": (replace(MUON, layer_decay=0.8), 64),
-    "decay-0.8-batch-32": (replace(MUON, layer_decay=0.8), 32),
+    "decay-0.8-smoothing": (replace(MUON, layer_decay=0.8, label_smoothing=0.1), 64),
     "decay-1": (replace(MUON, layer_decay=1.0), 64),
     "head-2": (replace(MUON, head_rate=2.0), 64),
     "ema-0.99": (replace(MUON, ema_decay=0.99), 64),
