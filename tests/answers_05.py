@@ -62,7 +62,9 @@ def share(relevance, mask, patch_size, normalised=True, cut=None):
 
 RIGHT = {
     "distance": {
-        "the library's": lambda weights, size: explain.attention_distance(weights[None, None, None], size)[0, 0],
+        "the library's": lambda weights, size: explain.attention_distance(
+            torch.stack([weights.T, weights])[None, None], size
+        )[0, 1],
     },
     "rollout": {
         "the library's": lambda attention: explain.rollout(attention[:, None])[0],

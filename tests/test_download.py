@@ -16,6 +16,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 import torch
+from conftest import invoke
 
 from vitlib.data import cifar
 from vitlib.data.images import load_images
@@ -139,6 +140,13 @@ def test_progress_is_shown_on_stdout_when_asked_for(fake, capsys):
     fake("cifair10").load(progress=True)
     shown = capsys.readouterr()
     assert "100%" in shown.out and shown.err == ""
+
+
+def test_the_command_makes_a_data_set_ready(fake):
+    fake = fake("cifair10")
+    assert invoke("download", "cifair10", "--data-dir", fake.folder).exit_code == 0
+    fake.served.unlink()
+    assert len(fake.load()) == 20
 
 
 def test_archive_put_there_by_hand_needs_no_network(fake):

@@ -68,7 +68,7 @@ def test_foreign_text_in_a_report_means_nothing(tmp_path):
     results = sweep(
         lambda seed, **_: {"top1": seed / 4, HOSTILE: HOSTILE}, **{HOSTILE: [HOSTILE, "猫 \x00"], "seed": [0, 1]}
     )
-    results |= {"command": HOSTILE, "notebook": HOSTILE, "vitlib": HOSTILE}
+    results |= {"command": f"{HOSTILE} \ud800", "notebook": HOSTILE, "vitlib": HOSTILE}
     results["runs"][0] |= {"run": HOSTILE, "error": HOSTILE, "host": HOSTILE, "versions": {HOSTILE: HOSTILE}}
     found = tags(written(results, tmp_path))
     assert {tag for tag, _ in found} == {tag for tag, _ in tags(written(plain, tmp_path))}

@@ -58,7 +58,8 @@ def write_report(results: Mapping, path: str | Path) -> None:
     head = f'<meta charset="utf-8"><title>Sweep of {text(results["notebook"])}</title><style>{STYLE}</style>'
     page = f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
     with atomic_write(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        # a name on the command line that is not UTF-8 holds halves of surrogate pairs
+        temporary.write_text(page, encoding="utf-8", errors="replace")
 
 
 def _counts(frame: pd.DataFrame) -> str:

@@ -99,6 +99,7 @@ def run_apart(
         contained = not not_contained()
         readable = [value for value in parameters.values() if isinstance(value, str) and os.path.isabs(value)]
         job = {"own": str(own), "parameters": parameters, "limits": asdict(limits), "contained": contained}
+        job["grader"] = os.getpid()
         line = _bwrap(own, hidden, readable) if contained else []
         line += [sys.executable, "-P", "-m", __name__, json.dumps(job)]
         deadline, ended = time.monotonic() + limits.timeout + GRACE, ""
@@ -194,14 +195,13 @@ def main(job: str) -> None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))
-    grader = os.getppid()
     deadline = time.monotonic() + limits.timeout
 
     def end() -> str:
         # inside bwrap every process is the notebook's, even one that has cut itself loose
         processes = list(psutil.process_iter()) if given["contained"] else with_children(os.getpid())
         partial = own / f"{NAME}.partial.ipynb"
-        if os.getppid() != grader:  # it was killed; bwrap would have ended this, too
+        if not given["contained"] and not psutil.pid_exists(given["grader"]):  # bwrap ends this by itself
             return "interrupted"
         if time.monotonic() > deadline:
             return f"stopped after {limits.timeout:g} s"
