@@ -27,6 +27,8 @@ TRIALS: dict[str, tuple[Recipe, int]] = {  # name: recipe and batch size
     "head-2": (replace(MUON, head_rate=2.0), 64),
     "ema-0.99": (replace(MUON, ema_decay=0.99), 64),
     "smoothing": (replace(MUON, label_smoothing=0.1), 64),
+    "crop": (replace(MUON, augmentation=replace(MUON.augmentation, padding=4)), 64),
+    "no-flip": (replace(MUON, augmentation=replace(MUON.augmentation, flip=0.0)), 64),
 }
 
 

@@ -142,7 +142,15 @@ _MODERN = replace(
     layer_decay=0.85,
     ema_decay=0.98,
 )
-_MUON = replace(_MODERN, optimizer="muon", learning_rate=1e-3, matrix_rate=3.0, head_rate=5.0, layer_decay=0.8)
+_MUON = replace(
+    _MODERN,
+    optimizer="muon",
+    learning_rate=1e-3,
+    matrix_rate=3.0,
+    head_rate=5.0,
+    layer_decay=0.8,
+    augmentation=Augmentation(padding=0, flip=0.5, cutout=0),  # in one epoch no image comes twice
+)
 FINETUNING = {
     "published": PUBLISHED_RECIPE,
     "modern": _MODERN,
