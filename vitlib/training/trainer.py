@@ -190,7 +190,8 @@ class Trainer:
         self.seconds = now - self._started
         if now - self._shown > 1 and not self._bar.disable:  # once a second: reading a loss waits for the device
             self._shown = now
-            recent, accuracy = self.losses[-1].item(), self.hits.item() / max(1, self._seen)
+            recent = self.losses[-1].item() * self.context.world_size  # of several processes each has a share
+            accuracy = self.hits.item() / max(1, self._seen)
             self._check_finite([recent])
             self._bar.set_postfix_str(f"loss {recent:.3f}, accuracy {accuracy:.1%}", refresh=False)
         # several processes agree on it every 20 steps only, since they wait for each other
