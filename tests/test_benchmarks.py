@@ -129,6 +129,12 @@ def test_throughput_of_small_models(tmp_path, monkeypatch):
         assert len(rounds) == 2 and all(tuple(s) == throughput.PHASES and min(s.values()) > 0 for s in rounds)
 
 
+def test_throughput_needs_something_to_compare(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vit_pytorch", None)
+    result = CliRunner().invoke(throughput.main, ["--models", "vit-pytorch", "--device", "cpu"])
+    assert result.exit_code == 1 and "nothing to compare" in result.output
+
+
 def test_torchvision_takes_the_published_steps():
     image = torch.randint(256, (3, 32, 32), dtype=torch.uint8)
     out = input_pipeline.torchvision_transform("published")(image)

@@ -27,8 +27,8 @@ from vitlib.utils import atomic_write, cache_dir, first_line, printable, progres
 CACHE_VERSION = 6  # raise it when the same files and options come to give other pixels
 MOST_UNREADABLE = 0.1  # of a folder's images; leaving out more would change the data set
 NAMED = 10  # files that a message names; it counts all
+Image.init()  # registers the formats that this Pillow was built with
 # by the content of a file, not by its name; Pillow knows far more, and hands EPS to Ghostscript, which runs it
-Image.init()  # not every Pillow was built with all of them
 FORMATS = [name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF") if name in Image.OPEN]
 # a file that cannot be read counts as an image if its name ends like one, also of a format that is not read
 IMAGE_NAME = re.compile(
