@@ -5,7 +5,7 @@
     python benchmarks/time_to_accuracy.py runs/published runs/long
 
 The first is judged by its last epoch, the second by the first epoch that is at least as good, both on the validation
-images. A long training seldom has its machine for itself, so seconds are given twice: as they were, and "quiet", where
+images. Epochs are what counts where the batches differ, as they do here. A long training seldom has its machine for itself, so seconds are given twice: as they were, and "quiet", where
 every epoch counts as long as the fastest one from it to the end (with fewer patches only the first epochs are faster).
 """
 
@@ -32,15 +32,16 @@ def learning_curve(run_dir: Path) -> list[dict]:
 def conclusion(slow: list[dict], fast: list[dict]) -> str:
     """Return one sentence: by what share of the steps and seconds the second curve gets there sooner."""
     end = slow[-1]
-    goal = f"the first ends with {end['accuracy']:.1%} after {end['step']} steps"
+    goal = f"the first ends with {end['accuracy']:.1%} after {end['epoch']} epochs"
     reached = next((point for point in fast if point["accuracy"] >= end["accuracy"]), None)
     if reached is None:
         best = max(point["accuracy"] for point in fast)
-        return f"{goal}; the second does not reach that in {fast[-1]['step']} steps (best: {best:.1%})."
-    shares = {key: reached[key] / end[key] for key in ("step", "seconds", "quiet")}
+        return f"{goal}; the second does not reach that in {fast[-1]['epoch']} epochs (best: {best:.1%})."
+    shares = {key: reached[key] / end[key] for key in ("epoch", "step", "seconds", "quiet")}
     return (
-        f"{goal}; the second reaches that after {reached['step']} steps, {shares['step']:.2f} of the steps, "
-        f"{shares['seconds']:.2f} of the seconds and {shares['quiet']:.2f} of the quiet seconds (goal: at most 0.33)."
+        f"{goal}; the second reaches that after {reached['epoch']}: {shares['epoch']:.2f} of the epochs, "
+        f"{shares['step']:.2f} of the steps, {shares['seconds']:.2f} of the seconds and {shares['quiet']:.2f} of the quiet "
+        "seconds (goal: at most 0.33)."
     )
 
 

@@ -186,11 +186,11 @@ def test_time_to_accuracy(tmp_path):
     output = run(time_to_accuracy, slow, fast)
     assert re.search(r"published +4 +40 +110 +90 +30\.0", output), "quiet: 10 + 10 + 30 + 40"
     assert output.endswith(
-        "the first ends with 30.0% after 40 steps; the second reaches that after 20 steps, 0.50 of the steps, "
-        "0.15 of the seconds and 0.18 of the quiet seconds (goal: at most 0.33).\n"
+        "the first ends with 30.0% after 4 epochs; the second reaches that after 2: 0.50 of the epochs, 0.50 of the "
+        "steps, 0.15 of the seconds and 0.18 of the quiet seconds (goal: at most 0.33).\n"
     )
     never = made_up_run(tmp_path / "never", [0.25, 0.2], [8, 8])
-    assert "does not reach that in 20 steps (best: 25.0%)" in run(time_to_accuracy, slow, never)
+    assert "does not reach that in 2 epochs (best: 25.0%)" in run(time_to_accuracy, slow, never)
 
 
 def two_classes(folder: Path) -> Path:

@@ -341,7 +341,7 @@ if __name__ == "__main__":
         create_model("mini", 10),
         create_model("B/16", 1000),
     )
-    models = {"00": mini, "01": mini, "02": mini, "03": mini, "04": finetuned, "05": mini, "06": large}
+    models = {"00": None, "01": mini, "02": mini, "03": mini, "04": finetuned, "05": mini, "06": large}
     files = {"vit": vit()} | {f"vit-{chapter}": vit(chapter, model) for chapter, model in models.items()}
     files |= {"block": block(), "heads": heads()}
     for name, content in files.items():

@@ -45,7 +45,12 @@ def transfer(learners: Callable, old_classes: int, classes: int) -> None:
     expect(head.out_features != old_classes, f"{rows}, those of the upstream task")
     expect(head.out_features == classes, f"{rows}: its size must come from num_classes")
     expect(
-        model.config | {"num_classes": 0} == config | {"num_classes": 0},
+        model.config["num_classes"] == classes,
+        f"the head fits, but model.config still says {model.config['num_classes']} classes, so a saved file could not "
+        "be loaded; build the new model with num_classes",
+    )
+    expect(
+        model.config == config | {"num_classes": classes},
         "the new model differs from `pretrained` in more than its head; take all else from pretrained.config",
     )
     encoder = model.vit_encoder.state_dict()

@@ -115,7 +115,7 @@ def deletion(learners: Callable, cls: tuple[float, ...], grid: int, patch_size: 
 
     ``relevance`` has CLS in front, as a row of the attention has it.
     """
-    relevance = torch.rand(len(cls), grid**2 + 1) - 0.7  # from a gradient, relevance may be negative
+    relevance = torch.rand(len(cls), grid**2 + 1)
     order = relevance[:, 1:].sort(dim=1).values
     ends = order[:, 0] - 0.1, order[:, -1] + 0.1
     middle = order[:, -2:].mean(dim=1)
