@@ -5,8 +5,9 @@
     python benchmarks/time_to_accuracy.py runs/published runs/long
 
 The first is judged by its last epoch, the second by the first epoch that is at least as good, both on the validation
-images. Epochs are what counts where the batches differ, as they do here. A long training seldom has its machine for itself, so seconds are given twice: as they were, and "quiet", where
-every epoch counts as long as the fastest one from it to the end (with fewer patches only the first epochs are faster).
+images. Where the batches differ, as here, compare epochs and not steps. A long training seldom has its machine for
+itself, so seconds are given twice: as they were, and "quiet", where every epoch counts as long as the fastest one from
+it to the end (with fewer patches only the first epochs are faster).
 """
 
 from pathlib import Path
@@ -40,8 +41,8 @@ def conclusion(slow: list[dict], fast: list[dict]) -> str:
     shares = {key: reached[key] / end[key] for key in ("epoch", "step", "seconds", "quiet")}
     return (
         f"{goal}; the second reaches that after {reached['epoch']}: {shares['epoch']:.2f} of the epochs, "
-        f"{shares['step']:.2f} of the steps, {shares['seconds']:.2f} of the seconds and {shares['quiet']:.2f} of the quiet "
-        "seconds (goal: at most 0.33)."
+        f"{shares['step']:.2f} of the steps, {shares['seconds']:.2f} of the seconds and {shares['quiet']:.2f} of the "
+        "quiet seconds (goal: at most 0.33)."
     )
 
 

@@ -29,6 +29,17 @@ def heads_left_apart(tokens, to_qkv, num_heads):
     return F.scaled_dot_product_attention(*qkv).reshape(batch, length, width)
 
 
+def over_heads(tokens, to_qkv, num_heads):
+    query, key, value = (tokens @ to_qkv).unflatten(2, (3, num_heads, -1)).unbind(2)
+    return F.scaled_dot_product_attention(query, key, value).flatten(2)
+
+
+def torchs_layer(tokens, to_qkv, num_heads):
+    layer = torch.nn.MultiheadAttention(len(to_qkv), num_heads, bias=False, batch_first=True, dtype=tokens.dtype)
+    layer.load_state_dict({"in_proj_weight": to_qkv.T, "out_proj.weight": torch.eye(len(to_qkv))})
+    return layer(tokens, tokens, tokens)[0]
+
+
 def tester(compare, shuffle=torch.randperm):
     """``is_equivariant`` that compares the shuffled tokens' output with the tokens' output and the shuffle."""
 
@@ -74,6 +85,7 @@ RIGHT = {
     },
     "attend": {
         "one image after the other": one_by_one,
+        "PyTorch's layer": torchs_layer,
         "swapped in and out": lambda tokens, *rest: sequence_first(tokens.transpose(0, 1), *rest).transpose(0, 1),
     },
     "block_order": {
@@ -90,7 +102,6 @@ WRONG = {
     "attention": {
         "over the queries": (lambda q, k, v: weighted(q, k, v, dim=-2), "sum to 1 over the queries, not over the keys"),
         "over the heads": (lambda q, k, v: weighted(q, k, v, dim=1), "sum to 1 over the heads"),
-        "over the batch": (lambda q, k, v: weighted(q, k, v, dim=0), "sum to 1 over the batch"),
         "of a head": (lambda q, k, v: (q @ k.mT).flatten(2).softmax(-1).unflatten(2, (5, 5)) @ v, "not sum to 1 over"),
         "not scaled": (lambda q, k, v: weighted(q, k, v, 1), "the scores are not scaled"),
         "scaled by K": (lambda q, k, v: weighted(q, k, v, q.shape[-1]), "divided by K; divide them by the square root"),
@@ -99,7 +110,7 @@ WRONG = {
         "no softmax": (lambda q, k, v: q @ k.mT / math.sqrt(q.shape[-1]) @ v, "never normalised"),
         "masked": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), "masked the later tokens"),
         "another temperature": (lambda q, k, v: weighted(q, k, v, 3.3), "not those of F.scaled_dot_product_attention"),
-        "half of K": (lambda q, k, v: weighted(q, k, v, 2), "another number"),
+        "as in section 3": (lambda q, k, v: weighted(q, k, v, math.sqrt(2)), "square root of 2"),
         "times the root": (lambda q, k, v: weighted(q, k, v, q.shape[-1] ** -0.5), "multiplied by the square root"),
         "four axes only": (lambda *qkv: weighted(*(x.permute(0, 1, 2, 3) for x in qkv)), "stopped with RuntimeError"),
         "keys detached": (lambda q, k, v: F.scaled_dot_product_attention(q, k.detach(), v), "comes back to tensor 2"),
@@ -138,7 +149,8 @@ WRONG = {
         "view": (lambda x, *rest: sequence_first(x.view(x.shape[1], len(x), -1), *rest).view_as(x), "when the others"),
         "end to end": (lambda x, *rest: one_by_one(x.flatten(0, 1)[None], *rest).view_as(x), "laid end to end"),
         "heads left apart": (heads_left_apart, "the heads are not put back side by side"),
-        "one head": (lambda tokens, to_qkv, heads: one_by_one(tokens, to_qkv, 1), "one single head"),
+        "the colleague's": (sequence_first, "in the other images"),
+        "over the heads": (over_heads, "attends to its own heads"),
     },
     "block_order": {
         "a sublayer first": ("DCBFAE", "the first line, y = attention(y), uses y"),

@@ -96,6 +96,12 @@ def started(start):
     return build
 
 
+class KeepsItsTokens(Small):
+    def head(self, tokens):
+        self.tokens = tokens  # a tensor with a history, which nothing can copy
+        return super().head(tokens)
+
+
 class Stub(Small):
     def forward(self, images):
         return ...
@@ -158,7 +164,7 @@ def evaluate_after(change):
     return evaluate
 
 
-EQUATIONS = "not the logits of equations 1 to 4"
+EQUATIONS = "are these the logits of equations 1 to 4? No"
 SHARED = "moves the random numbers that the rest"
 
 RIGHT = {
@@ -166,7 +172,7 @@ RIGHT = {
         "one order, one cut": split_well,
         "a mask turned into indices": split_by_mask,
         "lists": lambda *numbers: [part.tolist() for part in split_well(*numbers)],
-        "arrays": lambda *numbers: tuple(part.numpy() for part in split_well(*numbers)),
+        "arrays": lambda *numbers: tuple(part.numpy()[::-1] for part in split_well(*numbers)),
     },
     "first_loss": {
         "ln C": math.log,
@@ -174,6 +180,7 @@ RIGHT = {
     },
     "sound_model": {
         "repaired": Small,
+        "keeps its tokens": KeepsItsTokens,
         "dropout that knows the mode": changed(head=lambda self, x: Small.head(self, F.dropout(x, 0.1, self.training))),
         "the library's": lambda c: ViTModel(c, **SIZE),
         "post-norm, mean of the patches": lambda c: ViTModel(c, **SIZE, norm_first=False, pooling="mean"),
@@ -182,7 +189,7 @@ RIGHT = {
     },
     "top1": {
         "mean of the hits": lambda logits, labels: hits(logits, labels).float().mean(),
-        "a number": lambda logits, labels: hits(logits, labels).sum().item() / len(labels),
+        "a number": lambda logits, labels: round(hits(logits, labels).sum().item() / len(labels), 3),
     },
     "evaluation": {
         "no_grad": evaluate_well,
@@ -224,7 +231,7 @@ WRONG = {
             changed(embed=lambda self, x: Small.embed(self, x)[:, :1], head=dropped),
             "None reaches vit_encoder.embedding.patch_embedding.weight;",
         ),
-        "one patch only": (changed(embed=lambda self, x: Small.embed(self, x)[:, :2]), "Only 2 of the 17 rows"),
+        "one patch only": (changed(embed=lambda self, x: Small.embed(self, x)[:, :2]), "Only 6% of the pixels"),
         "tokens tampered with": (changed(embed=lambda self, x: Small.embed(self, x).square()), EQUATIONS),
         "dropout always on": (changed(head=dropped), "do two eval passes agree? No"),
         "CLS detached": (changed(head=lambda self, x: Small.head(self, x.detach())), "and 27 others;"),

@@ -39,9 +39,6 @@ def mistakes(logits, labels, count, only="wrong", score="probability", descendin
     sure = {
         "probability": probabilities.max(1).values,
         "logit": logits.max(1).values,
-        "margin": probabilities.topk(2).values @ torch.tensor([1.0, -1.0]),
-        "entropy": (probabilities * probabilities.log()).sum(1),
-        "gap": logits.topk(2).values @ torch.tensor([1.0, -1.0]),
         "true class": -probabilities.gather(1, labels[:, None]).squeeze(1),
         "none": -torch.arange(len(logits)).float(),
     }[score]
@@ -105,7 +102,6 @@ WRONG = {
         "linear": (lambda T, D: 4 * T * D, "every token meets every token: T squared"),
         "no width": (lambda T, D: 4 * T * T, "D is missing"),
         "twice": (lambda T, D: 8 * T * T * D, "twice too much"),
-        "cubed": (lambda T, D: 4 * T**3, "both products have a side of D"),
         "any": (lambda T, D: 1000, "1,000 where"),
     },
     "google_kernel": {
@@ -113,7 +109,6 @@ WRONG = {
         "heads mixed": (kernel_as(0, 2, 1), "the numbers of the heads are mixed: head 0"),
         "both": (kernel_as(0, 2, 1, transposed=False), "transposed, and the numbers"),
         "reshaped": (kernel_as(1, 0, 2, transposed=False), "reshape keeps the order"),
-        "heads reversed": (lambda kernel: kernel.flip(1).flatten(1).T, "in each other's place"),
         "three axes": (lambda kernel: kernel, "the shape is ["),
         "noise": (lambda kernel: torch.randn(len(kernel), len(kernel)), "is not what x and the kernel give"),
     },
@@ -123,9 +118,6 @@ WRONG = {
         "least sure": (lambda *given: mistakes(*given, descending=False), "the least sure come first"),
         "by logit": (lambda *given: mistakes(*given, score="logit"), "take the softmax first"),
         "by the true class": (lambda *given: mistakes(*given, score="true class"), "probability of the true class"),
-        "by margin": (lambda *given: mistakes(*given, score="margin"), "ahead of the second"),
-        "by entropy": (lambda *given: mistakes(*given, score="entropy"), "sorted by entropy"),
-        "by the logits' gap": (lambda *given: mistakes(*given, score="gap"), "gap of the logits"),
         "unsorted": (lambda *given: mistakes(*given, score="none"), "the first wrong ones"),
         "probabilities": (lambda logits, labels, count: logits.softmax(1).max(1).values[:count], "no probabilities"),
         "numbered among the wrong": (

@@ -1,12 +1,9 @@
 """The checks of all chapters. The right and the typically wrong answers are in ``answers_NN.py``."""
 
 import importlib
-import random
 import sys
 from pathlib import Path
 
-import IPython
-import IPython.display
 import pytest
 import torch
 
@@ -46,7 +43,6 @@ HOSTILE = {
     "gives a tensor without storage": lambda first, *args: torch.zeros(getattr(first, "shape", ()), device="meta"),
     "leaves": sys.exit,
     "raises": raises(ValueError("word " * 100)),
-    "raises as torch does": raises(NotImplementedError("could not run 'aten::empty'")),
     "calls itself": lambda *args: HOSTILE["calls itself"](*args),
 }
 
@@ -79,9 +75,7 @@ def verdict_of(name, answer, verdict):
 
 @pytest.mark.parametrize(("name", "answer"), cases(RIGHT))
 def test_a_right_answer_is_correct_each_time(name, answer, verdict):
-    before = random.getstate()
     assert {verdict_of(name, answer, verdict) for _ in range(4)} == {"correct"}
-    assert random.getstate() == before
 
 
 @pytest.mark.parametrize(("name", "answer"), cases(WRONG))
@@ -106,21 +100,12 @@ def dots(*args):
 def bare(*args): ...
 
 
-def refuses(*args):
-    raise NotImplementedError
-
-
 def half_done(*args):
     args = args[:1]
     return ...
 
 
-def left_over(*args):
-    raise NotImplementedError
-    return args
-
-
-@pytest.mark.parametrize("stub", [None, ..., dots, bare, refuses])
+@pytest.mark.parametrize("stub", [None, ..., dots, bare])
 def test_an_untouched_stub_is_not_attempted_yet(stub, verdict):
     for check in checks.ALL.values():
         assert verdict(check, stub) == "not attempted yet"
@@ -135,7 +120,6 @@ def test_a_stub_inside_a_model_is_not_attempted_yet(verdict):
     [
         (lambda *args: None, "nothing came back: end the function with `return`"),
         (half_done, "`...` came back"),
-        (left_over, "the line `raise NotImplementedError` is still there"),
     ],
 )
 def test_an_attempt_that_returns_nothing_gets_a_sentence(attempt, sentence, verdict):
@@ -170,12 +154,3 @@ def test_the_lines_of_the_block_compute_what_encoder_block_does():
 def test_ctrl_c_still_stops_an_answer_that_never_ends():
     with pytest.raises(KeyboardInterrupt):
         checks.patchify(raises(KeyboardInterrupt()))
-
-
-def test_in_a_notebook_the_verdict_is_stored_beside_its_line(monkeypatch):
-    shown = []
-    monkeypatch.setattr(IPython, "get_ipython", lambda: "a notebook's shell")
-    monkeypatch.setattr(IPython.display, "display", lambda data, raw: shown.append(data))
-    checks.patchify(...)
-    verdict = {"check": "patchify", "status": "not attempted yet", "message": ""}
-    assert shown == [{"text/plain": "patchify: not attempted yet", checks.VERDICT: verdict}]

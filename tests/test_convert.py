@@ -1,7 +1,5 @@
 """Weights from and to other libraries: equal outputs, round trips bit for bit, and refusals."""
 
-import sys
-
 import pytest
 import torch
 from conftest import refusal
@@ -164,16 +162,6 @@ def test_wrapped_and_frozen_models_convert_and_a_missing_bias_is_zero(library):
     assert not state.pop(convert.PATCH + "bias").any() and same(model.state_dict(), state)
 
 
-def test_a_headless_classifier_of_hugging_face_has_no_classes():
-    module = perturbed(build_huggingface(num_labels=0))
-    assert isinstance(module.classifier, nn.Identity)
-    model = convert.from_huggingface(module)
-    assert model.config["num_classes"] == 0
-    with torch.no_grad():
-        x = images(model.config)
-        torch.testing.assert_close(module.vit(x).last_hidden_state[:, 0], model(x), rtol=0, atol=1e-5)
-
-
 # ---- names
 
 
@@ -236,32 +224,15 @@ def test_a_prefix_before_the_encoder_alone_is_stripped():
 # ---- modules that compute something else
 
 
-@pytest.mark.parametrize(
-    ("path", "part"),
-    [
-        ("encoder.layers.encoder_layer_0.mlp.1", nn.GELU("tanh")),
-        ("conv_proj.stride", (2, 2)),
-    ],
-)
-def test_a_module_of_torchvision_with_another_part_is_refused(path, part):
+def test_a_module_of_torchvision_with_another_part_is_refused():
     module = perturbed(build_torchvision())
     convert.from_torchvision(module)
-    owner, _, name = path.rpartition(".")
-    setattr(module.get_submodule(owner), name, part)
+    module.encoder.layers.encoder_layer_0.mlp[1] = nn.GELU("tanh")
     refusal(convert.from_torchvision, module)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [{"img_size": 10}, {"block_fn": "ParallelScalingBlock"}, {"global_pool": "max", "fc_norm": False}],
-    ids=str,
-)
-def test_a_module_of_timm_with_another_part_is_refused(arguments):
-    from timm.models import vision_transformer
-
-    if "block_fn" in arguments:
-        arguments = {"block_fn": getattr(vision_transformer, arguments["block_fn"])}
-    refusal(convert.from_timm, perturbed(build_timm(**arguments)))
+def test_a_module_of_timm_with_another_part_is_refused():
+    refusal(convert.from_timm, perturbed(build_timm(global_pool="max", fc_norm=False)))
 
 
 @pytest.mark.parametrize("arguments", [{"hidden_act": "relu"}, {"kind": "ViTModel", "pooler_act": "relu"}], ids=str)
@@ -295,9 +266,3 @@ def test_dropout_and_layer_scale_of_timm_are_no_other_parts():
 def test_an_option_that_the_library_lacks_is_named(layout, changes, part):
     text = refusal(convert.to_state_dict, ours(**changes), layout)
     assert text.startswith(f"The layout {layout} has no {part}") and "; keep such a model with" in text
-
-
-def test_a_missing_library_is_named_with_its_command(monkeypatch):
-    monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ModuleNotFoundError, match=r"timm is not installed; install it with `pip install timm`\."):
-        convert.to_timm(ours())

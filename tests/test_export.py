@@ -153,13 +153,12 @@ def assert_untouched(former: Path) -> None:
     assert list(former.parent.iterdir()) == [former] and former.read_text() == "a former export"
 
 
-@pytest.mark.parametrize("wrong", ["nan", "shape", "one batch size"])
+@pytest.mark.parametrize("wrong", ["nan", "one batch size"])
 def test_a_file_that_gives_other_logits_is_not_kept(former, monkeypatch, wrong):
     model, card = trained()
     right = Deployable(model, card)
     given = {
-        "nan": lambda images: right(images) * torch.nan,
-        "shape": lambda images: right(images)[None],
+        "nan": lambda images: right(images) * (torch.nan if len(images) == 5 else 1),
         "one batch size": lambda images: right(images) + (2 * TOLERANCE if len(images) == 5 else 0),
     }
 

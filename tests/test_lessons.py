@@ -120,14 +120,6 @@ def test_the_code_of_the_folded_asides_of_chapter_02_runs():
         exec(code, {**names, "scores": query @ key.T / math.sqrt(2), "D": 8, "H": 2})
 
 
-def test_the_buggy_function_of_chapter_02_is_the_one_that_the_check_knows(verdict):
-    cells = cells_of(FOLDER / "02_attention.ipynb")
-    (source,) = (cell.source for cell in cells if cell.source.startswith("def attend_sequence_first"))
-    names = {"F": F}
-    exec(source.split("\n\n\n")[0], names)
-    assert "in the other images" in verdict(checks.attend, names["attend_sequence_first"])
-
-
 @by_chapter
 def test_code_cells_are_short_enough_to_read(path):
     code = [cell.source for cell in cells_of(path) if cell.cell_type == "code" and not is_setup(cell)]

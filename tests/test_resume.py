@@ -270,12 +270,6 @@ def test_finetuning_goes_on_too_but_not_from_other_weights(tmp_path, steps):
     assert differences(asdict(resumed.history), asdict(alone.history)) == []
 
 
-def test_resuming_needs_a_folder(steps):
-    with pytest.raises(ValueError, match=r"resume=True needs a run_dir; [^\n]*\.$"):
-        train(None)
-    assert not steps
-
-
 def test_no_state_is_written_unless_asked_for(tmp_path):
     pretrain(coloured(), "tiny", pretrain_epochs=1, device="cpu", progress=False, run_dir=tmp_path)
     assert sorted(contents(tmp_path)) == [

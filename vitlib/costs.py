@@ -9,13 +9,12 @@ The letters are those of :mod:`vitlib.model`; M is the hidden width of the MLP, 
   dropout and with PyTorch's fused attention, which never stores the T x T weights.
 """
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, replace
 
 import torch
 
-from vitlib.model import ViTModel, create_model
+from vitlib.model import create_model
 
 FLOAT = 4  # bytes of a float32
 
@@ -62,13 +61,9 @@ def costs(config: Mapping, batch_size: int = 1) -> Costs:
     """Compute the costs of a model; ``{**config, "image_size": 448}`` is the same model at another image size.
 
     Args:
-        config: ``ViTModel.config``, :func:`preset_config`, or arguments of :class:`vitlib.model.ViTModel` by name; the
-            others keep their defaults.
+        config: ``ViTModel.config``, or :func:`preset_config`.
         batch_size: images per batch.
     """
-    arguments = inspect.signature(ViTModel).bind(**config)
-    arguments.apply_defaults()
-    config = arguments.arguments
     S, P, C, L = (config[name] for name in ("image_size", "patch_size", "num_channels", "num_layers"))
     D, H, M, classes = (config[name] for name in ("em_dim", "num_heads", "ff_dim", "num_classes"))
     if S % P or D % H:  # the formulas would give fractions of a patch or of a head

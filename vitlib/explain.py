@@ -97,22 +97,19 @@ def patch_relevance(matrix: Tensor, pooling: str = "cls") -> Tensor:
     return seen[:, 1:]
 
 
-def gradient_relevance(model: ViTModel, images: Tensor, classes: Tensor | None = None) -> Tensor:
+def gradient_relevance(model: ViTModel, images: Tensor) -> Tensor:
     """Return gradient times input, its absolute value summed over each patch (Shrikumar et al. 2016, arXiv:1605.01713).
 
-    Attention maps are the same for every class; this is the map of one class.
+    Attention maps are the same for every class; this is the map of the predicted class.
 
     Args:
         model: in eval mode.
         images: float ``[B, C, S, S]``, normalised.
-        classes: int64 ``[B]``; by default the predicted ones.
     """
     relevance = []
-    for start in range(0, len(images), BATCH):
-        part = images[start : start + BATCH].detach().requires_grad_()
-        logits = model(part)
-        asked = logits.argmax(dim=1) if classes is None else classes[start : start + BATCH]
-        (gradient,) = torch.autograd.grad(logits.gather(1, asked[:, None]).sum(), part)
+    for part in images.split(BATCH):
+        part = part.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(model(part).max(dim=1).values.sum(), part)
         relevance.append(patchify((gradient * part.detach()).abs(), model.config["patch_size"]).sum(dim=2))
     return torch.cat(relevance)
 

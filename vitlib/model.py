@@ -314,10 +314,10 @@ def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
-def unpatchify(patches: Tensor, patch_size: int, num_channels: int = 3) -> Tensor:
+def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
     """Invert :func:`patchify` for square images, exactly: ``[B, N, C * P * P]`` to ``[B, C, S, S]``."""
     grid = math.isqrt(patches.shape[1])
-    patches = patches.unflatten(2, (num_channels, patch_size, patch_size)).unflatten(1, (grid, grid))
+    patches = patches.unflatten(2, (-1, patch_size, patch_size)).unflatten(1, (grid, grid))
     return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)  # [B, C, S, S]
 
 

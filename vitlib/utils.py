@@ -5,8 +5,8 @@ import difflib
 import importlib
 import os
 import platform
+import secrets
 import sys
-import threading
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import distributions
@@ -48,12 +48,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
-    # each process and thread has its own, in case two write the same file at once
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")  # each writer has its own
     try:
         yield temporary
-        os.umask(mask := os.umask(0))  # safetensors hides its files from other users; a shared class folder needs them
-        temporary.chmod(0o666 & ~mask)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

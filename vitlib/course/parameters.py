@@ -134,9 +134,7 @@ _TABLE = (
     Parameter("recipe", str, "optimiser, schedule and augmentation", choices=tuple(RECIPES)),
     Parameter("precision", str, "width of matrix products; auto is bfloat16 where that is fast", choices=PRECISIONS),
     Parameter("compile", bool, "let torch.compile translate the model first"),
-    Parameter(
-        "weights", str, "the encoder: a shipped name, vit_b_16 or a checkpoint file", optional=True, rule=path
-    ),
+    Parameter("weights", str, "the encoder: a shipped name, vit_b_16 or a checkpoint file", optional=True, rule=path),
     Parameter("official_weights", bool, "download torchvision's ViT-B/16 (about 350 MB) for the photograph"),
     Parameter("freeze_encoder", bool, "train the head alone (a linear probe)"),
     Parameter("arm", str, "where the encoder comes from and what is trained", choices=ARMS),

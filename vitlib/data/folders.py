@@ -362,5 +362,6 @@ def _write_cache(cache: Path, state: str, images: Tensor, problems: list[str | N
     try:
         with atomic_write(cache) as temporary:
             save_file({"images": images}, temporary, metadata={"state": state, "problems": json.dumps(problems)})
+            temporary.chmod(0o644)  # safetensors hides its files from other users; a shared class folder needs them
     except (OSError, SafetensorError) as error:  # a full or read-only disk is no reason to stop
         print(f"The decoded images are not cached and will be decoded again next time ({error}).")

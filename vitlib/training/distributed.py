@@ -98,7 +98,7 @@ def init_distributed(device: str = "auto") -> str:
 
 def end_distributed() -> None:
     """Leave the processes that :func:`init_distributed` has joined, if any."""
-    if dist.is_initialized():
+    if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
         gc.collect()  # of DDP's wrappers: a communication thread that outlives the interpreter aborts the process
 

@@ -130,8 +130,8 @@ LONG = replace(
 RECIPES = {"published": PUBLISHED_RECIPE, "modern": MODERN, "short": SHORT, "muon": MUON, "long": LONG}
 
 # Fine-tuning: the pretrained encoder should change little, its new head a lot.
-#   python -m vitlib finetune --recipe muon --batch-size 64 --finetune-epochs 1 --validation-fraction 0.02: 86.3 % on
-#   CIFAR-10 after one epoch from cifar100-small, 333 s
+#   python -m vitlib finetune --downstream cifar10 --recipe muon --batch-size 64 --finetune-epochs 1
+#   --validation-fraction 0.02: 86.3 % on CIFAR-10's test images after one epoch from cifar100-small, 333 s
 _MODERN = replace(
     MODERN,
     learning_rate=5e-4,

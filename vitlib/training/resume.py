@@ -32,8 +32,9 @@ class ResumeFile:
     with ``weights_only=True``, which runs no code from them.
 
     Args:
-        settings: everything that the numbers of the training depend on, in types of JSON. ``images`` and ``start`` are
-            fingerprints of data. A file with other settings is refused.
+        settings: everything that the numbers of the training depend on, in types of JSON, causes before what they
+            change. ``images`` and ``start`` are fingerprints of data. A file with other settings is refused, with the
+            first that differs.
         minutes: time between two files within an epoch.
     """
 
@@ -84,18 +85,12 @@ class ResumeFile:
             raise ValueError(
                 f"{path} is not a whole resume file of vitlib ({first_line(error):.100}); delete it to {way_out}."
             ) from error
-        self._compare(path, _flat(settings), _flat(self.settings))
+        theirs, ours = _flat(settings), _flat(self.settings)
+        for name in ours | theirs:
+            if theirs.get(name) != ours.get(name):
+                difference = f"with {name}={theirs.get(name)!r}, this one has {name}={ours.get(name)!r}"
+                raise OtherTraining(path, _CHANGED.get(name, difference))
         return state
-
-    def _compare(self, path: Path, theirs: dict, ours: dict) -> None:
-        differing = [name for name in theirs | ours if theirs.get(name) != ours.get(name)]
-        if not differing:
-            return
-        # name the cause first: another model takes other images, other images may change settings, and these the start
-        model = {name for name in differing if name.startswith("config.")} - {"config.num_classes"}
-        name = min(differing, key=lambda name: (name not in model, name != "images", name == "start", name))
-        difference = f"with {name}={theirs.get(name)!r}, this one has {name}={ours.get(name)!r}"
-        raise OtherTraining(path, _CHANGED.get(name, difference))
 
 
 def _flat(settings: dict, prefix: str = "") -> dict:

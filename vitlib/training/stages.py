@@ -1,6 +1,5 @@
 """The two stages of the course: pretraining and fine-tuning."""
 
-import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -151,8 +150,6 @@ def train_stage(
         resume: True also keeps ``<name>-resume.pt`` there, and resumes an interrupted call with the same settings; on a
             CPU the weights end up the same to the last bit.
     """
-    if resume and run_dir is None:
-        raise ValueError("resume=True needs a run_dir; name the folder for the files of the training.")
     run_dir = None if run_dir is None else Path(run_dir).expanduser()
     device = resolve_device(device)
     model = model.to(device)
@@ -162,18 +159,18 @@ def train_stage(
     del settings["description"], settings["progress"]
     resume_file = None
     if resume:
-        identity = {
+        identity = {  # another model takes other images, other images may change settings, and these the start
             "stage": card.record["stage"],
             "config": model.config,
             "images": fingerprint(train.images, train.labels),
             "device": device.type,
+            **settings,
             "start": fingerprint(*model.state_dict().values()),
         }
-        resume_file = ResumeFile(run_dir / f"{name}-resume.pt", settings | identity)
+        resume_file = ResumeFile(run_dir / f"{name}-resume.pt", identity)
     train, validation = train_validation_split(train, validation_fraction, settings["seed"])
     if run_dir is not None and current_context().is_first:  # now, so that it does not fail after the first epoch
         run_dir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=run_dir).close()  # an existing folder may be closed to us
 
     def described(history: History) -> ModelCard:
         sizes = {"train_images": len(train), "validation_images": len(validation)}

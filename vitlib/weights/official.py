@@ -94,14 +94,14 @@ def _why_not_read(error: Exception) -> str:
     return f"is damaged, or not a file of weights ({first_line(error):.100}); copy or download it again"
 
 
-def from_file(path: str | os.PathLike, *, num_heads: int | None = None, norm_eps: float | None = None) -> ViTModel:
+def from_file(path: str | os.PathLike, *, num_heads: int | None = None) -> ViTModel:
     """Convert a file of another library: .safetensors, .npz, .pth, .pt or .bin. The names tell the library.
 
-    A file tells neither activation nor pooling; GELU and the CLS token are assumed. Compare the outputs.
+    A file tells neither activation nor pooling nor eps; GELU, the CLS token and 1e-6 (Hugging Face: 1e-12) are assumed.
+    Compare the outputs.
 
     Args:
         num_heads: None for that of the published ViT of this width: 3, 6, 12, 16, 16 for 192, 384, 768, 1024, 1280.
-        norm_eps: None for 1e-12 if the names are those of Hugging Face, else 1e-6.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -119,7 +119,7 @@ def from_file(path: str | os.PathLike, *, num_heads: int | None = None, norm_eps
         num_heads = next(value.shape[0] for name, value in state.items() if name.endswith("_1/query/bias"))
     elif num_heads is None and width not in _HEADS:
         raise ValueError(f"No published ViT has the width {width}; give num_heads, which no shape tells.")
-    eps = norm_eps or (1e-12 if layout == "huggingface" else 1e-6)
+    eps = 1e-12 if layout == "huggingface" else 1e-6
     return from_state_dict(state, layout, num_heads=num_heads or _HEADS[width], norm_eps=eps)
 
 

@@ -1,6 +1,5 @@
 """Checks of chapter 03: pretraining."""
 
-import copy
 import math
 import random
 from collections.abc import Callable
@@ -69,9 +68,8 @@ def _two_parts(learners: Callable, count: int, fraction: float, seed: int) -> tu
 
 def _indices(part) -> list[int]:
     """Return the whole numbers of a tensor, an array, a list, a tuple or a range."""
-    expect(part is not Ellipsis and part is not None, "one of the two parts is still missing")
     try:
-        numbers = torch.as_tensor(list(part) if isinstance(part, range) else part)
+        numbers = torch.as_tensor(np.array(part))
     except (TypeError, ValueError, RuntimeError):
         raise Mistake(f"each part should be a tensor or list of indices, but one is a {type(part).__name__}") from None
     is_mask = numbers.dtype == torch.bool
@@ -132,7 +130,6 @@ def sound_model(learners: Callable) -> None:
             raise NotAttempted
         images, labels = torch.randn(num_classes, 3, 32, 32), torch.arange(num_classes)
         _expect_logits(model, images, labels, num_classes)
-    model = copy.deepcopy(model)  # what follows changes it
     with torch.no_grad():
         for parameter in model.parameters():  # a head may start at zero, which would let nothing through
             parameter += 0.02 * torch.randn_like(parameter)
@@ -163,11 +160,8 @@ def _expect_logits(model: nn.Module, images: Tensor, labels: Tensor, num_classes
     shape = [len(images), num_classes]
     found = list(logits.shape)
     expect(found == shape, f"{asked} The logits are {found}, but should be [B, num_classes] = {shape}")
-    all_ones = torch.ones(len(images))
-    probabilities = logits.min() >= 0 and close(logits.sum(1), all_ones, 1e-4)
+    probabilities = logits.min() >= 0 and close(logits.sum(1), torch.ones(len(images)), 1e-4)
     expect(not probabilities, f"{asked} Yours are probabilities; cross-entropy applies the softmax itself")
-    logarithms = logits.max() <= 0 and logits.min() < 0 and close(logits.exp().sum(1), all_ones, 1e-4)
-    expect(not logarithms, f"{asked} Yours are logarithms of probabilities; return what the head gives")
     loss, right = F.cross_entropy(logits, labels).item(), math.log(num_classes)
     expect(
         abs(loss - right) < 0.7,
@@ -188,11 +182,6 @@ def _expect_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> None:
         f"{asked} None reaches {named}; somewhere behind them the way to the loss is cut, by detach(), no_grad() or "
         "an index that leaves out too much",
     )
-    for name, part in model.named_parameters():
-        if part.ndim == 3 and part.shape[1] > 1:  # the positions, a row for each token
-            rows, all_rows = (part.grad != 0).any(2).sum().item(), part.shape[1]
-            some = f"Only {rows} of the {all_rows} rows of {name} get one; an index leaves out the other tokens"
-            expect(rows == all_rows, f"{asked} {some}")
 
 
 def _expect_images_apart(model: nn.Module, images: Tensor) -> None:
@@ -257,8 +246,7 @@ def evaluation(learners: Callable, batch: int, width: int, classes: int) -> None
     model[0].register_forward_hook(lambda *_, log=recorded: log.append(torch.is_grad_enabled()))
     with unchanged(model, images):
         first, second = (_logits(learners, model, images, right) for _ in range(2))
-        same = close(first, second) and not (first == 0).all()
-        expect(same, "two calls give different logits: dropout is still on; call model.eval() first")
+        expect(close(first, second), "two calls give different logits: dropout is still on; call model.eval() first")
         recorded_none = not first.requires_grad and not any(recorded)
         expect(recorded_none, "gradients are recorded, which costs memory; call the model within torch.no_grad()")
         expect(model.training, "the model is left in eval mode, so the next epoch has no dropout; put it back")

@@ -3,9 +3,7 @@
 import operator
 from collections.abc import Callable, Sequence
 from functools import partial
-from statistics import fmean, stdev
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +14,6 @@ from vitlib.weights.checkpoint import ModelCard
 
 from .frame import (
     Mistake,
-    NotAttempted,
     answer,
     as_number,
     call,
@@ -24,8 +21,8 @@ from .frame import (
     compare,
     exercise,
     expect,
-    expect_tensor,
     number_answer,
+    tensor_answer,
 )
 
 
@@ -58,9 +55,7 @@ def transfer(learners: Callable, old_classes: int, classes: int) -> None:
     expect(any(same), "the encoder is a fresh one; load the pretrained encoder's state_dict into it")
     expect(all(same), "only some of the encoder's tensors are those of the checkpoint")
     kept_rows = (head.weight[:, None] == before["linear_classifier.weight"]).all(dim=2).any()
-    kept_biases = torch.isin(head.bias, before["linear_classifier.bias"]).any()
-    for name, kept in {"rows": kept_rows, "biases": kept_biases}.items():
-        expect(not kept, f"{name} of the old head are in the new one; they belong to upstream classes, so start afresh")
+    expect(not kept_rows, "rows of the old head are in the new one; they belong to upstream classes, so start afresh")
     trained = all(parameter.requires_grad for parameter in model.parameters())
     expect(trained, "some weights of the new model are frozen (requires_grad is False); fine-tuning trains all of them")
     with torch.no_grad():
@@ -148,8 +143,6 @@ _RUNS = [
     ([0.1, 0.7, 0.8], [0.2, 0.3, 0.3]),  # the worst run is ours
     ([0.2, 0.1, 0.15], [0.3, 0.4, 0.35]),  # worse in every run
     ([0.4, 0.5, 0.6], [0.3, 0.4, 0.25]),  # the closest two are level
-    ([0.4, 0.8, 0.6], [0.39, 0.1, 0.2]),  # won, with a wide spread
-    ([0.60, 0.61, 0.59], [0.595, 0.40, 0.41]),  # not won, though the means are far apart
 ]
 _RULES: dict[str, Callable] = {
     "each run is compared with the control's run of the same place in the list alone; compare it with all of them": (
@@ -160,9 +153,6 @@ _RULES: dict[str, Callable] = {
     "the means are compared; a higher mean does not say that every run is higher": lambda a, b: sum(a) > sum(b),
     "one winning run is enough for you; our worst must beat the control's best": lambda a, b: max(a) > min(b),
     "a run that is level with the control's best does not beat it; use > and not >=": lambda a, b: min(a) >= max(b),
-    "you ask whether the means differ by more than the spread; our worst must beat the control's best": (
-        lambda a, b: fmean(a) - fmean(b) > 2 * max(stdev(a), stdev(b))
-    ),
     "the order is swapped: you ask whether the control beats ours": lambda a, b: max(a) < min(b),
 }
 
@@ -180,8 +170,6 @@ def fair_comparison(learners: Callable) -> None:
     results = [result.tolist() if hasattr(result, "tolist") else result for result in results]
     for result in results:
         expect(isinstance(result, tuple | list) and len(result) == 2, "two values are wanted: return gain, beaten")
-        if all(value is Ellipsis for value in result):
-            raise NotAttempted
         expect(result[1] in (True, False), "the second value says whether every run is beaten: True or False")
     _judge_gains([as_number(gain) for gain, _ in results], runs)
     right = [min(ours) > max(control) for ours, control in runs]
@@ -197,15 +185,10 @@ def _judge_gains(gains: Sequence[float], runs: Sequence) -> None:
     slips = {
         "the order is swapped: a gain is ours minus the control, positive when ours is better": -right,
         "that is in percent; give a share, so that 0.05 are five points": 100 * right,
-        "that is the mean of the differences' sizes; where the control wins, the difference counts as a loss": (
-            (runs[:, 0] - runs[:, 1]).abs().mean(1)
-        ),
         "a loss is a gain below 0; keep its sign": right.abs(),
         "only the best runs are compared; take the mean of each arm": best - best_control,
         "that is our worst run minus the control's best; take the mean of each arm": runs[:, 0].amin(1) - best_control,
         "that is the sum over the seeds; divide by their number": 3 * right,
-        "that is the ratio of the two means; a gain is their difference": ours / control,
-        "that is the mean of ours; the control's has to be taken off": ours,
     }
     otherwise = "the gain is the mean of ours minus the mean of the control, and that is not what came back"
     rounded = partial(close, tolerance=6e-4)  # to three digits
@@ -218,8 +201,7 @@ def normalisation(learners: Callable, batch: int, side: int) -> None:
     images = torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8)
     mean, std = (0.3 + 0.3 * torch.rand(2, 3)).tolist()
     card = ModelCard(("a", "b"), mean=tuple(mean), std=tuple(std))
-    given = answer(learners, images, card)
-    given = expect_tensor(torch.from_numpy(given) if isinstance(given, np.ndarray) else given, images.shape)
+    given = tensor_answer(learners, images, card, shape=images.shape)
     mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (card.mean, card.std))
     own_mean, own_std = channel_statistics(images)
     shares = images.float() / 255
@@ -231,24 +213,10 @@ def normalisation(learners: Callable, batch: int, side: int) -> None:
         "the mean is that of these images; mean and std must both be the card's": normalise(images, own_mean, card.std),
         "the std is that of these images; mean and std must both be the card's": normalise(images, card.mean, own_std),
         "the images are still in 0 to 255, but mean and std are in 0 to 1; divide by 255 first": (images - mean) / std,
-        "that only divides by 255; subtract the mean, divide by the std": shares,
-        "the images are as they were; divide by 255, subtract the mean, divide by the std": images.float(),
-        "the mean is subtracted, but nothing is divided by the std": shares - mean,
-        "divided by the std, but the mean is not subtracted": shares / std,
-        "the mean is added; subtract it": (shares + mean) / std,
-        "multiplied by the std; divide by it": (shares - mean) * std,
-        "divided by the variance; the card holds the standard deviation, so do not square it": (shares - mean) / std**2,
         "mean and std have changed places": (shares - std) / mean,
-        "divided first and subtracted then; it is (x / 255 - mean) / std": shares / std - mean,
-        "a byte goes from 0 to 255, so divide by 255 and not by 256": (images / 256 - mean) / std,
-        "the channels are in another order; the card's numbers are for red, green and blue in turn": (
-            (shares - mean.flip(0)) / std.flip(0)
-        ),
     }
-    right = (shares - mean) / std
-    tolerance = {torch.float16: 5e-3, torch.bfloat16: 3e-2}.get(given.dtype, 1e-5)  # these are coarser
-    if not close(given, right, tolerance):
-        compare(given, right, slips, "these are not (x / 255 - mean) / std with the card's numbers, channel by channel")
+    otherwise = "these are not (x / 255 - mean) / std with the card's numbers, channel by channel"
+    compare(given, (shares - mean) / std, slips, otherwise)
 
 
 def _tiny_vit(num_classes: int) -> ViTModel:

@@ -27,31 +27,20 @@ def distance(learners: Callable, grid: int, patch_size: int) -> None:
     among, apart = weights[1:, 1:], torch.cdist(places, places)
     rows, columns = among.sum(dim=1, keepdim=True), among.sum(dim=0, keepdim=True)
 
-    def mean(shares: Tensor, distances: Tensor = apart) -> Tensor:
-        return (shares * distances).sum(dim=1).mean()
+    def mean(shares: Tensor) -> Tensor:
+        return (shares * apart).sum(dim=1).mean()
 
     right = mean(among / rows)
     slips = {
         "that is in patches; a patch is patch_size pixels wide": right / patch_size,
         "without CLS each row sums to less than 1; divide it by its sum": mean(among),
         "that is the sum of the queries' distances; take their mean": right * grid**2,
-        "rows and columns are added up; the distance is the square root of the sum of squares": (
-            mean(among / rows, torch.cdist(places, places, p=1))
-        ),
         "every patch counts the same in that mean; weight the distances by the attention": apart.mean(),
         "the columns are divided by their sums: normalise the rows, not the columns": mean(among / columns),
         "the sums have lost their axis, so each column is divided by another row's sum: keepdim=True": (
             mean(among / rows.T)
         ),
-        "that is the distance to the patch with the largest weight alone; take the mean over all": (
-            apart.gather(1, among.argmax(dim=1, keepdim=True)).mean()
-        ),
         "that is the mean over the pairs; sum over the keys, and take the mean over the queries": right / grid**2,
-        "a second softmax evens the weights out; divide each row by its sum": mean(among.softmax(dim=1)),
-        "the distances are squared; weight the distances themselves": mean(among / rows, apart**2 / patch_size),
-        "that is the distance of the first patch alone; take the mean over all queries": (
-            (among / rows * apart)[0].sum()
-        ),
     }
     otherwise = "that is not the mean over the queries of the distances to all patches, weighted by the attention"
     compare(given, right, slips, otherwise)
@@ -67,7 +56,7 @@ def rollout(learners: Callable) -> None:
     means, itself = attention.mean(dim=1), torch.eye(tokens)
 
     def product(matrices: Tensor) -> Tensor:
-        return torch.linalg.multi_dot(list(matrices)) if len(matrices) > 1 else matrices[0]
+        return torch.linalg.multi_dot(list(matrices))
 
     halves, firsts = (means + itself) / 2, (attention[:, 0] + itself) / 2
     both = "two faults are left: "
@@ -85,15 +74,6 @@ def rollout(learners: Callable) -> None:
         both + "one head alone, and the first layer on the left": product(firsts),
         both + "nothing is halved, and the first layer stands on the left": product(2 * halves),
         "all three faults are left: one head alone, nothing halved, the first layer on the left": product(2 * firsts),
-        "the identity is added once, at the end; each layer has a residual connection": (
-            (product(means.flip(0)) + itself) / 2
-        ),
-        "the first layer is left out": product(halves[1:].flip(0)),
-        "the last layer is left out": product(halves[:-1].flip(0)),
-        "the heads are added up; take their mean": product(((attention.sum(1) + itself) / 2).flip(0)),
-        "the largest head is taken at each place; take the mean of the heads": (
-            product(((attention.amax(1) + itself) / 2).flip(0))
-        ),
     }
     right = product(halves.flip(0))
     otherwise = "rows sum to 1, but it is not the product of (mean of the heads + identity) / 2 over the layers"
@@ -144,17 +124,10 @@ def deletion(learners: Callable, cls: tuple[float, ...], grid: int, patch_size: 
         "one patch too few is gone where CLS is among the most relevant tokens; leave it out before you sort": (
             without(with_cls[:, :count] - 1)
         ),
-        "one patch too few is gone": without(best[:, :-1]),
         "the first of the order is left out; CLS is the first token, not the first of the order": (
             without(with_cls[:, 1 : count + 1] - 1)
         ),
-        "in every image the patches of the first one are gone; each image has an order of its own": (
-            without(best[:1].expand(batch, -1))
-        ),
-        "rows and columns of the grid are swapped": without(best % grid * grid + best // grid),
         "only the patches that should go are left; the others should be": images - without(best),
-        "nothing is deleted": images,
-        "everything is deleted": torch.zeros_like(images),
     }
     gone, pixels = (given == 0).all(dim=1).sum(dim=(1, 2)).tolist(), count * patch_size**2
     otherwise = "as many pixels are 0 as should be, but not those of the most relevant patches"
@@ -207,23 +180,18 @@ def share_on_object(learners: Callable, grid: int, patch_size: int) -> None:
     mask = _object(grid, patch_size)
     given = torch.tensor(number_answer(learners, relevance, mask, patch_size))
     blocks = mask.float().unflatten(1, (grid, patch_size)).unflatten(0, (grid, patch_size))  # [row, P, column, P]
-    by_place = blocks.mean(dim=(1, 3))  # [row, column]
-    covered, total = by_place.flatten(), relevance.sum()
+    covered, total = blocks.mean(dim=(1, 3)).flatten(), relevance.sum()
     right = (relevance * covered).sum() / total
     slips = {
         "the relevance of the patches does not sum to 1; divide by its sum": right * total,
         "a patch that the object only touches counts in full; count the part that is covered": (
             (relevance * (covered > 0)).sum() / total
         ),
-        "a patch counts only where the object covers at least half of it; count the part that is covered": (
-            (relevance * (covered >= 0.5)).sum() / total
-        ),
         "that is the share of the background; the mask is True on the object": 1 - right,
         "that is the share of the image that the object covers; the relevance plays no part in it": covered.mean(),
         "that is divided by the size of the object; divide by the relevance of the whole image": (
             (relevance * covered).sum() / covered.sum()
         ),
-        "rows and columns of the mask are swapped": (relevance * by_place.T.flatten()).sum() / total,
     }
     otherwise = f"{given:.3f} where {right:.3f} is right; weight each patch by the share of it on the object"
     compare(given, right, slips, otherwise)
