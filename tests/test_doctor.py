@@ -21,7 +21,6 @@ from conftest import invoke
 import vitlib.training
 from vitlib.course import doctor
 from vitlib.course.doctor import GIB, Facts, can_run, problems, report
-from vitlib.utils import versions
 
 ROOT = Path(__file__).parents[1]
 VERSIONS = {
@@ -158,14 +157,6 @@ def test_commands_compute_on_the_cores_that_a_container_grants(quick, command, g
         quick.delenv("OMP_NUM_THREADS")
     assert invoke(command, "--help").exit_code == 0
     assert os.environ.get("OMP_NUM_THREADS") == after
-
-
-def test_without_psutil_the_memory_is_unknown(quick):
-    quick.setitem(sys.modules, "psutil", None)
-    quick.setattr(doctor, "versions", lambda *names: versions(*(set(names) - {"psutil"})))
-    facts = doctor.gather()
-    assert facts.memory is None and facts.speed is None
-    assert re.search(r"memory +unknown\n", report(facts)) and "Missing or too old: psutil;" in report(facts)
 
 
 def test_the_lowest_versions_are_those_of_pyproject(monkeypatch):

@@ -100,7 +100,8 @@ def test_the_kernel_is_this_interpreter_in_the_callers_folder(course):
 def test_files_and_metrics_record_the_run(course):
     _, out, _, _ = course
     files = sorted(path.name for path in out.iterdir())
-    assert files == ["01_good.ipynb", "02_bad.failed.ipynb", "02_bad.ipynb", "04_dead.failed.ipynb", "metrics.json"]
+    notebooks = ["01_good.ipynb", "02_bad.failed.ipynb", "02_bad.ipynb", "04_dead.failed.ipynb"]
+    assert files == [".lock", *notebooks, "metrics.json"]
     assert (out / "02_bad.ipynb").read_text() == "of an earlier run", "a failure replaces nothing good"
     assert metrics_of(out)["09_other"] == {"status": "ok"} and metrics_of(out)["02_bad"]["status"] == "failed"
     good = metrics_of(out)["01_good"]
@@ -108,17 +109,17 @@ def test_files_and_metrics_record_the_run(course):
         "batch_size": 8, "preset": "mini", "train_steps_per_epoch": None, "seed": 3, "run_dir": str(out.resolve()),
     }  # fmt: skip
     assert list(good["figures"].items()) == [("top1", 0.51234567), ("chance", 1)]  # in the order of recording
-    assert good["seed"] == 3 and good["seconds"] > 0
+    assert good["seconds"] > 0
     assert 200 * 2**20 < good["peak_memory_bytes"] < 2000 * 2**20
     assert set(good["versions"]) == {"python", "torch", "vitlib", "papermill", "platform"}
     assert metrics_of(out)["04_dead"]["parameters"] == {"seed": 7}
 
 
-def test_a_hung_cell_ends_at_the_timeout(tmp_path):
+def test_a_hung_notebook_ends_at_the_timeout(tmp_path):
     write_notebook(tmp_path / "notebooks", "01_hung", "import time\ntime.sleep(60)")
     result = invoke("run", "--notebooks", tmp_path / "notebooks", "--out", tmp_path / "run", "--timeout", 1)
     assert result.exit_code == 1
-    assert "no answer for 1 seconds" in result.output
+    assert "stopped after 1 s" in result.output
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send Ctrl-C to one process")

@@ -41,8 +41,8 @@ class Facts:
     place: str
     cores: int  # that this process may use
     cores_in_all: int
-    memory: int | None  # that this process may use
-    free_memory: int | None
+    memory: int  # that this process may use
+    free_memory: int
     free_disk: int  # where downloads are kept
     busy: float  # share of all cores that other programs use
     needs: Mapping[str, str]  # "python" or package to the lowest version; empty if vitlib is not installed
@@ -58,23 +58,18 @@ class Facts:
 
 def gather() -> Facts:
     """Gather the facts about this machine. Takes some seconds, since it trains for a moment."""
-    _, most, left = container_limits()
-    folder, needs = cache_dir(), lowest_versions()
-    try:
-        import psutil
+    import psutil
 
-        system, busy = psutil.virtual_memory(), psutil.cpu_percent(0.5) / 100
-        memory, free = min(system.total, most), max(0, min(system.available, left))
-    except ImportError:
-        memory, free, busy = None, None, 0.0
+    _, most, left = container_limits()
+    folder, needs, system = cache_dir(), lowest_versions(), psutil.virtual_memory()
     facts = Facts(
         place=next((words for name, words in PLACES.items() if name in os.environ), "a machine of your own"),
         cores=granted_cores(),
         cores_in_all=os.cpu_count() or 1,
-        memory=memory,
-        free_memory=free,
+        memory=min(system.total, most),
+        free_memory=max(0, min(system.available, left)),
         free_disk=shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free,
-        busy=busy,
+        busy=psutil.cpu_percent(0.5) / 100,
         needs=needs,
         versions=versions(*SHOWN, *needs),
     )
@@ -200,7 +195,7 @@ def problems(facts: Facts) -> list[tuple[bool, str]]:
         found.append((True, f"Missing or too old: {listed}; python -m pip install --upgrade {wanted}"))
     if facts.failure:
         found.append((True, facts.failure))
-    if facts.memory is not None and facts.free_memory < PEAK:
+    if facts.free_memory < PEAK:
         words = f"Only {gib(facts.free_memory)} of {gib(facts.memory)} of memory are free, chapters need up to 0.8 GiB"
         found.append((facts.memory < PEAK, f"{words}; close other programs and notebooks, or use a larger machine."))
     if facts.threads > facts.cores:
@@ -217,13 +212,12 @@ def can_run(facts: Facts) -> bool:
 
 def report(facts: Facts) -> str:
     """Return the facts, how long each chapter takes, and what is wrong, in at most 30 lines."""
-    memory = "unknown" if facts.memory is None else f"{gib(facts.memory)}, of which {gib(facts.free_memory)} are free"
     names = ", ".join(f"{name} {facts.versions.get(name, 'missing')}" for name in SHOWN)
     compiler = shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++") or shutil.which("cl")
     machine = {
         "where": f"{facts.place} ({platform.system()} {platform.machine()})",
         "processor": cores(facts.cores) + (f" of {facts.cores_in_all}" if facts.cores_in_all > facts.cores else ""),
-        "memory": memory,
+        "memory": f"{gib(facts.memory)}, of which {gib(facts.free_memory)} are free",
         "disk": f"{gib(facts.free_disk)} free where downloads are kept",
         "compiler": "there" if compiler else "none: compile=True (torch.compile) needs one, such as g++",
     }

@@ -4,6 +4,7 @@ This module does without torch, since processes that only start kernels are to s
 """
 
 import logging
+import os
 import platform
 import re
 import subprocess
@@ -20,7 +21,7 @@ from typing import TextIO
 import nbformat
 import papermill
 import psutil
-from nbclient.exceptions import CellTimeoutError, DeadKernelError
+from nbclient.exceptions import DeadKernelError
 from nbformat import NotebookNode
 
 from vitlib.course.figures import recorded_figures
@@ -41,42 +42,7 @@ class RunResult:
     seconds: float | None = None
     peak_memory_bytes: int | None = None
     started: str | None = None
-    seed: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
-
-
-class KernelMonitor:
-    """Watch a process and its children from a thread: ``peak_bytes`` is the most memory they have had.
-
-    When ``end`` returns a text, they are killed (a cell that hangs in compiled code ignores interrupts), and ``ended``
-    holds the text.
-    """
-
-    def __init__(self, end: Callable[[], str]):
-        self.pid: int | None = None
-        self.peak_bytes: int | None = None
-        self.ended = ""
-        self._end = end
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> "KernelMonitor":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.2):
-            if self.pid is None:
-                continue
-            with suppress(psutil.Error, OSError):  # the process is ending
-                self.ended = self.ended or self._end()
-                if self.ended:
-                    kill_tree(self.pid)
-                self.peak_bytes = max(self.peak_bytes or 0, peak_memory(self.pid))
 
 
 def with_children(pid: int) -> list[psutil.Process]:
@@ -113,13 +79,12 @@ def run_notebook(
     name: str,
     parameters: Mapping[str, object],
     *,
-    defaults: Mapping[str, object],
-    cell_timeout: float | None = None,
+    timeout: float | None = None,
     progress_bar: bool | dict = False,
     log: TextIO | None = None,
     end: Callable[[], str] = lambda: "",
     folder: Path | None = None,
-    environment: Mapping[str, str | None] | None = None,
+    environment: Mapping[str, str] | None = None,
     **options: object,
 ) -> RunResult:
     """Run one notebook to ``out/<name>.ipynb``, or to ``out/<name>.failed.ipynb`` and keep an earlier good one.
@@ -129,38 +94,46 @@ def run_notebook(
     Args:
         notebook: a file, or a notebook read by nbformat.
         parameters: values that papermill injects.
-        defaults: values of the notebook's own parameters cell, for the record.
-        cell_timeout: longest time for one cell, in seconds; None for no limit.
+        timeout: longest time for the notebook, in seconds; None for no limit.
         progress_bar: papermill's, over the cells.
         log: gets the text that cells and the kernel print.
         end: called a few times a second; a text kills the kernel and is the reason.
-        folder, environment: where the kernel starts, and its variables beside this process's; None removes one.
+        folder, environment: where the kernel starts, and its variables beside this process's.
         options: further options of papermill and nbclient; with ``allow_errors=True`` an error in a cell neither
             stops the notebook nor counts as a failure.
     """
     partial, failed = out / f"{name}.partial.ipynb", out / f"{name}.failed.ipynb"
-    in_full = {**defaults, **parameters}
     result = RunResult(
-        "ok", parameters=in_full, seed=in_full.get("seed"),
+        "ok",
         started=datetime.now().astimezone().isoformat(timespec="seconds"),
         versions={**versions("papermill"), "platform": platform.platform()},
-    )  # fmt: skip
+    )
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # the result says it in one line
-    start = time.perf_counter()
-    with KernelMonitor(end) as monitor:
-        try:
-            _execute(
-                notebook, partial, dict(parameters),
-                kernel_manager_class=_kernel_manager(monitor, folder, environment or {}, log),
-                execution_timeout=cell_timeout, progress_bar=progress_bar, stdout_file=log, stderr_file=log, **options,
-            )  # fmt: skip
-        except KeyboardInterrupt:
-            result.status, result.error = "interrupted", "Ctrl-C"
-        except Exception as error:  # one notebook's failure must not stop the others
-            if not (options.get("allow_errors") and isinstance(error, papermill.PapermillExecutionError)):
-                result.status, result.error = "failed", monitor.ended or reason(error, cell_timeout)
+    start, ended = time.perf_counter(), ""
+
+    def watch(pid: int) -> None:
+        nonlocal ended
+        while psutil.pid_exists(pid):
+            with suppress(psutil.Error, OSError):  # a process is ending
+                is_late = timeout and time.perf_counter() - start > timeout
+                ended = ended or (f"stopped after {timeout:g} s; allow more with --timeout" if is_late else end())
+                if ended:  # a cell that hangs in compiled code ignores interrupts
+                    kill_tree(pid)
+                result.peak_memory_bytes = max(result.peak_memory_bytes or 0, peak_memory(pid))
+            time.sleep(0.2)
+
+    try:
+        _execute(
+            notebook, partial, dict(parameters),
+            kernel_manager_class=_kernel_manager(watch, folder, environment or {}, log),
+            progress_bar=progress_bar, stdout_file=log, stderr_file=log, **options,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        result.status, result.error = "interrupted", "Ctrl-C"
+    except Exception as error:  # one notebook's failure must not stop the others
+        if not (options.get("allow_errors") and isinstance(error, papermill.PapermillExecutionError)):
+            result.status, result.error = "failed", ended or reason(error)
     result.seconds = round(time.perf_counter() - start, 2)
-    result.peak_memory_bytes = monitor.peak_bytes
     if partial.exists():
         try:
             executed = nbformat.read(partial, as_version=4)
@@ -187,7 +160,7 @@ def _execute(*arguments, **options) -> None:
                 raise
 
 
-def _kernel_manager(monitor: KernelMonitor, folder: Path | None, environment: Mapping, log: TextIO | None) -> type:
+def _kernel_manager(watch: Callable, folder: Path | None, environment: Mapping, log: TextIO | None) -> type:
     """Make a kernel manager that starts this interpreter, even if a user's own kernel is named python3."""
     from ipykernel.kernelspec import RESOURCES, get_kernel_dict
     from jupyter_client import AsyncKernelManager
@@ -196,26 +169,18 @@ def _kernel_manager(monitor: KernelMonitor, folder: Path | None, environment: Ma
     class ThisInterpreter(AsyncKernelManager):
         kernel_spec = KernelSpec(resource_dir=RESOURCES, **get_kernel_dict(["--log-level=ERROR"]))
 
-        async def _async_launch_kernel(self, *arguments, **options):
-            variables = {**options["env"], **environment}
-            options["env"] = {name: value for name, value in variables.items() if value is not None}
-            options["stderr"] = log or subprocess.DEVNULL  # a dying kernel's words would break the progress lines
-            if folder is not None:
-                options["cwd"] = str(folder)
-            await super()._async_launch_kernel(*arguments, **options)
-            monitor.pid = self.provisioner.pid
-
-        _launch_kernel = _async_launch_kernel  # the name by which jupyter_client 7, Colab's, calls it
+        async def start_kernel(self, **options):
+            words = log or subprocess.DEVNULL  # a dying kernel's words would break the progress lines
+            await super().start_kernel(**options, cwd=folder, env={**os.environ, **environment}, stderr=words)
+            threading.Thread(target=watch, args=[self.provisioner.pid], daemon=True).start()
 
     return ThisInterpreter
 
 
-def reason(error: Exception, timeout: float | None = None) -> str:
+def reason(error: Exception) -> str:
     """Return one line about why a notebook stopped."""
     if isinstance(error, DeadKernelError):
         return "the kernel died (no memory left, or the process was ended)"
-    if isinstance(error, CellTimeoutError):
-        return f"no answer for {timeout:g} seconds; allow more with --timeout"
     is_of_cell = isinstance(error, papermill.PapermillExecutionError)
     name, text = (error.ename, error.evalue) if is_of_cell else (type(error).__name__, str(error))
     return ": ".join([name, *text.strip().splitlines()[:1]])

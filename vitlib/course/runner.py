@@ -18,7 +18,7 @@ import yaml
 from vitlib.course.figures import main_figures
 from vitlib.course.kernels import RunResult, run_notebook
 from vitlib.course.parameters import PARAMETERS, Parameter
-from vitlib.utils import atomic_write, near_match, text_table
+from vitlib.utils import alone_in, atomic_write, near_match, text_table
 
 COURSE_FOLDER = Path(__file__).parents[2] / "notebooks"
 
@@ -57,7 +57,7 @@ def run_course(
         only: numbers or names of the notebooks to run; empty for all.
         shared: values for the notebooks that take them, as in a parameters file.
         given: values that a selected notebook must take; they win over ``shared``. Texts are parsed.
-        timeout: longest time for one cell, in seconds; None for no limit.
+        timeout: longest time for one notebook, in seconds; None for no limit.
 
     Raises:
         ValueError: for an unknown notebook or parameter or a value that is not allowed, before any kernel starts.
@@ -73,25 +73,23 @@ def run_course(
         if not any(name in lesson.parameters for lesson in selected):
             takers = ", ".join(lesson.name for lesson in lessons if name in lesson.parameters)
             raise ValueError(f"{name} is a parameter of {takers} only, which this run leaves out; drop one of the two.")
-    out.mkdir(parents=True, exist_ok=True)
-
     results: dict[str, RunResult] = {}
     width = max(len(lesson.name) for lesson in selected)
     values["run_dir"] = str(out)
-    for lesson in selected:
-        missing = [name for name in lesson.needs if name in results and results[name].status != "ok"]
-        if any(result.status == "interrupted" for result in results.values()):
-            results[lesson.name] = RunResult("not run", "interrupted")
-        elif missing:
-            results[lesson.name] = RunResult("not run", f"needs {', '.join(missing)}")
-        else:
-            parameters = {name: values[name] for name in lesson.parameters if name in values}
-            bar = {"desc": f"{lesson.name:<{width}}", "mininterval": 0.5 if sys.stderr.isatty() else 30}
-            results[lesson.name] = run_notebook(
-                lesson.path, out, lesson.name, parameters,
-                defaults=lesson.defaults, cell_timeout=timeout, progress_bar=bar,
-            )  # fmt: skip
-        _record(out, lesson.name, results[lesson.name])
+    with alone_in(out, "run", "--out"):
+        for lesson in selected:
+            missing = [name for name in lesson.needs if name in results and results[name].status != "ok"]
+            if any(result.status == "interrupted" for result in results.values()):
+                results[lesson.name] = RunResult("not run", "interrupted")
+            elif missing:
+                results[lesson.name] = RunResult("not run", f"needs {', '.join(missing)}")
+            else:
+                parameters = {name: values[name] for name in lesson.parameters if name in values}
+                bar = {"desc": f"{lesson.name:<{width}}", "mininterval": 0.5 if sys.stderr.isatty() else 30}
+                result = run_notebook(lesson.path, out, lesson.name, parameters, timeout=timeout, progress_bar=bar)
+                result.parameters = {**lesson.defaults, **parameters}
+                results[lesson.name] = result
+            _record(out, lesson.name, results[lesson.name])
     return results
 
 

@@ -120,12 +120,13 @@ def run_apart(
 
 
 def _result(own: Path, ended: str) -> tuple[NotebookNode | None, str]:
-    found = sorted(own.glob(f"{NAME}*.ipynb"), key=os.path.getmtime)
-    if not found or found[-1].stat().st_size > 5 * LARGEST:
+    found, error = sorted(own.glob(f"{NAME}*.ipynb"), key=os.path.getmtime), own / "error.txt"
+    if not found:
         said = (own / "errors.txt").read_text(errors="replace").strip() or "no word from it"
         return None, ended or f"it did not start: {said.splitlines()[-1]}"
-    error = own / "error.txt"
     why = ended or (error.read_text(encoding="utf-8") if error.exists() else "its process was ended")
+    if found[-1].stat().st_size > 5 * LARGEST:
+        return None, why or f"it has more than {5 * LARGEST >> 20} MiB of output"
     return nbformat.read(found[-1], as_version=4), why
 
 
@@ -195,7 +196,6 @@ def main(job: str) -> None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))
-    deadline = time.monotonic() + limits.timeout
 
     def end() -> str:
         # inside bwrap every process is the notebook's, even one that has cut itself loose
@@ -203,8 +203,6 @@ def main(job: str) -> None:
         partial = own / f"{NAME}.partial.ipynb"
         if not given["contained"] and not psutil.pid_exists(given["grader"]):  # bwrap ends this by itself
             return "interrupted"
-        if time.monotonic() > deadline:
-            return f"stopped after {limits.timeout:g} s"
         if len(processes) > MOST_PROCESSES:
             return f"stopped with {len(processes)} processes at once, of which it may have {MOST_PROCESSES}"
         if (used := sum(map(_memory, processes)) / 2**30) > limits.memory:
@@ -215,7 +213,7 @@ def main(job: str) -> None:
 
     result = run_notebook(
         nbformat.read(own / "notebook.ipynb", as_version=4), own, NAME, given["parameters"],
-        defaults={}, end=end, folder=own / "folder", allow_errors=True, autosave_cell_every=5,
+        timeout=limits.timeout, end=end, folder=own / "folder", allow_errors=True, autosave_cell_every=5,
         iopub_timeout=30, raise_on_iopub_timeout=False,  # messages that a flood has lost
         store_widget_state=False, shutdown_kernel="immediate",
     )  # fmt: skip

@@ -1,8 +1,8 @@
 """Sweeps: give the runs of a :class:`vitlib.course.grid.Plan` to Dask workers, and tabulate the results.
 
 The folder of a sweep holds ``runs/<label>/`` and ``failed/<label>/`` (executed notebook, log, saved files,
-``run.json``), and results.csv, results.json and report.html about all runs. Runs work in ``.work`` and are moved when
-they end. So a folder under its final name is complete, and the same command finds the runs that are still missing.
+``run.json``), and results.csv, results.json and report.html about all runs. ``run.json`` is written when a run has
+ended, so the same command finds the runs that are still missing.
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ import importlib.metadata
 import io
 import json
 import logging
-import math
 import os
 import shutil
 import socket
 import sys
 import tempfile
-import time
 import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +29,7 @@ from typing import TYPE_CHECKING
 import nbformat
 
 from vitlib.course.figures import FIGURES_IN_TABLE, main_figures
-from vitlib.course.kernels import RunResult, last_cell, run_notebook
+from vitlib.course.kernels import RunResult, run_notebook
 from vitlib.utils import alone_in, atomic_write, progress_bar
 
 try:
@@ -53,10 +51,7 @@ MOST_ROWS = 40  # of the table at the end
 RUN_MEMORY = 2**30  # bytes that one run may take; the course's kernels stay below with the class parameters
 PATIENCE = 10  # seconds for a scheduler to answer and to have a worker
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")  # Dask sets them for its workers
-# a terminal sends Ctrl-C to the workers too, but the client ends them; kernels do not inherit a function
-IGNORE_CTRL_C = "import signal; signal.signal(signal.SIGINT, lambda number, frame: None)"
 LOCAL_SETTINGS = {
-    "distributed.scheduler.allowed-failures": 0,  # --retries counts, in _run_all
     "distributed.worker.profile.enabled": False,  # it takes a twentieth of a core of each worker
     "distributed.admin.tick.interval": "1s",
 }
@@ -85,47 +80,45 @@ def run_sweep(
 ) -> dict:
     """Run the missing runs of a plan, and write results.csv, results.json and report.html into the folder ``out``.
 
-    Workers import the program that calls this, so in a script call it below ``if __name__ == "__main__":``.
-
     Args:
-        scheduler: address of a Dask scheduler; None for worker processes on this machine.
-        workers: number of these; None for as many as cores and memory allow.
+        scheduler: address of a Dask scheduler; None for this machine.
+        workers: runs at a time on this machine; None for as many as cores and memory allow.
         threads: for each run; None for the cores that are left over, on a cluster for one.
         retries: how often a failed run is tried again.
         timeout: longest time for one run, in seconds; None for no limit.
         command: the command as typed, for the record.
 
     Returns:
-        the content of results.json. A run is ok, failed or, where Ctrl-C ended the sweep, not run.
+        the content of results.json. A run is ok or failed.
 
     Raises:
+        KeyboardInterrupt: after Ctrl-C; in results.json the missing runs are "not run".
         ValueError: if another sweep works in ``out``, or the address is wrong.
         OSError: if the folder cannot be written, or a scheduler cannot be reached or goes away. The results hold the
             runs that were finished by then.
     """
     out = Path(out).expanduser().resolve()
-    work = out / ".work"
     with alone_in(out, "sweep", "--out"):
-        shutil.rmtree(work, ignore_errors=True)  # of a sweep that was killed
-        records = {run.key: record for run in plan.runs if (record := _finished(out / "runs", run))}
-        missing = [run for run in plan.runs if run.key not in records]
+        records = _read_records(out)
+        missing = [run for run in plan.runs if not _is_finished(records, run)]
         if scheduler:
             place, where, threads = _cluster_workers(scheduler), f"on {scheduler}", threads or 1
         else:
             workers, threads = local_size(max(1, len(missing)), workers, threads)
             place, where = _local_workers(workers), f"{workers} at a time on this machine"
+        finished = len(plan.runs) - len(missing)
         say(
-            f"Runs: {len(plan.runs)}; finished before: {len(records)}; to run: {len(missing)}, {where}, "
+            f"Runs: {len(plan.runs)}; finished before: {finished}; to run: {len(missing)}, {where}, "
             f"threads for each: {threads}."
         )
         common = {
             "notebook": plan.source, "name": plan.lesson.name, "defaults": plan.lesson.defaults, "home": os.getcwd(),
             "threads": threads, "timeout": timeout,
         }  # fmt: skip
-        jobs = [
-            (run, common | {"folder": None if scheduler else str(work / run.label), "parameters": run.parameters})
-            for run in missing
-        ]
+        jobs = []
+        for run in missing:
+            folder = None if scheduler else str(out / "runs" / run.label)
+            jobs.append((run, common | {"folder": folder, "parameters": run.parameters}))
         try:
             if jobs:
                 with place as client, progress_bar(description="sweep", total=len(jobs), unit="run") as bar:
@@ -135,13 +128,9 @@ def run_sweep(
                         bar.update()
                         _write_tables(out, plan, records, command)
         except KeyboardInterrupt:
-            say("Interrupted; the same command again goes on with what is missing.")
+            say("The same command again goes on with what is missing.")
+            raise
         finally:
-            for _ in range(10):  # the kernel of a worker that was killed may still write, for a second
-                shutil.rmtree(work, ignore_errors=True)
-                if not work.exists():
-                    break
-                time.sleep(0.5)
             results = _write_tables(out, plan, records, command)
             from vitlib.course.report import write_report  # here, since workers do without matplotlib
 
@@ -162,16 +151,17 @@ def local_size(runs: int, workers: int | None = None, threads: int | None = None
 
 @contextlib.contextmanager
 def _local_workers(count: int) -> Iterator[Client]:
-    """Start a scheduler and ``count`` worker processes, reachable from this machine only; they end with the block."""
+    """Start a scheduler and a worker of ``count`` threads in this process; they end with the block."""
     with (
         dask.config.set(LOCAL_SETTINGS),
         LocalCluster(
-            n_workers=count,
-            threads_per_worker=1,
+            n_workers=1,
+            threads_per_worker=count,
+            processes=False,
+            protocol="tcp://",
             host="127.0.0.1",
             dashboard_address="127.0.0.1:0",  # any free port: 8787 may be that of another sweep
-            memory_limit=None,  # it would count the worker, not the kernel that the worker starts
-            preload=[IGNORE_CTRL_C],
+            memory_limit=None,  # it would count this process, not the kernels
             silence_logs=logging.CRITICAL,
         ) as cluster,
         Client(cluster) as client,
@@ -254,16 +244,14 @@ def _work(notebook, name, defaults, home, threads, timeout, folder, parameters) 
     works in a folder of its own, and its files come back with the result.
     """
     worker = get_worker()
-    task, deadline = worker.get_current_task(), time.monotonic() + (timeout or math.inf)
+    task = worker.get_current_task()
 
     def end() -> str:
-        if time.monotonic() > deadline:
-            return f"stopped after {timeout:g} s; allow more with --timeout"
         state = worker.state.tasks.get(task)
         return "" if state is not None and state.state == "executing" else "nobody waits for it any longer"
 
     # of Dask's settings for its workers, this one makes a training on the CPU take up to half as long again
-    environment = {"MALLOC_TRIM_THRESHOLD_": None, **dict.fromkeys(THREAD_VARIABLES, str(threads))}
+    os.environ.pop("MALLOC_TRIM_THRESHOLD_", None)
     with tempfile.TemporaryDirectory(prefix="vitlib-", ignore_cleanup_errors=True) as temporary:
         place = Path(folder or f"{temporary}/run")
         shutil.rmtree(place, ignore_errors=True)  # of an earlier try
@@ -274,41 +262,36 @@ def _work(notebook, name, defaults, home, threads, timeout, folder, parameters) 
         with open(place / "log.txt", "w", encoding="utf-8") as log:
             outcome = run_notebook(
                 nbformat.reads(notebook, as_version=4), place, name, given,
-                defaults=defaults, log=log, end=end, environment=environment,
-                folder=Path(home) if Path(home).is_dir() else place,
+                timeout=timeout, log=log, end=end, environment=dict.fromkeys(THREAD_VARIABLES, str(threads)),
+                folder=Path(home) if os.path.isdir(home) else place,
             )  # fmt: skip
         files = b"" if folder else Path(shutil.make_archive(f"{temporary}/files", "zip", place)).read_bytes()
         return Result(outcome, socket.gethostname(), files)
 
 
 def _store(out: Path, plan: Plan, run: Run, result: Result, attempts: int) -> dict:
-    """Move the files of a run to their place with a record, and return the record."""
-    folder, outcome = out / ".work" / run.label, result.outcome
+    """Put the files of a run into their place with a record, and return the record."""
+    folder, outcome = out / "runs" / run.label, result.outcome
+    for earlier in out.glob(f"*/*-{run.key[:8]}"):  # a failure, or a run that was stopped, also under another label
+        if earlier != folder or result.files:
+            shutil.rmtree(earlier, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     if result.files:
         zipfile.ZipFile(io.BytesIO(result.files)).extractall(folder)  # it writes nowhere else, ".." or not
-    partial = folder / f"{plan.lesson.name}.partial.ipynb"
-    if partial.exists():  # its worker was killed, maybe while it wrote
-        with contextlib.suppress(Exception):
-            outcome.error = f"{last_cell(nbformat.read(partial, as_version=4))}{outcome.error}"
-            partial.replace(folder / f"{plan.lesson.name}.failed.ipynb")
     if outcome.error:
         with open(folder / "log.txt", "a", encoding="utf-8") as log:
             log.write(f"\n{outcome.error}\n")
     record = _record(plan, run, result, attempts)
     (folder / "run.json").write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
-    for kind in ("runs", "failed"):  # an earlier failure, also under another label
-        for earlier in (out / kind).glob(f"*-{run.key[:8]}"):
-            shutil.rmtree(earlier, ignore_errors=True)
-    place = out / ("runs" if outcome.status == "ok" else "failed") / run.label
-    place.parent.mkdir(exist_ok=True)
-    folder.replace(place)
+    if outcome.status != "ok":
+        (out / "failed").mkdir(exist_ok=True)
+        folder.replace(out / "failed" / run.label)
     return record
 
 
 def _record(plan: Plan, run: Run, result: Result, attempts: int) -> dict:
-    given = {"parameters": run.parameters, "seed": run.parameters.get("seed"), "varied": run.varied}
     tried = asdict(result.outcome) | {"host": result.host, "attempts": attempts}
+    given = {"parameters": run.parameters, "varied": run.varied}
     return {"run": run.label, "key": run.key} | _about(plan) | tried | given
 
 
@@ -316,38 +299,32 @@ def _about(plan: Plan) -> dict[str, str]:
     return {"notebook": plan.lesson.name, "notebook_sha256": plan.sha256, "vitlib": version("vitlib")}
 
 
-def _finished(folder: Path, run: Run) -> dict | None:
-    """Return the record of a run in the folder ``runs`` or ``failed``, or None if it is missing or damaged.
+def _read_records(out: Path) -> dict[str, dict]:
+    """Return the records of all runs in the folder of a sweep by their keys, but damaged ones."""
+    records = {}
+    for path in [*sorted(out.glob("failed/*/run.json")), *sorted(out.glob("runs/*/run.json"))]:
+        with contextlib.suppress(OSError, ValueError):
+            record = json.loads(path.read_text(encoding="utf-8"))
+            records[record["key"]] = record
+    return records
 
-    The key ends the name of the run's folder. What stands before it depends on the grid.
-    """
-    records = (_read(place) for place in folder.glob(f"*-{run.key[:8]}"))
-    return next((record for record in records if record.get("key") == run.key), None)
 
-
-def _read(folder: Path) -> dict:
-    try:
-        return json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+def _is_finished(records: Mapping[str, dict], run: Run) -> bool:
+    return records.get(run.key, {}).get("status") == "ok"
 
 
 def _write_tables(out: Path, plan: Plan, records: Mapping[str, dict], command: str) -> dict:
     """Write results.json and results.csv: the runs of the plan in its order, then others of the same notebook and
     version that are finished, for instance those of a larger grid. Return the content of results.json.
     """
-    rows = [
-        records.get(run.key) or _finished(out / "failed", run) or _record(plan, run, Result(RunResult("not run")), 0)
-        for run in plan.runs
-    ]
-    keys = {run.key[:8] for run in plan.runs}
-    others = [_read(folder) for folder in sorted((out / "runs").glob("*/")) if folder.name[-8:] not in keys]
-    rows += [record for record in others if record == record | _about(plan)]
+    rows = [records.get(run.key) or _record(plan, run, Result(RunResult("not run")), 0) for run in plan.runs]
+    keys, about = {run.key for run in plan.runs}, _about(plan)
+    rows += [one for key, one in records.items() if key not in keys and one["status"] == "ok" and one == one | about]
     # runs of another -p or --parameters differ in more than their grids say
     values = {name: {repr(row["parameters"].get(name)) for row in rows} for name in plan.lesson.parameters}
     differing = [name for name, found in values.items() if len(found) > 1]
     varied = dict.fromkeys([*plan.varied, *(name for record in rows for name in record["varied"]), *differing])
-    results = {"command": command, **_about(plan), "varied": list(varied), "runs": rows}
+    results = {"command": command, **about, "varied": list(varied), "runs": rows}
     with atomic_write(out / "results.json") as temporary:
         temporary.write_text(json.dumps(results, indent=2, default=str) + "\n", encoding="utf-8")
     with atomic_write(out / "results.csv") as temporary:
@@ -362,7 +339,7 @@ def as_frame(results: Mapping) -> tuple[pd.DataFrame, dict[str, str]]:
     """
     runs = results["runs"]
     parameters = dict.fromkeys([*results["varied"], *(name for run in runs for name in run["parameters"])])
-    rest = ("seconds", "peak_memory_bytes", "host", "seed", "started", "attempts", "error", "key")
+    rest = ("seconds", "peak_memory_bytes", "host", "started", "attempts", "error", "key")
     rest = [name for name in rest if name not in parameters]
     taken = {"run", "status", *parameters, *rest}
     figures = dict.fromkeys(name for run in runs for name in run["figures"])
@@ -381,8 +358,8 @@ def as_frame(results: Mapping) -> tuple[pd.DataFrame, dict[str, str]]:
 
 def preview(plan: Plan, out: str | Path) -> str:
     """Return the runs of a plan as a table, each with whether it is finished in ``out``."""
-    folder = Path(out).expanduser() / "runs"
-    rows = [run.varied | {"state": "finished" if _finished(folder, run) else "to run"} for run in plan.runs]
+    records = _read_records(Path(out).expanduser())
+    rows = [run.varied | {"state": "finished" if _is_finished(records, run) else "to run"} for run in plan.runs]
     table = pd.DataFrame(rows, index=range(1, len(rows) + 1), dtype=object)
     return f"{table.to_string()}\nRuns: {len(rows)}; to run: {(table['state'] == 'to run').sum()}."
 

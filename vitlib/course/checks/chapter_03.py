@@ -69,7 +69,7 @@ def _two_parts(learners: Callable, count: int, fraction: float, seed: int) -> tu
 def _indices(part) -> list[int]:
     """Return the whole numbers of a tensor, an array, a list, a tuple or a range."""
     try:
-        numbers = torch.as_tensor(np.array(part))
+        numbers = torch.as_tensor(np.ascontiguousarray(part))
     except (TypeError, ValueError, RuntimeError):
         raise Mistake(f"each part should be a tensor or list of indices, but one is a {type(part).__name__}") from None
     is_mask = numbers.dtype == torch.bool
