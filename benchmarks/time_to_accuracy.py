@@ -31,7 +31,7 @@ def learning_curve(run_dir: Path) -> list[dict]:
 
 
 def conclusion(slow: list[dict], fast: list[dict]) -> str:
-    """Return one sentence: by what share of the steps and seconds the second curve gets there sooner."""
+    """Return one sentence: by what share of the epochs, steps and seconds the second curve gets there sooner."""
     end = slow[-1]
     goal = f"the first ends with {end['accuracy']:.1%} after {end['epoch']} epochs"
     reached = next((point for point in fast if point["accuracy"] >= end["accuracy"]), None)

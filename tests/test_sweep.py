@@ -48,6 +48,7 @@ def client():
     """Two threads that all sweeps of this module share."""
     with sweeps._local_workers(2) as client, pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweeps, "_local_workers", lambda count: contextlib.nullcontext(client))
+        patch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")  # as `dask worker` does
         yield client
 
 

@@ -113,14 +113,16 @@ def run_notebook(
 
     def watch(pid: int) -> None:
         nonlocal ended
-        while psutil.pid_exists(pid):
-            with suppress(psutil.Error, OSError):  # a process is ending
-                is_late = timeout and time.perf_counter() - start > timeout
-                ended = ended or (f"stopped after {timeout:g} s; allow more with --timeout" if is_late else end())
-                if ended:  # a cell that hangs in compiled code ignores interrupts
-                    kill_tree(pid)
-                result.peak_memory_bytes = max(result.peak_memory_bytes or 0, peak_memory(pid))
-            time.sleep(0.2)
+        with suppress(psutil.NoSuchProcess):  # it has ended already
+            kernel = psutil.Process(pid)
+            while kernel.is_running():  # False too where another process has got its number
+                with suppress(psutil.Error, OSError):  # a process is ending
+                    is_late = timeout and time.perf_counter() - start > timeout
+                    ended = ended or (f"stopped after {timeout:g} s; allow more with --timeout" if is_late else end())
+                    if ended:  # a cell that hangs in compiled code ignores interrupts
+                        kill_tree(pid)
+                    result.peak_memory_bytes = max(result.peak_memory_bytes or 0, peak_memory(pid))
+                time.sleep(0.2)
 
     try:
         _execute(

@@ -43,7 +43,8 @@ def write_report(results: Mapping, path: str | Path) -> None:
         groups = numbers.groupby(rows, sort=False)
         means = pd.DataFrame({title: groups[title].agg(partial(_spread, title)) for title in numbers})
         parts.append(f"<p>{text(_conclusion(titles[metrics[0]], groups, means))}</p>")
-        parts += [_image(results, metric, axis) for axis in names or ["seed"] for metric in metrics]
+        axes = names or [name for name in ["seed"] if name in frame]
+        parts += [_image(results, metric, axis) for axis in axes for metric in metrics]
         parts.append("<h2>Means</h2><p>In brackets: lowest and highest of the runs that differ in the seed alone.</p>")
         parts.append(_table(means))
     else:

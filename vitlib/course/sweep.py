@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import nbformat
+from jupyter_core.utils import ensure_event_loop
 
 from vitlib.course.figures import FIGURES_IN_TABLE, main_figures
 from vitlib.course.kernels import RunResult, run_notebook
@@ -265,6 +266,7 @@ def _work(notebook, name, defaults, home, threads, timeout, folder, parameters) 
                 timeout=timeout, log=log, end=end, environment=dict.fromkeys(THREAD_VARIABLES, str(threads)),
                 folder=Path(home) if os.path.isdir(home) else place,
             )  # fmt: skip
+            ensure_event_loop().close()  # papermill's; each run would leave one behind, with three open files
         files = b"" if folder else Path(shutil.make_archive(f"{temporary}/files", "zip", place)).read_bytes()
         return Result(outcome, socket.gethostname(), files)
 
