@@ -63,6 +63,7 @@ test: lint
 
 test-browser: export VITLIB_BROWSER := 1
 test-browser: $(READY)
+	$(RUN) -m pip install --quiet playwright
 	$(RUN) -m pytest tests/browser/test_lab.py -v -s
 
 $(READY_SITE): docs/requirements.txt $(READY)
@@ -76,6 +77,7 @@ site: $(READY_SITE)
 
 test-site: export VITLIB_BROWSER := 1
 test-site: site
+	$(RUN) -m pip install --quiet playwright
 	npm install --silent --no-save --prefix runs/axe axe-core@4.14.1
 	$(RUN) -m pytest tests/browser/test_site.py -q
 

@@ -126,21 +126,6 @@ def write_json(path: str | Path | None, content: dict) -> None:
         temporary.write_text(json.dumps(content, indent=1))
 
 
-def finished(path: str | Path | None, settings: dict) -> dict:
-    """Return the record of measurements at ``path`` that is to be continued; empty without one.
-
-    Raises:
-        ClickException: if it was measured with other settings.
-    """
-    if path is None or not Path(path).exists():
-        return {}
-    record = json.loads(Path(path).read_text())
-    differing = [name for name, value in settings.items() if record["settings"].get(name) != value]
-    if differing:
-        raise click.ClickException(f"{path} was measured with another {', '.join(differing)}; give --out another file.")
-    return record
-
-
 def _device(context, option, name: str) -> torch.device:
     try:
         return resolve_device(name)

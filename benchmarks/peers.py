@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from vitlib.model import count_parameters, create_model
+from vitlib.model import create_model
 from vitlib.utils import import_torchvision
 
 SIZE = {"image_size": 32, "patch_size": 4}  # what all the libraries call the same
@@ -103,18 +103,3 @@ def build_models(names: Sequence[str]) -> tuple[dict[str, nn.Module], dict[str, 
         except ImportError as error:
             skipped[name] = f"{error}; install it with `pip install -r benchmarks/requirements.txt`"
     return models, skipped
-
-
-def compare_sizes(models: dict[str, nn.Module]) -> list[str]:
-    """Return one line per model with its number of parameters.
-
-    Raises:
-        ValueError: if a model is not of vitlib's size, to 1 %.
-    """
-    ours, lines = count_parameters(models[OURS]), []
-    for name, model in models.items():
-        count = count_parameters(model)
-        if abs(count - ours) > 0.01 * ours:
-            raise ValueError(f"{name} has {count:,} parameters and {OURS} {ours:,}; only like sizes can be compared.")
-        lines.append(f"{name}: {count:,} parameters")
-    return lines

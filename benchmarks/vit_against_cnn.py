@@ -12,13 +12,10 @@ equally many of each class, and decides the new weights, the order and the augme
 
 Equal parameters are not equal work: a convolution uses each of its weights once for every pixel, a linear layer of a
 ViT once for every patch. FLOPs and images/s of both are part of the record; images/s are measured side by side.
-
-The file is written after every training. Started again, the script trains only what the file does not have yet.
 """
 
-from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import click
@@ -153,48 +150,30 @@ def speeds(num_classes: int, batch_size: int, device: torch.device, precision: s
     }
 
 
-def choose_rates(
-    record: dict, train: LabelledImages, rates: list[float], steps: int, save: Callable[[], None], **how
-) -> None:
-    """Train each model once with each of the ``rates`` that the record lacks, and note loss and accuracy on validation
-    images in it. Each model's rate is that of its lowest loss: after few steps it says more than the accuracy."""
+def try_rates(train: LabelledImages, rates: list[float], steps: int, **how) -> dict[str, dict[str, dict]]:
+    """Train each model once with each of the ``rates``; return loss and accuracy on validation images."""
     others, validation = set_aside(train)
-    sweep = record.setdefault("sweep", {name: {} for name in NAMES})
+    sweep = {name: {} for name in NAMES}
     for rate in rates:
         for name in NAMES:
-            if str(rate) not in sweep[name]:
-                recipe = replace(RECIPE, learning_rate=rate)
-                scores = train_once(name, others, validation, recipe, steps, seed=0, **how)
-                sweep[name][str(rate)] = {key: scores[key] for key in ("loss", "accuracy")}
-                save()
-                click.echo(
-                    f"{name}, learning rate {rate}: loss {scores['loss']:.3f}, {scores['accuracy']:.2%} of the "
-                    "validation images"
-                )
-    for name in NAMES:
-        record["models"][name]["learning_rate"] = min(rates, key=lambda rate: sweep[name][str(rate)]["loss"])
-    save()
-
-
-def missing(trainings: dict, sizes: list[int], seeds: int) -> Iterator[tuple[str, int, int]]:
-    """Yield model, size of the training set and seed of each missing training: all of one seed before the next."""
-    for seed in range(seeds):
-        for size in sizes:
-            for name in NAMES:
-                if len(trainings.get(name, {}).get(str(size), [])) <= seed:
-                    yield name, size, seed
+            recipe = replace(RECIPE, learning_rate=rate)
+            scores = train_once(name, others, validation, recipe, steps, seed=0, **how)
+            sweep[name][str(rate)] = {key: scores[key] for key in ("loss", "accuracy")}
+            click.echo(
+                f"{name}, learning rate {rate}: loss {scores['loss']:.3f}, {scores['accuracy']:.2%} of the "
+                "validation images"
+            )
+    return sweep
 
 
 def summary(record: dict) -> str:
     """Return a row per size and model, in percent, over the seeds; and how much the CNN computes against the ViT."""
     rows = []
-    for size in sorted({size for cells in record["trainings"].values() for size in cells}, key=int):
+    for size in record["trainings"]["ViT"]:
         for name in NAMES:
-            cells = record["trainings"].get(name, {}).get(size, [])
-            if cells:
-                shares = [[cell[key] for cell in cells] for key in ("accuracy", "train_accuracy")]
-                scores = map(common.mean_and_range, shares)
-                rows.append([f"{int(size):,}", name, str(len(cells)), *scores])
+            cells = record["trainings"][name][size]
+            scores = [common.mean_and_range([cell[key] for cell in cells]) for key in ("accuracy", "train_accuracy")]
+            rows.append([f"{int(size):,}", name, str(len(cells)), *scores])
     scores = common.table(["images", "model", "seeds", "test accuracy, %", "training accuracy, %"], rows)
     vit, cnn = (record["models"][name]["forward_flops"] for name in NAMES)
     speed = common.ratio(*(record["images_per_second"][name] for name in reversed(NAMES)))
@@ -230,7 +209,6 @@ def main(upstream, sizes, steps, batch_size, seeds, rates, sweep_steps, device, 
     settings = {"upstream": Path(upstream).name, "classes": len(train.classes), "test_images": len(test)}
     settings |= {"recipe": "modern without averaging", "steps": steps, "batch_size": batch_size}
     settings |= {"precision": how["precision"], "rates": rates, "sweep_steps": sweep_steps}
-    record = common.finished(out, settings)
     subsets = {(size, seed): draw_evenly(train, size, seed) for size in sizes for seed in range(seeds)}
     models = {name: description(name, len(train.classes)) for name in NAMES}
     for name, facts in models.items():
@@ -240,23 +218,23 @@ def main(upstream, sizes, steps, batch_size, seeds, rates, sweep_steps, device, 
         f"--steps {steps} --batch-size {batch_size} --seeds {seeds} --rates {','.join(map(str, rates))} "
         f"--sweep-steps {sweep_steps} --precision {how['precision']}"
     )
-    record |= {"command": command, "machine": common.machine(device), "settings": settings, "models": models}
-    save = partial(common.write_json, out, record)
-
-    choose_rates(record, train, rates, sweep_steps, save, **how)
-    trainings = record.setdefault("trainings", {name: {} for name in NAMES})
-    for name, size, seed in missing(trainings, sizes, seeds):
-        recipe = replace(RECIPE, learning_rate=models[name]["learning_rate"])
-        scores = train_once(name, subsets[size, seed], test, recipe, steps, seed=seed, **how)
-        trainings[name].setdefault(str(size), []).append(scores)
-        save()
-        click.echo(
-            f"seed {seed}, {size:,} images, {name}: {scores['accuracy']:.2%} of the test images, "
-            f"{scores['train_accuracy']:.2%} of the training images"
-        )
-    if "images_per_second" not in record:
-        record["images_per_second"] = speeds(len(train.classes), **how)
-        save()
+    sweep = try_rates(train, rates, sweep_steps, **how)
+    for name in NAMES:  # after few steps the loss says more than the accuracy
+        models[name]["learning_rate"] = min(rates, key=lambda rate: sweep[name][str(rate)]["loss"])
+    trainings = {name: {str(size): [] for size in sizes} for name in NAMES}
+    for seed in range(seeds):
+        for size in sizes:
+            for name in NAMES:
+                recipe = replace(RECIPE, learning_rate=models[name]["learning_rate"])
+                scores = train_once(name, subsets[size, seed], test, recipe, steps, seed=seed, **how)
+                trainings[name][str(size)].append(scores)
+                click.echo(
+                    f"seed {seed}, {size:,} images, {name}: {scores['accuracy']:.2%} of the test images, "
+                    f"{scores['train_accuracy']:.2%} of the training images"
+                )
+    record = {"command": command, "machine": common.machine(device), "settings": settings, "models": models}
+    record |= {"sweep": sweep, "trainings": trainings, "images_per_second": speeds(len(train.classes), **how)}
+    common.write_json(out, record)
     click.echo(f"\n{summary(record)}")
 
 

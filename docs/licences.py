@@ -1,9 +1,9 @@
 """Write licences.md: the licence of every pinned package, as its own metadata state it.
 
-``python docs/licences.py``, in the environment that ``make course`` makes.
+``python docs/licences.py``, in the environment that ``make site`` makes.
 """
 
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import distribution
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -51,18 +51,7 @@ def licence(package: str) -> str:
     return ", ".join(text.split(" :: ")[-1] for text in classifiers)
 
 
-def page() -> str:
-    """Return what licences.md should say."""
-    rows = [f"| {name} | {version} | {licence(name)} |\n" for name, version in sorted(pins().items(), key=_by_name)]
-    return TOP + "".join(rows)
-
-
-def _by_name(pin: tuple[str, str]) -> str:
-    return pin[0].lower()
-
-
 if __name__ == "__main__":
-    try:
-        PAGE.write_text(page(), encoding="utf-8", newline="\n")
-    except PackageNotFoundError as error:
-        raise SystemExit(f"{error.name} is not installed; run make course first, and then this with .venv.") from error
+    pinned = sorted(pins().items(), key=lambda pin: pin[0].lower())
+    rows = [f"| {name} | {version} | {licence(name)} |\n" for name, version in pinned]
+    PAGE.write_text(TOP + "".join(rows), encoding="utf-8", newline="\n")

@@ -14,12 +14,13 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 import urllib.request
 from collections.abc import Iterable
 from pathlib import Path
 
 import click
+
+from vitlib.course.doctor import lowest_versions
 
 ROOT = Path(__file__).parents[1]
 OTHERS = ("torch", "torchvision", "ipywidgets")
@@ -29,12 +30,6 @@ TESTED = ["tests/test_model.py", "tests/test_train.py", "tests/test_checkpoint.p
 COLAB = "https://raw.githubusercontent.com/googlecolab/backend-info/main/pip-freeze.txt"
 CHAPTERS = sorted(str(path) for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"))
 NBVAL = ["--nbval", "--nbval-current-env", "--nbval-cell-timeout=600"]
-
-
-def lower_bounds() -> dict[str, str]:
-    """Return package to the lowest version that pyproject.toml allows."""
-    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    return dict(dependency.split(">=") for dependency in dependencies)
 
 
 def published_versions(freeze: str, names: Iterable[str]) -> list[str]:
@@ -47,7 +42,7 @@ def published_versions(freeze: str, names: Iterable[str]) -> list[str]:
 
 def wanted(which: str) -> list[str]:
     """Return what pip is to install instead of the pinned versions."""
-    lowest = lower_bounds()
+    lowest = lowest_versions()
     if which == "newest":
         return list(OTHERS)
     if which == "colab":

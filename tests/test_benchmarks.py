@@ -64,8 +64,8 @@ def test_peers_have_the_size_of_ours(name):
     models, skipped = peers.build_models([name])
     if skipped:
         pytest.skip(skipped[name])
-    assert list(models) == ["vitlib", name]
-    assert peers.compare_sizes(models)[0] == "vitlib: 3,218,020 parameters"
+    ours, theirs = map(count_parameters, models.values())
+    assert list(models) == ["vitlib", name] and ours == 3_218_020 == pytest.approx(theirs, rel=0.01)
     assert models[name](torch.zeros(2, 3, 32, 32)).shape == (2, 100)
 
 
@@ -84,11 +84,6 @@ def test_post_norm_model_equals_the_published_transformer_encoder():
     images = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(model(images), published(images), rtol=0, atol=1e-5)
-
-
-def test_models_of_another_size_are_refused():
-    with pytest.raises(ValueError, match="timm has 202 parameters and vitlib 3,218,020"):
-        peers.compare_sizes({"vitlib": create_model("small", 100), "timm": nn.Linear(1, 101)})
 
 
 def test_throughput_arithmetic():
@@ -127,12 +122,6 @@ def test_throughput_of_small_models(tmp_path, monkeypatch):
     assert set(record["seconds"]) == {f"{name}, {kind}" for name in models for kind in ("float32", "bfloat16")}
     for rounds in record["seconds"].values():
         assert len(rounds) == 2 and all(tuple(s) == throughput.PHASES and min(s.values()) > 0 for s in rounds)
-
-
-def test_throughput_needs_something_to_compare(monkeypatch):
-    monkeypatch.setitem(sys.modules, "vit_pytorch", None)
-    result = CliRunner().invoke(throughput.main, ["--models", "vit-pytorch", "--device", "cpu"])
-    assert result.exit_code == 1 and "nothing to compare" in result.output
 
 
 def test_torchvision_takes_the_published_steps():
@@ -201,8 +190,8 @@ def test_trials_hold_images_out_and_write_every_score(tmp_path):
     images, out = two_classes(tmp_path), tmp_path / "trials.json"
     run(recipe_trials, images, "full", "half", "--seconds", 0.1, "--out", out)
     assert [trial["trial"] for trial in json.loads(out.read_text())["trials"]] == ["full", "half"]
-    output = run(transfer_trials, images, "batch-64", "--weights", "shapes100-mini", "--steps", 1, "--out", out)
-    assert re.search(r"batch-64 +[\d.]+% of the held-out images .* after 1 steps", output)
+    output = run(transfer_trials, images, "muon", "--weights", "shapes100-mini", "--steps", 1, "--out", out)
+    assert re.search(r"muon +[\d.]+% of the held-out images .* after 1 steps", output)
 
 
 def test_pretraining_speed_arithmetic():
@@ -294,31 +283,22 @@ def test_vit_against_cnn_of_few_images(tmp_path, monkeypatch):
     assert set(record["images_per_second"]) == set(record["models"]) == {"ViT", "CNN"}
     assert str(tmp_path) not in out.read_text()
     assert "--upstream images --sizes 2,4 --steps 2 --batch-size 2 --seeds 1 --rates 0.001 " in record["command"]
-    refused = CliRunner().invoke(vit_against_cnn.main, [str(word) for word in [*arguments, "--sweep-steps", 3]])
-    assert refused.exit_code == 1 and "was measured with another sweep_steps; give --out another file" in refused.output
 
 
-def test_a_stopped_comparison_goes_on_and_takes_each_models_best_rate(tmp_path, monkeypatch):
+def test_a_comparison_takes_each_models_best_rate(tmp_path, monkeypatch):
     trained = []
 
     def scripted(name, images, scored, recipe, steps, batch_size, seed, device, precision):
-        if len(trained) in (3, 7):  # in the choice of the rates, and in the trainings
-            trained.append("stopped")
-            raise KeyboardInterrupt
         trained.append((name, len(images), len(scored), recipe.learning_rate, steps, batch_size, seed))
         loss = abs(recipe.learning_rate - {"ViT": 1e-3, "CNN": 4e-3}[name])
         return {"loss": loss, "accuracy": 0.25 * (seed + 1), "train_accuracy": 0.5}
 
     monkeypatch.setattr(vit_against_cnn, "train_once", scripted)
     monkeypatch.setattr(vit_against_cnn, "speeds", lambda *_, **__: {"ViT": [10.0, 20.0], "CNN": [5.0, 5.0]})
-    arguments = [
-        "--upstream", two_classes(tmp_path), "--sizes", "4,2", "--steps", 9, "--batch-size", 3, "--rates",
-        "4e-3,1e-3", "--sweep-steps", 5, "--seeds", 2, "--device", "cpu", "--out", tmp_path / "out.json",
-    ]  # fmt: skip
-    for _ in range(2):
-        assert CliRunner().invoke(vit_against_cnn.main, [str(word) for word in arguments]).exit_code == 1
-    output = run(vit_against_cnn, *arguments)
-    trained = [training for training in trained if training != "stopped"]
+    output = run(
+        vit_against_cnn, "--upstream", two_classes(tmp_path), "--sizes", "4,2", "--steps", 9, "--batch-size", 3,
+        "--rates", "4e-3,1e-3", "--sweep-steps", 5, "--seeds", 2, "--device", "cpu",
+    )  # fmt: skip
     assert trained[:4] == [(name, 14, 2, rate, 5, 3, 0) for rate in (1e-3, 4e-3) for name in ("ViT", "CNN")]
     assert trained[4:] == [
         (name, size, 6, rate, 9, 3, seed)

@@ -2,7 +2,7 @@
 
 nbval runs each notebook once, as ``make test`` does, on a copy in which the stored outputs of all compared cells are
 altered at once: each text by one character, and where a cell prints nothing, a text is stored. All of these cells have
-to fail, by their outputs, and no other. (``test_notebooks.py`` alters the texts one by one, without a kernel.)
+to fail, by their outputs, and no other.
 
 ``VITLIB_SLOW=1 python -m pytest tests/test_compared_outputs.py`` does it for all notebooks, else for the quickest.
 """

@@ -158,7 +158,6 @@ def test_a_record_keeps_what_a_run_did_and_not_where(tmp_path):
     [
         ({"run": {"status": "failed", "run": "label"}}, "The run label is not finished"),
         ({"run": {"versions": {"python": "4", "torch": "2", "papermill": "1", "vitlib": "0"}}}, "different versions"),
-        ({"command": "python -m vitlib sweep a.yaml --out=/somewhere"}, "'--out=/somewhere' is a folder"),
     ],
 )
 def test_what_is_not_to_be_kept_is_refused_in_one_sentence(tmp_path, changes, said):

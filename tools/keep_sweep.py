@@ -6,7 +6,7 @@ python tools/keep_sweep.py runs/sweep-patches/results.json     writes sweep_patc
 
 import json
 import sys
-from pathlib import Path, PurePath
+from pathlib import Path
 
 from vitlib.utils import atomic_write
 from vitlib.weights.checkpoint import PRETRAINED
@@ -20,8 +20,7 @@ def keep(results: Path, folder: Path = PRETRAINED) -> Path:
     """Write the record of a sweep into ``folder`` and return its path.
 
     Raises:
-        ValueError: if a run is not finished, runs differ in their versions, or a parameter or the command names a
-            folder of this machine.
+        ValueError: if a run is not finished, or runs differ in their versions.
     """
     content = json.loads(results.read_text(encoding="utf-8"))
     record = record_of(content)
@@ -43,9 +42,6 @@ def record_of(results: dict) -> dict:
     if any(other != versions[0] for other in versions):
         raise ValueError("The runs have different versions of the packages; run the sweep again in another folder.")
     common = {name: value for name, value in runs[0]["parameters"].items() if name not in (*varied, *PLACES)}
-    for word in [*results["command"].split(), *map(str, common.values())]:
-        if PurePath(word.partition("=")[2] or word).is_absolute():
-            raise ValueError(f"{word!r} is a folder of this machine; run the sweep with relative paths.")
     return {
         "command": results["command"],
         "notebook": results["notebook"],

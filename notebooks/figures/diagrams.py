@@ -1,4 +1,4 @@
-"""Draws the diagrams of the course: vit.svg, vit-00.svg to vit-06.svg, block.svg and heads.svg.
+"""Draws the diagrams of the course: vit-00.svg to vit-06.svg, block.svg and heads.svg.
 
 python notebooks/figures/diagrams.py
 
@@ -11,7 +11,7 @@ from xml.sax.saxutils import escape
 
 from vitlib.model import ViTModel, create_model
 
-BLUE, ORANGE, GREEN, PURPLE, YELLOW = "#0072B2", "#D55E00", "#009E73", "#AA4499", "#E69F00"
+BLUE, ORANGE, GREEN, YELLOW = "#0072B2", "#D55E00", "#009E73", "#E69F00"
 INK, GREY, PAPER, PALE = "#1a1a1a", "#5f5f5f", "#fcfbf8", "#e8f1f8"
 
 
@@ -116,8 +116,8 @@ def piece(x, y, number, grid, side) -> str:
     return f'<svg {size} viewBox="{view}">{picture()}</svg>{rect(x, y, side, side, stroke=INK)}'
 
 
-def vit(chapter: str = "", model: ViTModel | None = None) -> str:
-    """Draw the whole ViT; in a chapter with the numbers of its model and the mark."""
+def vit(chapter: str, model: ViTModel | None) -> str:
+    """Draw the whole ViT for a chapter, with the numbers of its model and the mark."""
     config = model.config if model else {"image_size": 32, "patch_size": 4}
     S, P = config["image_size"], config["patch_size"]
     grid = S // P
@@ -141,7 +141,7 @@ def vit(chapter: str = "", model: ViTModel | None = None) -> str:
         "05": (122, 310, 100, 50, "you are here: 05, attention"),
         "06": (*everything, "you are here: 06, at full size"),
     }
-    zone, tag = mark(*here[chapter]) if chapter else ("", "")
+    zone, tag = mark(*here[chapter])
     rows = {66: None, 94: 0, 119: 1, 144: "⋮", 169: N - 1}
     parts = [
         zone if chapter != "05" else "",
@@ -218,8 +218,7 @@ def vit(chapter: str = "", model: ViTModel | None = None) -> str:
         heads and a sum, then norm, MLP and a sum. After a final norm the CLS token goes
         through a linear layer, which gives a logit for each class.
     """
-    title = "The Vision Transformer" + (f", {here[chapter][4]}" if chapter else "")
-    return drawing(700, height, title, description, *parts, tag)
+    return drawing(700, height, f"The Vision Transformer, {here[chapter][4]}", description, *parts, tag)
 
 
 def block() -> str:
@@ -342,7 +341,7 @@ if __name__ == "__main__":
         create_model("B/16", 1000),
     )
     models = {"00": None, "01": mini, "02": mini, "03": mini, "04": finetuned, "05": mini, "06": large}
-    files = {"vit": vit()} | {f"vit-{chapter}": vit(chapter, model) for chapter, model in models.items()}
+    files = {f"vit-{chapter}": vit(chapter, model) for chapter, model in models.items()}
     files |= {"block": block(), "heads": heads()}
     for name, content in files.items():
         (folder / f"{name}.svg").write_text(content, encoding="utf-8")

@@ -154,11 +154,14 @@ def _rows(lesson: Lesson, axis: Mapping[str, Sequence]) -> list[dict[str, object
 
 
 def _source(path: Path) -> tuple[str, str]:
-    """Return the notebook as JSON without outputs, and the SHA-256 of its code cells (not that for Colab) and tags."""
+    """Return the notebook as JSON without outputs, and the SHA-256 of its code cells with their tags.
+
+    Two cells do not count: ``make address`` changes that for Colab, and the values of the parameters are in the runs.
+    """
     notebook = nbformat.read(path, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     for cell in code:
         cell.outputs, cell.execution_count = [], None
-    # `make address` changes the cell for Colab
     cells = [(cell.source, cell.metadata.get("tags", [])) for cell in code if "google.colab" not in cell.source]
+    cells = [(source, tags) for source, tags in cells if "parameters" not in tags]
     return nbformat.writes(notebook), hashlib.sha256(json.dumps(cells).encode()).hexdigest()
