@@ -11,8 +11,7 @@ from vitlib.data.augment import (
     PUBLISHED,
     Augmentation,
     crop_and_flip,
-    erase,
-    mix_neighbours,
+    in_rectangle,
     neighbours,
     normalise,
 )
@@ -156,7 +155,7 @@ def test_operations_are_drawn_equally_often_and_half_of_the_signed_ones_are_nega
 def test_new_augmentations_leave_the_numbers_of_the_older_ones_as_they_are():
     strong, published = (augmentation.draw(50, 32, 32, seeded()) for augmentation in (STRONG, PUBLISHED))
     assert all(torch.equal(strong[name], numbers) for name, numbers in published.items())
-    assert list(strong)[:5] == list(published) == ["flipped", "top", "left", "cutout_top", "cutout_left"]
+    assert list(strong)[:4] == list(published) == ["flipped", "top", "left", "cutout"]
     assert all(len(numbers) == 50 for numbers in strong.values())
 
 
@@ -166,8 +165,7 @@ def test_strong_pipeline_equals_its_steps_in_their_order(images):
     x = randaugment(x, drawn["operation"][:, 0], drawn["strength"][:, 0])
     x = randaugment(x, drawn["operation"][:, 1], drawn["strength"][:, 1])
     x = normalise(x, CIFAR10_MEAN, CIFAR10_STD)
-    x = erase(x, drawn["cutout_top"], drawn["cutout_left"], torch.tensor([8] * BATCH), torch.tensor([8] * BATCH))
-    x = erase(x, drawn["erase_top"], drawn["erase_left"], drawn["erase_height"], drawn["erase_width"])
+    x = x.masked_fill(in_rectangle(x, drawn["cutout"]) | in_rectangle(x, drawn["erase"]), 0)
     assert torch.equal(STRONG.apply(images, drawn, CIFAR10_MEAN, CIFAR10_STD), x)
     assert torch.equal(STRONG(images, CIFAR10_MEAN, CIFAR10_STD, seeded()), x)
 
@@ -182,7 +180,7 @@ def test_apply_and_mix_never_ask_the_device_for_a_value(images):
 
 def test_random_erasing_draws_areas_and_shapes_from_the_whole_range():
     drawn = Augmentation(padding=0, flip=0, cutout=0, erase=0.25).draw(20_000, 300, 300, seeded())
-    height, width = drawn["erase_height"].double(), drawn["erase_width"].double()
+    top, _, height, width = drawn["erase"].double().unbind(1)
     erased = height > 0
     assert torch.equal(erased, width > 0)
     assert erased.double().mean().item() == pytest.approx(0.25, abs=0.01)
@@ -191,16 +189,16 @@ def test_random_erasing_draws_areas_and_shapes_from_the_whole_range():
     assert area.mean().item() == pytest.approx(0.175, abs=0.005)  # uniform
     assert ratio.min().item() == pytest.approx(0.3, abs=0.01) and ratio.max().item() == pytest.approx(3.3, abs=0.1)
     assert ratio.log().mean().item() == pytest.approx((math.log(0.3) + math.log(3.3)) / 2, abs=0.03)  # log-uniform
-    assert (drawn["erase_top"] + drawn["erase_height"] <= 300).all() and (drawn["erase_top"] >= 0).all()
-    assert (drawn["erase_top"] == 300 - drawn["erase_height"])[erased].any() and (drawn["erase_top"] == 0)[erased].any()
+    assert (top + height <= 300).all() and (top >= 0).all()
+    assert (top == 300 - height)[erased].any() and (top == 0)[erased].any()
 
 
 def test_mixup_and_cutmix_take_their_share_of_the_neighbour():
     x = torch.arange(1.0, 6.0)[:, None, None, None].expand(5, 3, 8, 10)
     share = torch.tensor([0.25, 1.0, 1.0, 1.0, 0.5])
-    top, left, height, width = torch.tensor([[0] * 5, [0] * 5, [0, 0, 4, 0, 0], [0, 0, 6, 0, 0]])
-    top[2], left[2] = -1, 7  # 3 rows and 3 columns are inside
-    mixed, kept = mix_neighbours(x, share, top, left, height, width)
+    cut = torch.zeros(5, 4, dtype=torch.int64)
+    cut[2] = torch.tensor([-1, 7, 4, 6])  # 3 rows and 3 columns are inside
+    mixed, kept = STRONG.mix(x, {"mix_share": share, "cut": cut})
     assert torch.equal(mixed[0], 0.25 * x[0] + 0.75 * x[1]) and torch.equal(mixed[1], x[1])
     expected = x[2].clone()
     expected[:, :3, 7:] = 4.0
@@ -220,14 +218,15 @@ def test_kept_is_the_share_of_own_content():
 def test_mixing_draws_shares_from_the_beta_distributions():
     count = 20_000
     drawn = Augmentation(mixing=0.5).draw(count, 400, 400, seeded())
-    mixup, cutmix = drawn["mix_share"] < 1, drawn["cut_height"] > 0
+    top, _, height, width = drawn["cut"].unbind(1)
+    mixup, cutmix = drawn["mix_share"] < 1, height > 0
     assert not (mixup & cutmix).any()
     assert [kind.float().mean().item() for kind in (mixup, cutmix)] == pytest.approx([0.25] * 2, abs=0.015)
-    area = (drawn["cut_height"] * drawn["cut_width"])[cutmix] / 400**2
+    area = (height * width)[cutmix] / 400**2
     for shares, alpha in ((drawn["mix_share"][mixup], 0.8), (area, 1.0)):
         assert shares.mean().item() == pytest.approx(0.5, abs=0.02)
         assert shares.var().item() == pytest.approx(1 / (8 * alpha + 4), abs=0.005)
-    centre = (drawn["cut_top"] + drawn["cut_height"] // 2)[cutmix]
+    centre = (top + height // 2)[cutmix]
     assert 0 <= centre.min() < 5 and 395 < centre.max() < 400
 
 

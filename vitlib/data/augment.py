@@ -73,24 +73,18 @@ def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flipped: Tensor, pa
     return images.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def in_rectangle(images: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor) -> Tensor:
+def in_rectangle(images: Tensor, rectangle: Tensor) -> Tensor:
     """Return which pixels lie in a rectangle of each image: bool ``[B, 1, H, W]``.
 
     Args:
         images: ``[B, C, H, W]``; only their shape counts.
-        top, left: ``[B]`` int64, the rectangle's corner, which may lie outside the image.
-        height, width: ``[B]`` int64, its sides; 0 for an empty rectangle.
+        rectangle: ``[B, 4]`` int64: top and left, which may lie outside the image, height and width, 0 if it is empty.
     """
-    rows = torch.arange(images.shape[-2], device=images.device) - top[:, None]  # [B, H], 0 at the first row
-    columns = torch.arange(images.shape[-1], device=images.device) - left[:, None]
-    in_rows = (rows >= 0) & (rows < height[:, None])
-    in_columns = (columns >= 0) & (columns < width[:, None])
+    top, left, height, width = rectangle.T[..., None]
+    rows = torch.arange(images.shape[-2], device=images.device) - top  # [B, H], 0 at the first row
+    columns = torch.arange(images.shape[-1], device=images.device) - left
+    in_rows, in_columns = (rows >= 0) & (rows < height), (columns >= 0) & (columns < width)
     return in_rows[:, None, :, None] & in_columns[:, None, None, :]
-
-
-def erase(images: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor) -> Tensor:
-    """Set a rectangle in every image to 0, see :func:`in_rectangle`; in normalised images that is the mean colour."""
-    return images.masked_fill(in_rectangle(images, top, left, height, width), 0)
 
 
 def neighbours(batch: int, device: torch.device | str = "cpu") -> Tensor:
@@ -99,27 +93,6 @@ def neighbours(batch: int, device: torch.device | str = "cpu") -> Tensor:
     The order of the images is random, so neighbours are random partners. A last odd image is its own partner.
     """
     return (torch.arange(batch, device=device) ^ 1).clamp(max=batch - 1)
-
-
-def mix_neighbours(
-    images: Tensor, share: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Mix every image with its partner from :func:`neighbours`: mixup and CutMix in one.
-
-    Args:
-        images: float ``[B, C, H, W]``.
-        share: ``[B]``, what every pixel keeps of its own image; the rest is its partner's (mixup).
-        top, left, height, width: the rectangle that is replaced by the partner's (CutMix), see :func:`in_rectangle`.
-
-    Returns:
-        The mixed images, and ``[B]`` the share of its own content in each. A last odd image stays as it is.
-    """
-    partner = neighbours(len(images), images.device)
-    cut = in_rectangle(images, top, left, height, width)
-    weight = torch.where(cut, 1.0, 1 - share[:, None, None, None])  # of the partner, [B, 1, H, W]
-    kept = share * (1 - cut.float().mean((1, 2, 3)))
-    kept = torch.where(partner == torch.arange(len(images), device=images.device), 1.0, kept)
-    return images.lerp(images[partner], weight), kept
 
 
 @dataclass(frozen=True)
@@ -155,7 +128,7 @@ class Augmentation:
         processes (only its partner in mixing does), and no step waits for numbers to reach the device.
 
         Returns:
-            Numbers by name, each ``[count]``, for RandAugment ``[count, randaugment]``.
+            Numbers by name, each ``[count]``, for RandAugment ``[count, randaugment]``, for rectangles ``[count, 4]``.
         """
         if self.cutout > min(height, width):
             raise ValueError(
@@ -172,43 +145,39 @@ class Augmentation:
             drawn["flipped"] = torch.rand(count, generator=generator) < self.flip
             drawn["top"], drawn["left"] = draw(2 * self.padding), draw(2 * self.padding)
         if self.cutout:
-            drawn["cutout_top"], drawn["cutout_left"] = draw(height - self.cutout), draw(width - self.cutout)
+            top, left = draw(height - self.cutout), draw(width - self.cutout)
+            drawn["cutout"] = torch.stack((top, left, *[torch.full_like(top, self.cutout)] * 2), dim=1)
         if self.randaugment:
             drawn["operation"], drawn["strength"] = draw_operations(
                 count, self.randaugment, self.magnitude, height, width, generator
             )
         if self.erase:
-            drawn |= self._draw_erased(count, height, width, generator)
+            drawn["erase"] = self._draw_erased(count, height, width, generator)
         if self.mixing:
-            drawn |= self._draw_mixing(count, height, width, generator)
+            drawn["mix_share"], drawn["cut"] = self._draw_mixing(count, height, width, generator)
         return drawn
 
-    def _draw_erased(self, count: int, height: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Draw rectangles to erase; empty ones for the images that stay whole."""
+    def _draw_erased(self, count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+        """Draw rectangles to erase, see :func:`in_rectangle`; empty ones for the images that stay whole."""
         erased = torch.rand(count, generator=generator) < self.erase
         area = torch.empty(count).uniform_(0.02, 0.33, generator=generator) * height * width
         ratio = torch.empty(count).uniform_(math.log(0.3), math.log(3.3), generator=generator).exp()
-        numbers = {}
-        for corner, side, length, size in (
-            ("erase_top", "erase_height", (area * ratio).sqrt(), height),
-            ("erase_left", "erase_width", (area / ratio).sqrt(), width),
-        ):
+        corner, sides = [], []
+        for length, size in (((area * ratio).sqrt(), height), ((area / ratio).sqrt(), width)):
             length = length.round().long().clamp(max=size)
-            numbers[corner] = torch.randint(2**62, (count,), generator=generator) % (size - length + 1)
-            numbers[side] = torch.where(erased, length, 0)
-        return numbers
+            corner.append(torch.randint(2**62, (count,), generator=generator) % (size - length + 1))
+            sides.append(torch.where(erased, length, 0))
+        return torch.stack(corner + sides, dim=1)
 
-    def _draw_mixing(self, count: int, height: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Draw what :func:`mix_neighbours` takes; share 1 and an empty rectangle for images that stay unmixed."""
+    def _draw_mixing(self, count: int, height: int, width: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draw the share of mixup and the rectangle of CutMix: 1 and an empty one for images that stay unmixed."""
         mixed = torch.rand(count, generator=generator) < self.mixing
         cut = torch.rand(count, generator=generator) < 0.5
-        numbers = {"mix_share": torch.where(mixed & ~cut, _draw_beta(MIXUP, count, generator), 1.0)}
+        share = torch.where(mixed & ~cut, _draw_beta(MIXUP, count, generator), 1.0)
         side = (1 - torch.where(mixed & cut, _draw_beta(CUTMIX, count, generator), 1.0)).sqrt()
-        for corner, name, size in (("cut_top", "cut_height", height), ("cut_left", "cut_width", width)):
-            half = (side * size / 2).long()
-            numbers[corner] = torch.randint(size, (count,), generator=generator) - half  # around any pixel
-            numbers[name] = 2 * half
-        return numbers
+        half = (side[:, None] * torch.tensor([height, width]) / 2).long()
+        middle = [torch.randint(size, (count,), generator=generator) for size in (height, width)]  # any pixel
+        return share, torch.cat((torch.stack(middle, dim=1) - half, 2 * half), dim=1)
 
     def apply(
         self, images: Tensor, drawn: dict[str, Tensor], mean: tuple[float, ...], std: tuple[float, ...]
@@ -219,25 +188,26 @@ class Augmentation:
         for step in range(self.randaugment):
             images = randaugment(images, drawn["operation"][:, step], drawn["strength"][:, step])
         images = normalise(images, mean, std)
-        if "cutout_top" in drawn:
-            side = torch.full_like(drawn["cutout_top"], self.cutout)
-            images = erase(images, drawn["cutout_top"], drawn["cutout_left"], side, side)
-        if "erase_top" in drawn:
-            corner_and_sides = (drawn[f"erase_{name}"] for name in ("top", "left", "height", "width"))
-            images = erase(images, *corner_and_sides)
+        for rectangle in (drawn[name] for name in ("cutout", "erase") if name in drawn):
+            images = images.masked_fill(in_rectangle(images, rectangle), 0)  # the mean colour
         return images
 
-    def mix(self, images: Tensor, drawn: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Mix normalised images ``[B, C, H, W]`` with their :func:`neighbours`, by ``B`` drawn numbers of each.
+    @staticmethod
+    def mix(images: Tensor, drawn: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Mix every normalised image of ``[B, C, H, W]`` with its partner from :func:`neighbours`, by drawn numbers.
 
         Returns:
             The mixed images, and float32 ``[B]`` the share of its own content in each, which is the weight of its own
-            label; the rest is that of its partner's label.
+            label; the rest is that of its partner's label. A last odd image stays as it is.
         """
         if "mix_share" not in drawn:
             return images, torch.ones(len(images), device=images.device)
-        rectangle = (drawn[f"cut_{name}"] for name in ("top", "left", "height", "width"))
-        return mix_neighbours(images, drawn["mix_share"], *rectangle)
+        partner = neighbours(len(images), images.device)
+        cut = in_rectangle(images, drawn["cut"])
+        weight = torch.where(cut, 1.0, 1 - drawn["mix_share"][:, None, None, None])  # of the partner, [B, 1, H, W]
+        own = drawn["mix_share"] * (1 - cut.float().mean((1, 2, 3)))
+        own = torch.where(partner == torch.arange(len(images), device=images.device), 1.0, own)
+        return images.lerp(images[partner], weight), own
 
     def __call__(
         self, images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], generator: torch.Generator

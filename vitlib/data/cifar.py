@@ -5,15 +5,14 @@ near-duplicates: Barz and Denzler, "Do We Train on Test Data? Purging CIFAR of N
 6(6), 41, 2020.
 """
 
-import contextlib
 import http.client
 import io
 import json
 import os
-import re
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack, redirect_stderr
 from functools import cache
 from pathlib import Path
 
@@ -52,30 +51,32 @@ def cifar_class(name: str) -> type:
 def load_cifar(
     name: str, split: str, data_dir: str | os.PathLike | None, progress: bool
 ) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """Return images uint8 [N, 3, 32, 32], labels int64 [N] and class names, after :func:`prepare_cifar`."""
-    prepare_cifar(name, data_dir, progress)
-    data = cifar_class(name)(cache_dir(data_dir), train=split == "train")
-    images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
-    return images, torch.tensor(data.targets), tuple(data.classes)
-
-
-def prepare_cifar(name: str, data_dir: str | os.PathLike | None, progress: bool) -> None:
-    """Download, check and unpack one of the four data sets, unless that is done. Of several processes one does it.
+    """Return images uint8 [N, 3, 32, 32], labels int64 [N] and class names; what is missing or damaged is downloaded.
 
     Raises:
         OSError: if the download fails or is not what it should be, or the folder cannot be written.
     """
     dataset, folder = cifar_class(name), cache_dir(data_dir)
-    if _is_whole(dataset, folder):
-        return
+    if not _is_whole(dataset, folder):
+        _download(dataset, name, folder, progress)
+    data = dataset(folder, train=split == "train")
+    images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+    return images, torch.tensor(data.targets), tuple(data.classes)
+
+
+def _download(dataset: type, name: str, folder: Path, progress: bool) -> None:
+    """Download, check and unpack a data set. Of several processes one does it, and the others wait."""
     slow = name.startswith("cifar")
     print(
         f"{name} is prepared in {folder}; if another process is at it, this one waits."
         + f" Its host gives less than 100 kB/s since June 2026: {name.replace('cifar', 'cifair')} is quicker." * slow
     )
+    bar = sys.stdout if progress else io.StringIO()  # torchvision's, which it writes to stderr
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"), _network_settings(progress):
+        with FileLock(folder / ".lock"), redirect_stderr(bar), ExitStack() as afterwards:
+            afterwards.callback(socket.setdefaulttimeout, socket.getdefaulttimeout())
+            socket.setdefaulttimeout(TIMEOUT)
             if not _is_whole(dataset, folder):  # else another process has done it while this one waited
                 fetch = import_torchvision().datasets.utils.download_and_extract_archive
                 fetch(dataset.url, folder, filename=dataset.filename, md5=dataset.tgz_md5)
@@ -95,18 +96,6 @@ def _is_whole(dataset: type, folder: Path) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-@contextlib.contextmanager
-def _network_settings(progress: bool) -> Iterator[None]:
-    """End connections that say nothing for ``TIMEOUT`` seconds; show torchvision's bar on stdout, or not at all."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT)
-    try:
-        with contextlib.redirect_stderr(sys.stdout if progress else io.StringIO()):
-            yield
-    finally:
-        socket.setdefaulttimeout(before)
 
 
 # ---------- What ciFAIR kept ----------
@@ -129,11 +118,10 @@ def kept_by_index(name: str, count: int) -> Tensor:
 
 
 def kept_by_file(paths: Sequence[Path], labels: Tensor, classes: tuple[str, ...]) -> Tensor | None:
-    """Return which test images of a folder ciFAIR kept, bool [N]; None unless classes and file names are CIFAR's."""
-    own_name = re.compile(r".+_s_\d{6}|manual2?-(beaver|shrew|skunk)\d+")
-    stems = [path.stem for path in paths]
+    """Return which test images of a folder of CIFAR ciFAIR kept, bool [N]; None for any other folder."""
     for flagged in flagged_by_cifair().values():
-        if set(classes) == set(flagged) and all(map(own_name.fullmatch, stems)):
-            named = zip(stems, labels.tolist(), strict=True)
-            return torch.tensor([stem not in flagged[classes[label]] for stem, label in named])
+        if set(classes) == set(flagged):
+            named = zip(paths, labels.tolist(), strict=True)
+            kept = torch.tensor([path.stem not in flagged[classes[label]] for path, label in named])
+            return None if kept.all() else kept  # other images of these classes do not have CIFAR's file names
     return None

@@ -146,22 +146,19 @@ def list_files(place: Path, train: Path) -> tuple[list[Path], Tensor, tuple[str,
         OSError: for a folder that may not be read.
     """
     classes, folders = tuple(_class_folders(train)), _class_folders(place)
-    files = {name: [file for folder in folders[name] for file in _files(folder, place)] for name in folders}
-    inside = {name: _folders_in_place_of_images(folders[name], files[name]) for name in folders}
+    files = {name: [file for folder in folders[name] for file in _files(folder)] for name in folders}
+    inside = [_folders_in_place_of_images(folders[name], files[name]) for name in folders]
     where = printable(place)
-    if unknown := [name for name in folders if name not in classes]:
-        found = [f"{name} (in it: {_named(inside[name])})" if inside[name] else name for name in unknown]
-        raise ValueError(f"{where} holds classes that train/ lacks: {_named(found)}; add them there or remove them.")
-    if len(classes) == 1:
-        (name,) = folders
-        way_out = "but a model learns to tell two or more apart; add a class"
-        if inside[name]:
-            way_out = f"with the folders {_named(inside[name])} in it; give {printable(place / name)}, or move these up"
-        raise ValueError(f"{where} holds one class, {printable(name)}, {way_out}.")
-    if len(both := set.intersection(*map(set, inside.values()))) > 1:
+    if len(both := set.intersection(*inside)) > 1:
         raise ValueError(
             f"{where} holds no images in its folders {_named(list(folders))}, but in each of them the folders "
-            f"{_named(sorted(both))}; move the class folders up by one level, or name the splits train and test."
+            f"{_named(sorted(both))}; give a folder that holds these, or move them up by one level."
+        )
+    if unknown := [name for name in folders if name not in classes]:
+        raise ValueError(f"{where} holds classes that train/ lacks: {_named(unknown)}; add them there or remove them.")
+    if len(classes) == 1:
+        raise ValueError(
+            f"{where} holds one class, {_named(classes)}, but a model learns to tell two or more apart; add a class."
         )
     labels = torch.tensor([classes.index(name) for name in folders for _ in files[name]], dtype=torch.int64)
     return [file for name in folders for file in files[name]], labels, classes
@@ -191,7 +188,7 @@ def _folders(folder: Path) -> list[str]:
         raise PermissionError(f"{printable(folder)} may not be read; change its permissions.") from error
 
 
-def _files(folder: Path, place: Path) -> list[Path]:
+def _files(folder: Path) -> list[Path]:
     """Return the files in a class folder and in the folders in it, in the order of folder and name.
 
     A link to a folder further inside is not followed: it could lead back up, so that images count twice or test images
@@ -201,8 +198,6 @@ def _files(folder: Path, place: Path) -> list[Path]:
     def refuse(error):
         raise OSError(f"{printable(error.filename)} cannot be read ({error.strerror}); change its permissions.")
 
-    if place.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{printable(folder)} is a link that leads back up; remove it.")
     listed = []
     for here, inside, files in os.walk(folder, onerror=refuse):
         inside[:] = [name for name in inside if not SYSTEM_NAME.fullmatch(name)]
@@ -210,12 +205,12 @@ def _files(folder: Path, place: Path) -> list[Path]:
     return [Path(here, name) for here, names in sorted(listed) for name in names]
 
 
-def _folders_in_place_of_images(folders: list[Path], files: list[Path]) -> list[str]:
+def _folders_in_place_of_images(folders: list[Path], files: list[Path]) -> set[str]:
     """Return the folders with files in the folders of a class, if there are no images beside them."""
     if any(file.parent in folders and IMAGE_NAME.fullmatch(file.name) for file in files):
-        return []
+        return set()
     depth = len(folders[0].parts)
-    return sorted({file.parts[depth] for file in files if len(file.parts) > depth + 1})
+    return {file.parts[depth] for file in files if len(file.parts) > depth + 1}
 
 
 def _named(names: Sequence[str | Path]) -> str:

@@ -16,14 +16,7 @@ from vitlib.data.folders import find_splits, load_folder, refit
 from vitlib.data.shapes import draw_shapes
 from vitlib.utils import near_match, printable
 
-SOURCES = {
-    "shapes100": "drawn by code, no download: 10 shapes x 10 colours on calm backgrounds, 100 classes",
-    "shapes10": "drawn by code, no download: 10 shapes of any colour on busy backgrounds, 10 classes",
-    "cifair100": "CIFAR-100 without near-duplicates in its test images; the published setting",
-    "cifair10": "CIFAR-10 without near-duplicates in its test images; the published setting",
-    "cifar100": "the original CIFAR-100, from a host that has been throttled since June 2026",
-    "cifar10": "the original CIFAR-10, from a host that has been throttled since June 2026",
-}
+SOURCES = ("shapes100", "shapes10", "cifair100", "cifair10", "cifar100", "cifar10")
 
 
 @dataclass(frozen=True, eq=False)  # == between tensors is not one truth value

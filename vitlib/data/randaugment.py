@@ -14,25 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MAGNITUDES = 31  # from 0, the weakest, to 30
-
-
-class Operation(IntEnum):
-    """What is done to an image, in torchvision's order."""
-
-    IDENTITY = 0
-    SHEAR_X = 1
-    SHEAR_Y = 2
-    TRANSLATE_X = 3
-    TRANSLATE_Y = 4
-    ROTATE = 5
-    BRIGHTNESS = 6
-    COLOR = 7
-    CONTRAST = 8
-    SHARPNESS = 9
-    POSTERIZE = 10
-    SOLARIZE = 11
-    AUTO_CONTRAST = 12
-    EQUALIZE = 13
+Operation = IntEnum(  # in torchvision's order
+    "Operation",
+    "IDENTITY SHEAR_X SHEAR_Y TRANSLATE_X TRANSLATE_Y ROTATE BRIGHTNESS COLOR CONTRAST SHARPNESS POSTERIZE SOLARIZE "
+    "AUTO_CONTRAST EQUALIZE",
+    start=0,
+)
 
 
 def operation_strengths(magnitude: int, height: int, width: int) -> Tensor:
@@ -81,7 +68,7 @@ def randaugment(images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
         strength: ``[B]`` float32, see :func:`operation_strengths`, with a sign.
     """
     images = move(images, source_matrices(operation, strength, *images.shape[-2:]))
-    mapped = map_levels(images, level_tables(images, operation, strength))
+    mapped = level_tables(images, operation, strength).gather(2, images.flatten(2).long()).view(images.shape)
     operation, strength = operation[:, None, None, None], strength[:, None, None, None]
     mixed = torch.where(operation == Operation.COLOR, color(images, strength), mapped)
     return torch.where(operation == Operation.SHARPNESS, sharpness(images, strength), mixed)
@@ -121,13 +108,9 @@ def move(images: Tensor, matrices: Tensor) -> Tensor:
     return moved.to(torch.uint8)
 
 
-def map_levels(images: Tensor, tables: Tensor) -> Tensor:
-    """Give each grey level the value that ``tables``, uint8 ``[B, C, 256]``, has for it in this image and channel."""
-    return tables.gather(2, images.flatten(2).long()).view(images.shape)
-
-
 def level_tables(images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
-    """Return Brightness, Contrast and Posterize to Equalize as tables for :func:`map_levels`; else the identity."""
+    """Return each grey level's new value in each image and channel, uint8 ``[B, C, 256]``: that of Brightness, Contrast
+    and Posterize to Equalize, else its own."""
     levels = torch.arange(256.0, device=images.device)
     operation, strength = operation[:, None, None], strength[:, None, None]
     grey = greyscale(images).mean(dim=(2, 3))[..., None]
