@@ -1,4 +1,4 @@
-# make course   run every notebook with the class parameters, and print a table of what came out
+# make course   run every notebook with its own parameters, and print a table of what came out
 # make test     ruff, two notebooks with tiny parameters, the tests, and every stored output against a fresh run
 # make lab      open JupyterLab in notebooks/
 # make lint     ruff check and format check           make format     let ruff repair what it can

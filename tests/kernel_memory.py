@@ -1,6 +1,6 @@
 """A pytest plugin: a notebook that nbval runs fails as soon as its kernel has had more memory than a notebook may.
 
-Classrooms and Binder have 2 GB for everything. The notebooks' own parameters are those of ``class.yaml``.
+Classrooms and Binder have 2 GB for everything.
 """
 
 import psutil

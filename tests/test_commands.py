@@ -355,7 +355,7 @@ def test_test_images_are_missed_before_training_and_not_after(tmp_path, folder):
 
 def test_the_commands_have_every_parameter_that_is_not_about_notebooks():
     names = {name for command in ("pretrain", "finetune") for name in main.commands[command].defaults}
-    notebooks_alone = {"dataset", "num_images", "official_weights", "seeds", "strict_checks"}
+    notebooks_alone = {"dataset", "num_images", "official_weights", "seeds"}
     sweeps_alone = {"patch_size", "position_embedding", "arm", "labelled_images", "steps"}
     assert names == set(PARAMETERS) - notebooks_alone - sweeps_alone
 

@@ -15,12 +15,12 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-import yaml
 from conftest import invoke
 
 import vitlib.training
 from vitlib.course import doctor
 from vitlib.course.doctor import GIB, Facts, can_run, problems, report
+from vitlib.course.runner import read_lesson
 
 ROOT = Path(__file__).parents[1]
 VERSIONS = {
@@ -83,7 +83,7 @@ def test_every_problem_is_a_sentence_with_the_way_out(start):
 
 def test_estimates_are_what_the_class_run_took():
     assert problems(LAPTOP) == []
-    assert doctor.CLASS.items() <= yaml.safe_load((ROOT / "notebooks/parameters/class.yaml").read_text()).items()
+    assert doctor.CLASS.items() <= read_lesson(ROOT / "notebooks/03_pretraining.ipynb").defaults.items()
     text = report(LAPTOP)  # README: 96 s and 110 s
     assert re.search(r"03 pretraining +about 2 minutes \(an estimate\)", text)
     assert re.search(r"04 fine-tuning +about 2 minutes \(an estimate\)", text)

@@ -44,7 +44,8 @@ def test_all_that_vitlib_imports_is_a_dependency():
     imported = set(re.findall(r"^\s*(?:from|import) (\w+)(?:[\w.]* import .*| as .*|[.\w]*)$", text, re.M))
     optional = [line for group in PROJECT["optional-dependencies"].values() for line in group]
     provided = {Requirement(line).name.lower() for line in PROJECT["dependencies"] + optional}
-    provided |= {"nbformat", "nbclient", "ipython", "jupyter_client", "jupyter_core", "packaging"}  # with papermill and ipykernel
+    # with papermill and ipykernel
+    provided |= {"nbformat", "nbclient", "ipython", "jupyter_client", "jupyter_core", "packaging"}
     known = packages_distributions()
     homes = {name: {home.lower() for home in known.get(name, [name])} for name in imported}
     unknown = {name for name, home in homes.items() if not home & provided}

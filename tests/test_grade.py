@@ -51,7 +51,7 @@ class Forger:
         return lambda answer: display({{"text/plain": name, {VERDICT!r}: verdict}}, raw=True)
 checks.one = checks.two = lambda answer: None
 checks = sys.modules["own_checks"] = Forger()"""
-PARAMETERS = "seed: int = 0  # start\nstrict_checks: bool = False  # stop"
+PARAMETERS = "seed: int = 0  # start"
 
 
 def write(path, *cells, setup=SETUP, parameters=PARAMETERS):
@@ -244,11 +244,11 @@ def test_without_bwrap_limits_hold_and_one_line_says_so(course, tmp_path, monkey
 
 
 def test_harmless_variables_are_passed_and_no_secrets(tmp_path, monkeypatch):
-    harmless = {"PATH": "/bin", "LC_ALL": "C", "OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": "7"}
+    harmless = {"PATH": "/bin", "LC_ALL": "C", "MKL_NUM_THREADS": "2", "GOMP_SPINCOUNT": "7"}
     secrets = ("API_TOKEN", "AWS_SECRET_ACCESS_KEY", "SSH_AUTH_SOCK", "MY_PATH_TOKEN", "LD_PRELOAD")
     for name, value in {**harmless, **dict.fromkeys(secrets, "secret")}.items():
         monkeypatch.setenv(name, value)
-    passed = sandbox._environment(tmp_path, one_thread=False)
+    passed = sandbox._environment(tmp_path)
     assert passed.items() >= harmless.items() and "secret" not in passed.values()
 
 

@@ -1,8 +1,7 @@
 """The course, stopped at random moments and started again, ends with the same figures.
 
 ``VITLIB_SLOW=1 python -m pytest -s tests/test_interrupted.py`` stops it at ten moments, by Ctrl-C, SIGTERM and SIGKILL
-in turn; ``VITLIB_SEED=1`` chooses other moments, and ``VITLIB_COURSE=class`` takes ``make course`` itself. At which
-places in a training it may be killed is tried one by one in ``test_resume.py``.
+in turn. At which places in a training it may be killed is tried one by one in ``test_resume.py``.
 """
 
 import json
@@ -18,7 +17,7 @@ import pytest
 from children import start_command
 
 ROOT = Path(__file__).parents[1]
-SIZE = os.environ.get("VITLIB_COURSE", "smoke")
+SMOKE = ROOT / "notebooks" / "parameters" / "smoke.yaml"
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGKILL] if hasattr(signal, "SIGKILL") else []
 MOMENTS = 10
 pytestmark = [
@@ -29,8 +28,7 @@ pytestmark = [
 
 def start(out: Path) -> subprocess.Popen:
     with open(f"{out}.log", "w") as log:
-        return start_command("run", "--parameters", f"notebooks/parameters/{SIZE}.yaml", "--out", out,
-                             cwd=ROOT, stdout=log)  # fmt: skip
+        return start_command("run", "--parameters", SMOKE, "--out", out, cwd=ROOT, stdout=log)
 
 
 def figures_at_the_end(out: Path) -> dict:
@@ -62,7 +60,7 @@ def test_stopped_at_ten_moments_and_started_again_it_ends_with_the_same_figures(
     begin = time.monotonic()
     expected = figures_at_the_end(tmp_path / "alone")
     seconds = time.monotonic() - begin
-    moments = random.Random(os.environ.get("VITLIB_SEED", "0"))
+    moments = random.Random(0)
     for turn in range(MOMENTS):
         out, number = tmp_path / str(turn), SIGNALS[turn % len(SIGNALS)]
         process, wait = start(out), moments.uniform(0, seconds)

@@ -136,15 +136,6 @@ def parameters_file(name):
     return yaml.safe_load((FOLDER / "parameters" / f"{name}.yaml").read_text())
 
 
-def test_class_yaml_is_the_lessons_own_defaults():
-    defaults = {}
-    for lesson in read_lessons(FOLDER):
-        for name, value in lesson.defaults.items():
-            defaults.setdefault(name, set()).add(value)
-    defaults.pop("run_dir")
-    assert defaults == {name: {value} for name, value in parameters_file("class").items()}
-
-
 @pytest.mark.parametrize("name", ["smoke", "full"])
 def test_parameters_files_hold_known_names_and_allowed_values(name):
     values = parameters_file(name)

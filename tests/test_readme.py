@@ -82,7 +82,7 @@ def parameter_rows():
     for name, parameter in PARAMETERS.items():
         taking = {shown: lesson.defaults[name] for shown, lesson in lessons if name in lesson.parameters}
         if taking:
-            default = next(iter(taking.values()))
+            (default,) = set(taking.values())
             yield f"| `{name}` | `{default}` | {', '.join(taking)} | {parameter.help} |"
 
 

@@ -14,7 +14,7 @@ HOSTILE = "</td></table><script>alert(1)</script><img src=x onerror='alert(\"2\"
 def sweep(figures=lambda **_: {"top1": 0.5}, **grid) -> dict:
     """results.json of a grid; ``figures`` says what a run with these parameters has recorded."""
     about = {"status": "ok", "error": None, "seconds": 12.34, "peak_memory_bytes": 7, "host": "alpha", "attempts": 1}
-    about |= {"started": "2026-01-02T03:04:05+00:00", "left_out": [], "versions": {"torch": "2.13.0"}}
+    about |= {"started": "2026-01-02T03:04:05+00:00", "versions": {"torch": "2.13.0"}}
     combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     runs = [
         {"run": f"r{number}", "key": f"k{number}", "parameters": {"preset": "mini", **given}}

@@ -23,10 +23,10 @@ def calls_of(cell: NotebookNode) -> dict[str, str]:
     try:
         for node in ast.walk(ast.parse(_python(cell.source))):
             match node:
-                case ast.Call(func=ast.Attribute(value=ast.Name("checks"), attr=name)) if name != "be_strict":
+                case ast.Call(func=ast.Attribute(value=ast.Name("checks"), attr=name)):
                     found[name] = ", ".join(map(ast.unparse, [*node.args, *node.keywords]))
     except (SyntaxError, ValueError, RecursionError):
-        return {name: "" for name in CALL.findall(cell.source) if name != "be_strict"}
+        return dict.fromkeys(CALL.findall(cell.source), "")
     return found
 
 

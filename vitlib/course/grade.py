@@ -26,15 +26,13 @@ from vitlib.course.checks.frame import CORRECT, NOT_ATTEMPTED, NOT_YET, VERDICT
 from vitlib.course.kernels import reason
 from vitlib.course.parameters import PARAMETERS
 from vitlib.course.runner import COURSE_FOLDER, Lesson, checked_values, parameters_from_file, read_lessons
-from vitlib.course.sandbox import Limits, not_contained, run_apart
+from vitlib.course.sandbox import not_contained, run_apart
 from vitlib.data.folders import SYSTEM_NAME
 from vitlib.utils import atomic_write, text_table, write_csv
 
 WORDS = {CORRECT: "correct", NOT_YET: "not yet", NOT_ATTEMPTED: "open"}  # a verdict's status to the table's word
 MISSING, NOT_REACHED = "missing", "not reached"
 COLUMNS = ("student", "file", "chapter", "exercise", "status", "message", "seconds", "note")
-LARGEST = 100 * 2**20  # bytes of a student's notebook
-SHOWN = 100_000  # characters of one output in an executed copy
 LISTED = 50  # files that are not graded, each on a line
 # In a file's name beside chapter and student: copies by browsers and Jupyter, versions.
 NOISE = re.compile(
@@ -115,7 +113,7 @@ def grade_folder(
         parameters: YAML file of parameters; None for the course's ``parameters/smoke.yaml``.
         given: values that win over those of the file. Texts are parsed.
         timeout, memory: limits of one notebook and all that it has started, in seconds and GiB.
-        jobs: number of notebooks at once; with more than one, each computes on one thread.
+        jobs: number of notebooks at once; each computes on one thread.
         whole: whether all cells run. Without it only those that the checks need do.
         say: gets one line on containment, then one line for each notebook that is done.
 
@@ -145,7 +143,7 @@ def grade_folder(
         )
     else:
         say("Notebooks are contained by bwrap: no network, no files but a copy of their own, no other processes.")
-    limits, stopped = Limits(timeout, memory, one_thread=jobs > 1), threading.Event()
+    limits, stopped = {"timeout": timeout, "memory": memory}, threading.Event()
 
     def grade(one: Submission) -> None:
         _grade(one, found, folder, limits, whole, stopped)
@@ -200,7 +198,7 @@ def _chapter(lesson: Lesson, values: Mapping[str, object]) -> Chapter:
     """Make a chapter. It sets all of its parameters, so that those which a student has set or removed do not matter."""
     cells = nbformat.read(lesson.path, as_version=4).cells
     defaults = {name: value for name, value in lesson.defaults.items() if name in PARAMETERS}
-    fixed = {"strict_checks": False, "run_dir": "../run"}  # not the student's own training, made with other parameters
+    fixed = {"run_dir": "../run"}  # not the student's own training, made with other parameters
     parameters = {name: value for name, value in {**defaults, **values, **fixed}.items() if name in lesson.parameters}
     exercises = {name: arguments for cell in cells for name, arguments in calls_of(cell).items()}
     own = re.search(r"^import ([\w.]+) as checks$", "\n".join(cell.source for cell in cells), re.MULTILINE)
@@ -245,10 +243,6 @@ def _read(path: Path) -> NotebookNode:
     """Read a notebook of any format: sources and tags of parameters only, since other metadata can stop papermill."""
     if path.is_symlink():
         raise ValueError("it is a link, and links are not followed")
-    if not path.is_file():
-        raise ValueError("it cannot be read as a file")
-    if path.stat().st_size > LARGEST:
-        raise ValueError(f"it is larger than {LARGEST >> 20} MiB")
     text = path.read_text(encoding="utf-8-sig")
     if not text.strip():
         raise ValueError("it is empty")
@@ -257,10 +251,6 @@ def _read(path: Path) -> NotebookNode:
         tags = [tag for tag in cell.get("metadata", {}).get("tags", ()) if tag in ("parameters", "injected-parameters")]
         create = new_code_cell if cell.cell_type == "code" else new_markdown_cell
         cells.append(create("".join(cell.source), metadata={"tags": tags}))
-    if not any("parameters" in cell.metadata.tags for cell in cells):  # the tag was lost, perhaps not the cell
-        setting = re.compile(r"^strict_checks\b.*=", re.MULTILINE)
-        for cell in [cell for cell in cells if cell.cell_type == "code" and setting.search(cell.source)][:1]:
-            cell.metadata.tags.append("parameters")
     return new_notebook(cells=cells)
 
 
@@ -317,7 +307,7 @@ def _prepared(one: Submission, whole: bool) -> NotebookNode:
 
 
 def _grade(
-    one: Submission, found: list[Submission], folder: Path, limits: Limits, whole: bool, stopped: threading.Event
+    one: Submission, found: list[Submission], folder: Path, limits: Mapping, whole: bool, stopped: threading.Event
 ) -> None:
     """Run one notebook and fill in its verdicts. Nothing is raised: one bad notebook must not stop the rest."""
     executed, start = None, time.monotonic()
@@ -333,9 +323,6 @@ def _grade(
             )  # fmt: skip
             one.stopped = _plain(stop)
         if executed and one.copy:
-            for output in (output for cell in executed.cells for output in cell.get("outputs", ())):
-                if len(output.get("text", "")) > SHOWN:
-                    output.text = output.text[:SHOWN] + "\n[further output is left out]\n"
             with atomic_write(one.copy) as temporary:
                 nbformat.write(executed, temporary)
     except Exception as error:

@@ -151,7 +151,6 @@ _TABLE = (
     Parameter("seeds", int, "repetitions of the comparison, each with its own seed", 1, 100),
     Parameter("device", str, "where to compute: auto, cpu, cuda, cuda:0 or mps", rule=device),
     Parameter("run_dir", str, "folder for what this run saves", rule=path),
-    Parameter("strict_checks", bool, "stop at an exercise that is not solved"),
 )
 PARAMETERS = {parameter.name: parameter for parameter in _TABLE}
 

@@ -7,7 +7,6 @@ As a program this module is the inside: papermill and its kernel. It does withou
 """
 
 import functools
-import glob
 import json
 import os
 import re
@@ -20,7 +19,6 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import nbformat
@@ -33,13 +31,11 @@ from vitlib.utils import cache_dir
 # Environment variables that a notebook inherits; tokens and passwords are in others.
 PASSED = re.compile(
     r"PATH|LANG|LANGUAGE|LC_\w+|TZ|USER|LOGNAME|USERNAME|VIRTUAL_ENV|CONDA_PREFIX|PYTHON(PATH|HOME|HASHSEED|UTF8)|"
-    r"(LD|DYLD|DYLD_FALLBACK)_LIBRARY_PATH|(OMP|MKL|OPENBLAS)_NUM_THREADS|GOMP_SPINCOUNT|KMP_BLOCKTIME|"
-    r"OMP_WAIT_POLICY|CUDA_(HOME|VISIBLE_DEVICES)|NVIDIA_\w+|"
+    r"(LD|DYLD|DYLD_FALLBACK)_LIBRARY_PATH|(MKL|OPENBLAS)_NUM_THREADS|GOMP_SPINCOUNT|KMP_BLOCKTIME|OMP_WAIT_POLICY|"
     r"SYSTEM(ROOT|DRIVE)|WINDIR|COMSPEC|PATHEXT|NUMBER_OF_PROCESSORS|PROCESSOR_\w+",  # Windows needs these
     re.IGNORECASE,
 )
 SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/etc", "/opt", "/nix/store", "/gnu/store")
-DEVICES = ("/dev/nvidia*", "/dev/dri", "/dev/kfd")
 PACKAGE = Path(__file__).parents[1]
 IN_CHECKOUT = (PACKAGE.parent / "notebooks").is_dir()
 NAME = "executed"  # of the executed notebook
@@ -49,15 +45,6 @@ MOST_PROCESSES = 100
 GRACE = 30  # seconds after the time limit in which papermill can still write
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Limits of one notebook: seconds in all, and GiB of memory of everything it has started."""
-
-    timeout: float
-    memory: float
-    one_thread: bool = False
-
-
 @functools.cache
 def not_contained() -> str:
     """Return why notebooks are not contained on this machine, "" if they are. Tries to start Python in bwrap."""
@@ -65,7 +52,7 @@ def not_contained() -> str:
         return "bwrap is not installed"
     with tempfile.TemporaryDirectory() as own:
         line = [*_bwrap(Path(own), Path(own), ()), sys.executable, "-c", "import encodings"]
-        probe = subprocess.run(line, capture_output=True, text=True, env=_environment(Path(own), False))
+        probe = subprocess.run(line, capture_output=True, text=True, env=_environment(Path(own)))
     said = (probe.stderr.strip().splitlines() or [f"exit code {probe.returncode}"])[-1]
     return f"bwrap does not work here: {said}" if probe.returncode else ""
 
@@ -75,7 +62,7 @@ def run_apart(
     companions: Path | None,
     hidden: Path,
     parameters: Mapping[str, object],
-    limits: Limits,
+    limits: Mapping[str, float],
     stopped: threading.Event,
 ) -> tuple[NotebookNode | None, str]:
     """Run a notebook to its end, beyond errors in its cells.
@@ -84,25 +71,24 @@ def run_apart(
         companions: folder with the files that it expects beside it; it gets a copy. None for an empty folder.
         hidden: folder that it must not see, even if Python's packages lie around it.
         parameters: values that papermill injects. A file or folder that one names by its whole path can be read.
-        limits, stopped: what ends it.
+        limits, stopped: what ends it: ``timeout`` in seconds, ``memory`` in GiB of everything it has started; an event.
 
     Returns:
         the executed notebook up to the cell it reached (None if it did not start), and what stopped it, or "".
     """
     with tempfile.TemporaryDirectory(prefix="vitlib-grade-", ignore_cleanup_errors=True) as scratch:
         own = Path(scratch).resolve()
-        environment = _environment(own, limits.one_thread)
+        environment = _environment(own)
         (own / "folder").mkdir()
         if companions:
             _copy(companions, own / "folder")
         nbformat.write(notebook, own / "notebook.ipynb")
         contained = not not_contained()
         readable = [value for value in parameters.values() if isinstance(value, str) and os.path.isabs(value)]
-        job = {"own": str(own), "parameters": parameters, "limits": asdict(limits), "contained": contained}
-        job["grader"] = os.getpid()
+        job = {"own": str(own), "parameters": parameters, "contained": contained, "grader": os.getpid(), **limits}
         line = _bwrap(own, hidden, readable) if contained else []
         line += [sys.executable, "-P", "-m", __name__, json.dumps(job)]
-        deadline, ended = time.monotonic() + limits.timeout + GRACE, ""
+        deadline, ended = time.monotonic() + limits["timeout"] + GRACE, ""
         with open(own / "errors.txt", "wb") as errors:
             process = subprocess.Popen(
                 line, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, env=environment,
@@ -130,7 +116,7 @@ def _result(own: Path, ended: str) -> tuple[NotebookNode | None, str]:
     return nbformat.read(found[-1], as_version=4), why
 
 
-def _environment(own: Path, one_thread: bool) -> dict[str, str]:
+def _environment(own: Path) -> dict[str, str]:
     """Return the variables of a notebook, and make the home and the folder of temporary files that they name."""
     home, temporary, fonts = (own / name for name in ("home", "tmp", "matplotlib"))
     for folder in (home, temporary, fonts):
@@ -148,7 +134,8 @@ def _environment(own: Path, one_thread: bool) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(paths),  # this very vitlib, even if another one is installed
         "PYTHONUSERBASE": site.getuserbase(),  # the packages of `pip install --user` are in the real home
         "VITLIB_DATA": str(cache_dir()),
-        **({"OMP_NUM_THREADS": "1"} if one_thread else {}),
+        "OMP_NUM_THREADS": "1",  # other cores are for other notebooks
+        "CUDA_VISIBLE_DEVICES": "",  # alike on every machine
     }
 
 
@@ -161,8 +148,6 @@ def _bwrap(own: Path, hidden: Path, readable: Iterable[str]) -> list[str]:
     line += [word for path in around for word in ("--ro-bind-try", path, path)]
     line += ["--tmpfs", str(hidden)]
     line += [word for path in shown if path not in around for word in ("--ro-bind-try", path, path)]
-    devices = [path for pattern in DEVICES for path in glob.glob(pattern)]
-    line += [word for path in devices for word in ("--dev-bind-try", path, path)]
     return [*line, "--bind", str(own), str(own), "--remount-ro", "/", "--chdir", str(own)]
 
 
@@ -177,7 +162,7 @@ def _of_python() -> list[str]:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy regular files that can be read and are not hidden; links would lead back to the originals."""
+    """Copy regular files that can be read, but no hidden folders; links would lead back to the originals."""
     for here, folders, files in os.walk(source):
         folders[:] = [name for name in folders if not name.startswith(".")]
         copied = target / Path(here).relative_to(source)
@@ -191,7 +176,7 @@ def _copy(source: Path, target: Path) -> None:
 def main(job: str) -> None:
     """Run the notebook of a job, which :func:`run_apart` writes as JSON, to ``executed*.ipynb`` and ``error.txt``."""
     given = json.loads(job)
-    own, limits = Path(given["own"]), Limits(**given["limits"])
+    own = Path(given["own"])
     if os.name == "posix":
         import resource
 
@@ -205,15 +190,15 @@ def main(job: str) -> None:
             return "interrupted"
         if len(processes) > MOST_PROCESSES:
             return f"stopped with {len(processes)} processes at once, of which it may have {MOST_PROCESSES}"
-        if (used := sum(map(_memory, processes)) / 2**30) > limits.memory:
-            return f"stopped with {used:.1f} GiB of memory, of which it may have {limits.memory:g}"
+        if (used := sum(map(_memory, processes)) / 2**30) > given["memory"]:
+            return f"stopped with {used:.1f} GiB of memory, of which it may have {given['memory']:g}"
         if partial.exists() and partial.stat().st_size > LARGEST:
             return f"stopped with more than {LARGEST >> 20} MiB of output"
         return ""
 
     result = run_notebook(
         nbformat.read(own / "notebook.ipynb", as_version=4), own, NAME, given["parameters"],
-        timeout=limits.timeout, end=end, folder=own / "folder", allow_errors=True, autosave_cell_every=5,
+        timeout=given["timeout"], end=end, folder=own / "folder", allow_errors=True, autosave_cell_every=5,
         iopub_timeout=30, raise_on_iopub_timeout=False,  # messages that a flood has lost
         store_widget_state=False, shutdown_kernel="immediate",
     )  # fmt: skip

@@ -49,7 +49,7 @@ if TYPE_CHECKING:  # grids load torch, which workers do without
     from vitlib.course.grid import Plan, Run
 
 MOST_ROWS = 40  # of the table at the end
-RUN_MEMORY = 2**30  # bytes that one run may take; the course's kernels stay below with the class parameters
+RUN_MEMORY = 2**30  # bytes that one run may take; the course's kernels stay below with their own parameters
 PATIENCE = 10  # seconds for a scheduler to answer and to have a worker
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")  # Dask sets them for its workers
 LOCAL_SETTINGS = {

@@ -1,7 +1,7 @@
 """Checks of the exercises: each takes what the learner wrote, tries it on fresh random input, and names the mistake.
 
 A check shows one line. It never stops the notebook: an exercise that was not attempted yet, or that crashes, is a line
-like any other. ``be_strict(True)`` makes everything but a correct answer raise, for grading.
+like any other.
 
 There is a module for each chapter; notebooks import ``checks`` and call, for instance, ``checks.patchify(patchify)``.
 """
@@ -13,4 +13,4 @@ from .chapter_03 import evaluation, first_loss, sound_model, split, top1
 from .chapter_04 import fair_comparison, linear_probe, normalisation, probe_size, transfer
 from .chapter_05 import deletion, distance, rollout, share_on_object, without_a_model
 from .chapter_06 import attention_flops, confident_mistakes, google_kernel, parameters
-from .frame import ALL, VERDICT, be_strict
+from .frame import ALL, VERDICT
