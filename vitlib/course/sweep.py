@@ -21,6 +21,7 @@ import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
+from contextvars import Context
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -261,14 +262,20 @@ def _work(notebook, name, defaults, home, threads, timeout, folder, parameters) 
         if "run_dir" in defaults:
             given["run_dir"] = str(place)
         with open(place / "log.txt", "w", encoding="utf-8") as log:
-            outcome = run_notebook(
-                nbformat.reads(notebook, as_version=4), place, name, given,
+            outcome = Context().run(
+                _run_and_close_loop, nbformat.reads(notebook, as_version=4), place, name, given,
                 timeout=timeout, log=log, end=end, environment=dict.fromkeys(THREAD_VARIABLES, str(threads)),
                 folder=Path(home) if os.path.isdir(home) else place,
             )  # fmt: skip
-            ensure_event_loop().close()  # papermill's; each run would leave one behind, with three open files
         files = b"" if folder else Path(shutil.make_archive(f"{temporary}/files", "zip", place)).read_bytes()
         return Result(outcome, socket.gethostname(), files)
+
+
+def _run_and_close_loop(*arguments, **options) -> RunResult:
+    """Run a notebook. Within a context of its own it makes an event loop, which would stay, with three open files."""
+    result = run_notebook(*arguments, **options)
+    ensure_event_loop().close()
+    return result
 
 
 def _store(out: Path, plan: Plan, run: Run, result: Result, attempts: int) -> dict:
