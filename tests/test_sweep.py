@@ -16,6 +16,7 @@ import filelock
 import psutil
 import pytest
 from children import start_command, wait_until
+from jupyter_core.utils import ensure_event_loop
 from test_runner import SHOW, write_notebook
 
 from vitlib.course import sweep as sweeps
@@ -45,7 +46,8 @@ ALL = {"case": ["good", "error", "dead kernel", "hangs"], "seed": [1, 0, 0, 0]}
 
 @pytest.fixture(scope="module")
 def client():
-    """Two threads that all sweeps of this module share."""
+    """Two threads that all sweeps of this module share, in a program that has an event loop already."""
+    ensure_event_loop()
     with sweeps._local_workers(2) as client, pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweeps, "_local_workers", lambda count: contextlib.nullcontext(client))
         patch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")  # as `dask worker` does
