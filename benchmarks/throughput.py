@@ -131,6 +131,8 @@ def main(batch_size, rounds, steps, device, models, precisions, out) -> None:
         click.echo(f"{name}: {count_parameters(model):,} parameters")
     for name, reason in skipped.items():
         click.echo(f"{name}: skipped: {reason}")
+    if len(models) == 1:
+        raise click.ClickException("there is nothing to compare vitlib with; name a model that is installed.")
     images = torch.randn(batch_size, 3, 32, 32, device=device)
     labels = torch.randint(100, (batch_size,), device=device)
     tasks = {}

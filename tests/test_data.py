@@ -466,6 +466,11 @@ def test_links_are_followed_to_files_and_classes_only(tmp_path, folder, load):
     assert torch.equal(loaded.images[3], loaded.images[8])
 
 
+def test_class_that_links_back_up_is_refused(folder, load):
+    (folder / "train" / "loop").symlink_to(folder, target_is_directory=True)
+    assert f"{folder / 'train' / 'loop'} is a link that leads back up" in refusal(load, folder)
+
+
 @pytest.mark.parametrize("shut", ["train", "train/cat"])
 def test_folder_that_may_not_be_read_is_named(folder, load, monkeypatch, shut):
     """root may read everything, so reading is made to fail."""

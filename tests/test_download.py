@@ -167,11 +167,11 @@ def test_two_loads_at_once_download_once(fake):
 @pytest.mark.parametrize(("listens", "said"), [(False, "refused"), (True, "timed out")])
 def test_host_that_is_not_there_or_says_nothing_gives_one_sentence_with_the_way_out(fake, monkeypatch, listens, said):
     fake = fake("cifair100")
-    monkeypatch.setattr(cifar, "TIMEOUT", 0.2)
     with socket.socket() as host:
         host.bind(("127.0.0.1", 0))  # connections to it are refused, unless it listens
         if listens:
             host.listen()
+            monkeypatch.setattr(cifar, "TIMEOUT", 0.2)
         monkeypatch.setattr(fake.described, "url", f"http://127.0.0.1:{host.getsockname()[1]}/{fake.filename}")
         fake.refused(said)
     assert socket.getdefaulttimeout() is None

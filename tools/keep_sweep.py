@@ -1,5 +1,5 @@
 """Ship the results of a sweep with vitlib, as JSON beside the weights: parameters, figures, time and memory of every
-run, the command and the versions, but no host, no folder and no time of day.
+run, the command as it was typed and the versions, but no host and no time of day.
 
 python tools/keep_sweep.py runs/sweep-patches/results.json     writes sweep_patches.json, after the sweep's notebook
 """

@@ -24,7 +24,7 @@ PLACES = {  # by an environment variable that only this place sets: its name, an
     "COLAB_RELEASE_TAG": "Google Colab; save a copy in Drive to keep your work",
     "BINDER_REPO_URL": "Binder; download your notebooks before the session ends",
 }
-# of chapter 03
+# the defaults of chapter 03, which its estimate is about
 CLASS = {"preset": "mini", "recipe": "short", "norm_first": True, "batch_size": 32}
 CHAPTERS = {  # images that each trains on; one that is only looked at counts as a third
     "00 orientation": 0, "01 patching": 0, "02 attention": 0, "03 pretraining": 48_000, "04 fine-tuning": 55_000,

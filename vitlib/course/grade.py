@@ -113,7 +113,7 @@ def grade_folder(
         parameters: YAML file of parameters; None for the course's ``parameters/smoke.yaml``.
         given: values that win over those of the file. Texts are parsed.
         timeout, memory: limits of one notebook and all that it has started, in seconds and GiB.
-        jobs: number of notebooks at once; each computes on one thread.
+        jobs: number of notebooks at once, each on one thread.
         whole: whether all cells run. Without it only those that the checks need do.
         say: gets one line on containment, then one line for each notebook that is done.
 
@@ -195,7 +195,7 @@ def _read_chapters(notebooks: Path, parameters: str | Path | None, given: Mappin
 
 
 def _chapter(lesson: Lesson, values: Mapping[str, object]) -> Chapter:
-    """Make a chapter. It sets all of its parameters, so that those which a student has set or removed do not matter."""
+    """Make a chapter. It sets all of its parameters, so that what a student has set or removed does not matter."""
     cells = nbformat.read(lesson.path, as_version=4).cells
     defaults = {name: value for name, value in lesson.defaults.items() if name in PARAMETERS}
     fixed = {"run_dir": "../run"}  # not the student's own training, made with other parameters
@@ -243,6 +243,8 @@ def _read(path: Path) -> NotebookNode:
     """Read a notebook of any format: sources and tags of parameters only, since other metadata can stop papermill."""
     if path.is_symlink():
         raise ValueError("it is a link, and links are not followed")
+    if not path.is_file():
+        raise ValueError("it cannot be read as a file")
     text = path.read_text(encoding="utf-8-sig")
     if not text.strip():
         raise ValueError("it is empty")
@@ -323,6 +325,9 @@ def _grade(
             )  # fmt: skip
             one.stopped = _plain(stop)
         if executed and one.copy:
+            for output in (output for cell in executed.cells for output in cell.get("outputs", ())):
+                if "text" in output:
+                    output.text = output.text[:100_000]  # a loop without end has printed 100 MiB
             with atomic_write(one.copy) as temporary:
                 nbformat.write(executed, temporary)
     except Exception as error:

@@ -38,7 +38,7 @@ class Plan:
 
     lesson: Lesson
     source: str  # the notebook as JSON, without outputs
-    sha256: str  # of its code cells
+    sha256: str  # of its code cells but two, see _source
     varied: tuple[str, ...]
     runs: tuple[Run, ...]
 

@@ -31,7 +31,7 @@ from vitlib.utils import cache_dir
 # Environment variables that a notebook inherits; tokens and passwords are in others.
 PASSED = re.compile(
     r"PATH|LANG|LANGUAGE|LC_\w+|TZ|USER|LOGNAME|USERNAME|VIRTUAL_ENV|CONDA_PREFIX|PYTHON(PATH|HOME|HASHSEED|UTF8)|"
-    r"(LD|DYLD|DYLD_FALLBACK)_LIBRARY_PATH|(MKL|OPENBLAS)_NUM_THREADS|GOMP_SPINCOUNT|KMP_BLOCKTIME|OMP_WAIT_POLICY|"
+    r"(LD|DYLD|DYLD_FALLBACK)_LIBRARY_PATH|GOMP_SPINCOUNT|KMP_BLOCKTIME|OMP_WAIT_POLICY|"
     r"SYSTEM(ROOT|DRIVE)|WINDIR|COMSPEC|PATHEXT|NUMBER_OF_PROCESSORS|PROCESSOR_\w+",  # Windows needs these
     re.IGNORECASE,
 )
@@ -71,7 +71,8 @@ def run_apart(
         companions: folder with the files that it expects beside it; it gets a copy. None for an empty folder.
         hidden: folder that it must not see, even if Python's packages lie around it.
         parameters: values that papermill injects. A file or folder that one names by its whole path can be read.
-        limits, stopped: what ends it: ``timeout`` in seconds, ``memory`` in GiB of everything it has started; an event.
+        limits: ``timeout`` in seconds, and ``memory`` in GiB of all that it has started.
+        stopped: an event that ends it.
 
     Returns:
         the executed notebook up to the cell it reached (None if it did not start), and what stopped it, or "".
@@ -135,7 +136,7 @@ def _environment(own: Path) -> dict[str, str]:
         "PYTHONUSERBASE": site.getuserbase(),  # the packages of `pip install --user` are in the real home
         "VITLIB_DATA": str(cache_dir()),
         "OMP_NUM_THREADS": "1",  # other cores are for other notebooks
-        "CUDA_VISIBLE_DEVICES": "",  # alike on every machine
+        "CUDA_VISIBLE_DEVICES": "-1",  # no GPU of NVIDIA; an empty value counts as unset on Windows
     }
 
 

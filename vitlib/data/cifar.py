@@ -123,5 +123,5 @@ def kept_by_file(paths: Sequence[Path], labels: Tensor, classes: tuple[str, ...]
         if set(classes) == set(flagged):
             named = zip(paths, labels.tolist(), strict=True)
             kept = torch.tensor([path.stem not in flagged[classes[label]] for path, label in named])
-            return None if kept.all() else kept  # other images of these classes do not have CIFAR's file names
+            return None if kept.all() else kept  # none flagged: no part of CIFAR, or nothing to tell
     return None

@@ -146,13 +146,13 @@ def list_files(place: Path, train: Path) -> tuple[list[Path], Tensor, tuple[str,
         OSError: for a folder that may not be read.
     """
     classes, folders = tuple(_class_folders(train)), _class_folders(place)
-    files = {name: [file for folder in folders[name] for file in _files(folder)] for name in folders}
+    files = {name: [file for folder in folders[name] for file in _files(folder, place)] for name in folders}
     inside = [_folders_in_place_of_images(folders[name], files[name]) for name in folders]
     where = printable(place)
     if len(both := set.intersection(*inside)) > 1:
         raise ValueError(
             f"{where} holds no images in its folders {_named(list(folders))}, but in each of them the folders "
-            f"{_named(sorted(both))}; give a folder that holds these, or move them up by one level."
+            f"{_named(sorted(both))}; move these up by one level, or name the splits train and test."
         )
     if unknown := [name for name in folders if name not in classes]:
         raise ValueError(f"{where} holds classes that train/ lacks: {_named(unknown)}; add them there or remove them.")
@@ -188,7 +188,7 @@ def _folders(folder: Path) -> list[str]:
         raise PermissionError(f"{printable(folder)} may not be read; change its permissions.") from error
 
 
-def _files(folder: Path) -> list[Path]:
+def _files(folder: Path, place: Path) -> list[Path]:
     """Return the files in a class folder and in the folders in it, in the order of folder and name.
 
     A link to a folder further inside is not followed: it could lead back up, so that images count twice or test images
@@ -198,6 +198,8 @@ def _files(folder: Path) -> list[Path]:
     def refuse(error):
         raise OSError(f"{printable(error.filename)} cannot be read ({error.strerror}); change its permissions.")
 
+    if place.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{printable(folder)} is a link that leads back up; remove it.")
     listed = []
     for here, inside, files in os.walk(folder, onerror=refuse):
         inside[:] = [name for name in inside if not SYSTEM_NAME.fullmatch(name)]
