@@ -143,6 +143,7 @@ def test_prediction_does_not_depend_on_the_batch_size_or_change_the_mode():
     [
         ({"pretrain_epochs": 0}, "epochs=0 is not allowed; give"),
         ({"batch_size": -1}, "batch_size=-1 is not allowed; give"),
+        ({"train_steps_per_epoch": 0}, "train_steps_per_epoch=0 is not allowed; give"),
         ({"device": "tpu"}, "device='tpu' is not available here; choose"),
         ({"precision": "half"}, "precision='half' is not allowed; choose one of auto, float32, bfloat16"),
     ],

@@ -70,7 +70,6 @@ def costs(config: Mapping, batch_size: int = 1) -> Costs:
         raise ValueError(f"image_size={S} is not a multiple of patch_size={P}, or em_dim={D} not of num_heads={H}.")
     R, N = config["pre_logits"] or 0, (S // P) ** 2
     T = N + 1
-    pooled = T * D if config["pooling"] == "cls" else D  # CLS is a view, which keeps all tokens in memory
     parameters = Parts(
         patch_embedding=P * P * C * D + D * bool(config["patch_bias"]),
         positions=D + T * D,  # the CLS token; a row for each token
@@ -92,8 +91,9 @@ def costs(config: Mapping, batch_size: int = 1) -> Costs:
     # The backward pass computes two products for each of the forward pass, one for the gradient of each factor; images
     # need no gradient. (Fused attention multiplies queries with keys once more instead of storing the result.)
     training = replace(forward.times(3), patch_embedding=2 * forward.patch_embedding)
+    pooled = T * D if config["pooling"] == "cls" else D  # CLS is a view, which keeps all tokens in memory
     # Of one image. A linear layer keeps its input, a norm its input and two numbers a token, a sum nothing.
-    kept = Parts(
+    activations = Parts(
         patch_embedding=C * S * S,
         positions=0,
         projections=L * 2 * T * D,
@@ -102,4 +102,4 @@ def costs(config: Mapping, batch_size: int = 1) -> Costs:
         norms=(2 * L + 1) * (T * D + 2 * T),
         classifier=pooled + R if R else pooled * bool(classes),  # tanh keeps its output, the classifier's input
     )
-    return Costs(N, T, parameters, forward, training, kept.times(batch_size * FLOAT))
+    return Costs(N, T, parameters, forward, training, activations.times(batch_size * FLOAT))

@@ -150,7 +150,7 @@ def deletion_curve(model: nn.Module, images: Tensor, relevance: Tensor, counts: 
     """Return how the predicted probability falls as patches are deleted, the most relevant first (Petsiuk et al. 2018,
     arXiv:1806.07421). The better ``relevance`` explains the prediction, the steeper the fall.
 
-    With ``-relevance`` the least relevant go first; read from the end, that is their insertion curve.
+    With ``-relevance`` the least relevant go first; read from the end, that is the insertion curve of ``relevance``.
 
     Args:
         model: in eval mode.

@@ -137,8 +137,8 @@ class DropPath(nn.Module):
         """Map ``[B, T, D]`` to the same shape."""
         if not self.training or self.probability == 0:
             return x
-        kept = 1 - self.probability
-        return x * torch.empty(len(x), 1, 1, dtype=x.dtype, device=x.device).bernoulli_(kept) / kept
+        survival = 1 - self.probability
+        return x * torch.empty(len(x), 1, 1, dtype=x.dtype, device=x.device).bernoulli_(survival) / survival
 
 
 class EncoderBlock(nn.Module):

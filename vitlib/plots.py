@@ -403,7 +403,7 @@ def _axes(ax: Axes | None, width: float, height: float) -> Axes:
     return ax if ax is not None else plt.subplots(figsize=(width, height))[1]
 
 
-def _picture(image: Tensor) -> Tensor:
+def _picture(image: Tensor) -> np.ndarray:
     """Turn ``[C, H, W]`` into ``[H, W, 3]``, or ``[H, W]`` for grey, as imshow takes it."""
     return image.permute(1, 2, 0).squeeze(2).cpu().numpy()
 

@@ -50,8 +50,8 @@ class Names:
 def names_of(cell: NotebookNode) -> Names:
     """Read off a cell's names.
 
-    Always run are cells that do not show their names, those with a syntax error, since they stop at once, and those
-    of imports and constants, which take no time: an import that fails is a reason.
+    A cell always runs if its names cannot be read off, if it has a syntax error (it stops at once), or if it holds only
+    imports and constants: these take no time, and an import that fails explains the errors after it.
     """
     try:
         source = _python(cell.source)
@@ -91,7 +91,7 @@ def _takes_no_time(statement: ast.stmt) -> bool:
 
 def needed_cells(code: Mapping[int, NotebookNode], names: Mapping[int, Names], checks: set[int]) -> set[int]:
     """Return the cells with checks, parameters and imports, and those that make what these use."""
-    modules = set().union(*(cell.imported for cell in names.values()))
+    modules = set().union(*(cell.imported for cell in names.values()))  # plt.show() makes no plt
     needed = {index for index, cell in code.items() if names[index].always or "parameters" in cell.metadata.tags}
     todo = set(checks)
     while todo:

@@ -15,8 +15,8 @@ import click
 FILE = click.Path(path_type=Path)  # vitlib writes ~ out as the home folder where it opens a path
 NAME = click.Path(path_type=str)  # or a name, such as cifar100-small
 COUNT = click.IntRange(min=1)
-LIMIT = click.FloatRange(min=0)
-REAL_LIMIT = click.FloatRange(min=0, min_open=True)
+LIMIT = click.FloatRange(min=0)  # 0 is no limit
+POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
 class OneLineErrors(click.Group):
@@ -43,8 +43,8 @@ def main(context: click.Context) -> None:
     for stream in (sys.stdout, sys.stderr):  # a pipe under Windows cannot hold every letter
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    # torch counts the cores of the machine; where a container grants fewer, its threads would wait for each other
-    if context.invoked_subcommand != "doctor" and granted_cores() < usable_cores():  # the doctor says what others meet
+    # torch starts a thread for each core, even if a container grants fewer; the doctor reports what Jupyter meets
+    if context.invoked_subcommand != "doctor" and granted_cores() < usable_cores():
         os.environ.setdefault("OMP_NUM_THREADS", str(granted_cores()))
 
 
@@ -301,8 +301,8 @@ def export(model, out) -> None:
 @with_parameters
 @with_given
 @click.option("--out", metavar="DIR", type=FILE, default="runs/grades", help="For a new grades.csv and the copies.")
-@click.option("--timeout", metavar="SECONDS", type=REAL_LIMIT, default=600, help="Longest time for one notebook.")
-@click.option("--memory", metavar="GIB", type=REAL_LIMIT, default=4, help="Most memory for one notebook.")
+@click.option("--timeout", metavar="SECONDS", type=POSITIVE, default=600, help="Longest time for one notebook.")
+@click.option("--memory", metavar="GIB", type=POSITIVE, default=4, help="Most memory for one notebook.")
 @click.option("--jobs", metavar="N", type=COUNT, default=1, help="How many at once.")
 @with_notebooks
 @click.option("--roster", metavar="FILE", type=FILE, help="Text file with one name a line: who is missing?")

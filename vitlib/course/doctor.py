@@ -24,8 +24,8 @@ PLACES = {  # by an environment variable that only this place sets: its name, an
     "COLAB_RELEASE_TAG": "Google Colab; save a copy in Drive to keep your work",
     "BINDER_REPO_URL": "Binder; download your notebooks before the session ends",
 }
-# the defaults of chapter 03, which its estimate is about
-CLASS = {"preset": "mini", "recipe": "short", "norm_first": True, "batch_size": 32}
+# the training whose speed is measured: chapter 03's defaults
+CHAPTER_03 = {"preset": "mini", "recipe": "short", "norm_first": True, "batch_size": 32}
 CHAPTERS = {  # images that each trains on; one that is only looked at counts as a third
     "00 orientation": 0, "01 patching": 0, "02 attention": 0, "03 pretraining": 48_000, "04 fine-tuning": 55_000,
     "05 looking inside": 11_000, "06 the real ViT": 2_500,
@@ -138,7 +138,7 @@ def _ask_torch() -> dict[str, object]:
         "weights": tuple(sorted(file.stem for file in PRETRAINED.glob("*.safetensors"))),
     }
     try:
-        known["speed"] = training_speed(0.8, device, **CLASS)
+        known["speed"] = training_speed(0.8, device, **CHAPTER_03)
     except RuntimeError as error:  # a GPU that this torch was not built for, or that others have filled
         way_out = "set device to cpu in the parameters of chapters 03 and 04, or install torch again"
         known["failure"] = f"Training does not work here ({_reason(error)}); {way_out}."

@@ -286,13 +286,13 @@ def _student(path: Path, chapters: Iterable[Chapter]) -> str:
 
 
 def _prepared(one: Submission, whole: bool) -> NotebookNode:
-    """Put the grader's checks into a notebook, and tag the cells that they do not need, which are then skipped."""
+    """Put the grader's checks behind the student's calls, and tag the cells that no check needs, which are skipped."""
     cells, exercises = one.notebook.cells, one.chapter.exercises
     code = {index: cell for index, cell in enumerate(cells) if cell.cell_type == "code"}
     calls = {index: calls_of(cell) for index, cell in code.items()}
     names = {index: names_of(cell) for index, cell in code.items()}
     place = {name: [index for index, called in calls.items() if name in called] for name in exercises}
-    for name in (name for name in exercises if not place[name]):  # no call, or by another name: where it is defined
+    for name in (name for name in exercises if not place[name]):  # not called: where its argument is defined
         place[name] = [index for index, cell in names.items() if exercises[name] in cell.bound - cell.imported][-1:]
     needed = set(code) if whole else needed_cells(code, names, {index for places in place.values() for index in places})
     prepared = []
@@ -318,7 +318,7 @@ def _grade(
             one.copy.unlink(missing_ok=True)  # of an earlier grading
         if one.notebook:
             beside = [other for other in found if other.chapter and other.path.is_relative_to(one.path.parent)]
-            is_own = one.copy and {other.student for other in beside} == {one.student}
+            is_own = {other.student for other in beside} == {one.student}
             executed, stop = run_apart(
                 _prepared(one, whole), one.path.parent if is_own else None, folder, one.chapter.parameters, limits,
                 stopped,
@@ -360,10 +360,10 @@ def _judge(one: Submission, executed: NotebookNode | None) -> None:
 def _verdict(exercise: str, cell: NotebookNode, student: NotebookNode, first_error: str) -> tuple[str, str]:
     """Return status and message by the grader's cell, unless the student's cell before it stopped early."""
     error = _error(student)
-    if error and not any(said.get("check") == exercise for said in _shown(student)):
-        is_later = error.startswith("NameError") and error not in first_error
-        said = f"; the first error was {first_error}" if first_error and is_later else ""
-        return WORDS[NOT_YET], _plain(f"its cell stopped before the check with {error}{said}")
+    if error and not any(verdict.get("check") == exercise for verdict in _shown(student)):
+        may_follow = first_error and error.startswith("NameError") and error not in first_error
+        cause = f"; the first error was {first_error}" if may_follow else ""
+        return WORDS[NOT_YET], _plain(f"its cell stopped before the check with {error}{cause}")
     if error := _error(cell):
         return WORDS[NOT_YET], _plain(f"the check stopped with {error}")
     for verdict in reversed(_shown(cell)):

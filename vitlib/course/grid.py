@@ -156,7 +156,7 @@ def _rows(lesson: Lesson, axis: Mapping[str, Sequence]) -> list[dict[str, object
 def _source(path: Path) -> tuple[str, str]:
     """Return the notebook as JSON without outputs, and the SHA-256 of its code cells with their tags.
 
-    Two cells do not count: ``make address`` changes that for Colab, and the values of the parameters are in the runs.
+    Two cells do not count: the one for Colab, which ``make address`` changes, and the parameters, which each run holds.
     """
     notebook = nbformat.read(path, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]

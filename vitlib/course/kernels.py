@@ -53,7 +53,7 @@ def with_children(pid: int) -> list[psutil.Process]:
 
 def kill_tree(pid: int, itself: bool = True) -> None:
     """Kill a process, unless ``itself`` is False, and all it has started. Halted first, they start no others."""
-    for act in (psutil.Process.suspend, psutil.Process.suspend, psutil.Process.kill):
+    for act in (psutil.Process.suspend, psutil.Process.suspend, psutil.Process.kill):  # twice: some start meanwhile
         for process in with_children(pid)[0 if itself else 1 :]:
             with suppress(psutil.Error):
                 act(process)

@@ -90,7 +90,7 @@ def run_apart(
         line = _bwrap(own, hidden, readable) if contained else []
         line += [sys.executable, "-P", "-m", __name__, json.dumps(job)]
         deadline, ended = time.monotonic() + limits["timeout"] + GRACE, ""
-        with open(own / "errors.txt", "wb") as errors:
+        with open(own / "stderr.txt", "wb") as errors:
             process = subprocess.Popen(
                 line, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, env=environment,
                 cwd=own / "folder", start_new_session=True,
@@ -109,7 +109,7 @@ def run_apart(
 def _result(own: Path, ended: str) -> tuple[NotebookNode | None, str]:
     found, error = sorted(own.glob(f"{NAME}*.ipynb"), key=os.path.getmtime), own / "error.txt"
     if not found:
-        said = (own / "errors.txt").read_text(errors="replace").strip() or "no word from it"
+        said = (own / "stderr.txt").read_text(errors="replace").strip() or "no word from it"
         return None, ended or f"it did not start: {said.splitlines()[-1]}"
     why = ended or (error.read_text(encoding="utf-8") if error.exists() else "its process was ended")
     if found[-1].stat().st_size > 5 * LARGEST:

@@ -104,10 +104,10 @@ def run_sweep(
         records = _read_records(out)
         missing = [run for run in plan.runs if not _is_finished(records, run)]
         if scheduler:
-            place, where, threads = _cluster_workers(scheduler), f"on {scheduler}", threads or 1
+            cluster, where, threads = _cluster_workers(scheduler), f"on {scheduler}", threads or 1
         else:
             workers, threads = local_size(max(1, len(missing)), workers, threads)
-            place, where = _local_workers(workers), f"{workers} at a time on this machine"
+            cluster, where = _local_workers(workers), f"{workers} at a time on this machine"
         finished = len(plan.runs) - len(missing)
         say(
             f"Runs: {len(plan.runs)}; finished before: {finished}; to run: {len(missing)}, {where}, "
@@ -123,7 +123,7 @@ def run_sweep(
             jobs.append((run, common | {"folder": folder, "parameters": run.parameters}))
         try:
             if jobs:
-                with place as client, progress_bar(description="sweep", total=len(jobs), unit="run") as bar:
+                with cluster as client, progress_bar(description="sweep", total=len(jobs), unit="run") as bar:
                     for run, result, attempts in _run_all(client, jobs, retries):
                         records[run.key] = _store(out, plan, run, result, attempts)
                         bar.write(_line(records[run.key]), file=sys.stdout)
@@ -252,7 +252,7 @@ def _work(notebook, name, defaults, home, threads, timeout, folder, parameters) 
         state = worker.state.tasks.get(task)
         return "" if state is not None and state.state == "executing" else "nobody waits for it any longer"
 
-    # of Dask's settings for its workers, this one makes a training on the CPU take up to half as long again
+    # one of Dask's settings for its workers; with it a training on the CPU takes up to 1.5 times as long
     os.environ.pop("MALLOC_TRIM_THRESHOLD_", None)
     with tempfile.TemporaryDirectory(prefix="vitlib-", ignore_cleanup_errors=True) as temporary:
         place = Path(folder or f"{temporary}/run")
@@ -281,8 +281,8 @@ def _run_and_close_loop(*arguments, **options) -> RunResult:
 def _store(out: Path, plan: Plan, run: Run, result: Result, attempts: int) -> dict:
     """Put the files of a run into their place with a record, and return the record."""
     folder, outcome = out / "runs" / run.label, result.outcome
-    for earlier in out.glob(f"*/*-{run.key[:8]}"):  # a failure, or a run that was stopped, also under another label
-        if earlier != folder or result.files:
+    for earlier in out.glob(f"*/*-{run.key[:8]}"):  # other tries, also under another label
+        if earlier != folder or result.files:  # without files from a cluster this try has worked in folder itself
             shutil.rmtree(earlier, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     if result.files:

@@ -84,8 +84,8 @@ def finetune(
             trained = train_model()
         except OtherTraining as error:
             if is_first:
-                held, place = f"{run_dir} held a training {error.args[1]}", _set_aside(Path(run_dir))
-                _say(f"{held}: that training is now in {place}, and a new one begins.")
+                difference, place = error.args[1], _set_aside(Path(run_dir))
+                _say(f"{run_dir} held a training {difference}: that training is now in {place}, and a new one begins.")
             trained = train_model()
         trained = _score(trained, test, downstream, checkpoint)
         if is_first:
@@ -162,7 +162,7 @@ def _score(trained: Trained, test: LabelledImages, source: str, checkpoint: Path
     """
     if trained.history.interrupted:
         end_distributed()
-        sys.exit(130)
+        sys.exit(130)  # Ctrl-C: nothing is scored
     trained.card.record["command"] = shlex.join(["python", "-m", "vitlib", *sys.argv[1:]])
     trained = record_test(trained, test, source, checkpoint)
     score, epochs = trained.card.record["test"], trained.history.epochs

@@ -66,11 +66,9 @@ def load_cifar(
 
 def _download(dataset: type, name: str, folder: Path, progress: bool) -> None:
     """Download, check and unpack a data set. Of several processes one does it, and the others wait."""
-    slow = name.startswith("cifar")
-    print(
-        f"{name} is prepared in {folder}; if another process is at it, this one waits."
-        + f" Its host gives less than 100 kB/s since June 2026: {name.replace('cifar', 'cifair')} is quicker." * slow
-    )
+    hint = f" Its host gives less than 100 kB/s since June 2026: {name.replace('cifar', 'cifair')} is quicker."
+    hint = hint if name.startswith("cifar") else ""
+    print(f"{name} is prepared in {folder}; if another process is at it, this one waits.{hint}")
     bar = sys.stdout if progress else io.StringIO()  # torchvision's, which it writes to stderr
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +78,7 @@ def _download(dataset: type, name: str, folder: Path, progress: bool) -> None:
             if not _is_whole(dataset, folder):  # else another process has done it while this one waited
                 fetch = import_torchvision().datasets.utils.download_and_extract_archive
                 fetch(dataset.url, folder, filename=dataset.filename, md5=dataset.tgz_md5)
-                dataset(folder, train=False)
+                dataset(folder, train=False)  # RuntimeError if what came is not what it should be
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         reason = first_line(error)
         raise OSError(

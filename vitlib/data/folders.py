@@ -147,7 +147,7 @@ def list_files(place: Path, train: Path) -> tuple[list[Path], Tensor, tuple[str,
     """
     classes, folders = tuple(_class_folders(train)), _class_folders(place)
     files = {name: [file for folder in folders[name] for file in _files(folder, place)] for name in folders}
-    inside = [_folders_in_place_of_images(folders[name], files[name]) for name in folders]
+    inside = [_folders_instead_of_images(folders[name], files[name]) for name in folders]
     where = printable(place)
     if len(both := set.intersection(*inside)) > 1:
         raise ValueError(
@@ -207,7 +207,7 @@ def _files(folder: Path, place: Path) -> list[Path]:
     return [Path(here, name) for here, names in sorted(listed) for name in names]
 
 
-def _folders_in_place_of_images(folders: list[Path], files: list[Path]) -> set[str]:
+def _folders_instead_of_images(folders: list[Path], files: list[Path]) -> set[str]:
     """Return the folders with files in the folders of a class, if there are no images beside them."""
     if any(file.parent in folders and IMAGE_NAME.fullmatch(file.name) for file in files):
         return set()
@@ -260,7 +260,7 @@ def load_folder(
 
 
 def _report(place: Path, paths: list[Path], problems: list[str | None]) -> None:
-    """Print what is left out, and refuse a folder with too many unreadable images."""
+    """Print what is left out, and refuse too many unreadable images; ``problems`` are those of :func:`_decode`."""
     others = [path for path, problem in zip(paths, problems, strict=True) if problem == ""]
     unreadable = {path: problem for path, problem in zip(paths, problems, strict=True) if problem}
     if unreadable:

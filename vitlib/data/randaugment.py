@@ -114,13 +114,13 @@ def level_tables(images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
     levels = torch.arange(256.0, device=images.device)
     operation, strength = operation[:, None, None], strength[:, None, None]
     grey = greyscale(images).mean(dim=(2, 3))[..., None]
-    kept = 2 ** (8 - strength)  # Posterize keeps the multiples of this
+    spacing = 2 ** (8 - strength)  # Posterize keeps the multiples of this
     lowest, highest = images.amin((2, 3)).float()[..., None], images.amax((2, 3)).float()[..., None]
     stretched = (levels - lowest) / ((highest - lowest) * (1 / 255))
     changed = {
         Operation.BRIGHTNESS: levels * (1 + strength),
         Operation.CONTRAST: away_from(grey, levels, strength),
-        Operation.POSTERIZE: (levels / kept).floor() * kept,
+        Operation.POSTERIZE: (levels / spacing).floor() * spacing,
         Operation.SOLARIZE: torch.where(levels < strength, levels, 255 - levels),
         Operation.AUTO_CONTRAST: torch.where(lowest < highest, stretched, levels),
         Operation.EQUALIZE: equalized(images),
@@ -164,7 +164,7 @@ def sharpness(images: Tensor, strength: Tensor) -> Tensor:
     sums = sums[..., :-2] + sums[..., 1:-1] + sums[..., 2:]
     inner = result[..., 1:-1, 1:-1]
     blurred = ((sums + 4 * inner) / 13).round()
-    inner += (inner - blurred) * strength  # written so, even areas stay exactly as they are
+    inner += (inner - blurred) * strength  # into result, which inner is a view of; written so, even areas stay exact
     return result.clamp(0, 255).to(torch.uint8)
 
 

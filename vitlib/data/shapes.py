@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 SIZE = 32  # pixels per side
+_CHUNK = 200  # images drawn together: a multiple of 100, small enough for the arrays to stay in the cache
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "crescent", "arrow", "drop")
 # Brightness rises along the list, so that colour-blind readers can tell most pairs.
 COLOURS = {
@@ -63,18 +64,17 @@ def draw_shapes(name: str, split: str = "train", count: int | None = None, seed:
     masks = np.empty((count, SIZE, SIZE), bool)
     for start in range(0, count, _CHUNK):
         chunk = slice(start, min(start + _CHUNK, count))
-        kept = chunk.stop - chunk.start
-        rows = _Rows(random, _CHUNK)
+        wanted = chunk.stop - chunk.start
+        rows = _Rows(random, _CHUNK)  # a whole chunk, or the last labels would depend on `count`
         chunk_labels = np.argsort(rows.bits(1).reshape(-1, len(classes)), axis=1, kind="stable").reshape(-1)
         chunk_images, coverage = draw(chunk_labels, rows)
-        images[chunk], labels[chunk] = chunk_images[:kept], chunk_labels[:kept]
-        masks[chunk] = coverage[:kept] * 2 > _SAMPLES**2
+        images[chunk], labels[chunk] = chunk_images[:wanted], chunk_labels[:wanted]
+        masks[chunk] = coverage[:wanted] * 2 > _SAMPLES**2
     return Shapes(torch.from_numpy(images), torch.from_numpy(labels), classes, torch.from_numpy(masks))
 
 
 # ---------- Random numbers ----------
 
-_CHUNK = 200  # images drawn together: a multiple of 100, small enough for the arrays to stay in the cache
 _NUMBERS = 384  # random numbers set aside for each image
 
 

@@ -55,13 +55,13 @@ def fit(
             with trainer.timed_epoch(epoch):
                 model.train()
                 for batch in trainer.batches(epoch):  # random order; an interrupted epoch resumes where it stopped
-                    images, own_share = trainer.augment(batch)  # normalised, cropped, flipped, mixed
-                    with trainer.autocast():  # bfloat16 where it is fast, else float32
+                    images, own_share = trainer.augment(batch)  # augmented; own_share: the weight of its own label
+                    with trainer.autocast():  # bfloat16 or float32, as options.precision says
                         logits = trainer.forward(images, *batch.kept_patches)  # predict
                     losses = mixed_cross_entropy(logits.float(), batch.labels, own_share, recipe.label_smoothing)
-                    loss = losses.sum() / batch.size  # measure
+                    loss = losses.sum() / batch.size  # measure; batch.size counts the images of all processes
                     trainer.optimizer.zero_grad()  # clear: gradients would add up otherwise
-                    trainer.context.backward(loss)  # backpropagate; several processes average here
+                    trainer.context.backward(loss)  # backpropagate; the gradients of several processes add up here
                     trainer.optimizer.step(trainer.step)  # step: this step's learning rate, clipping, update
                     trainer.end_step(loss, logits, batch)  # averaged weights, progress bar, resume file
                 score = evaluate(trainer.ema_model, validation, card, options.batch_size, options.eval_steps_per_epoch)

@@ -18,7 +18,7 @@ class Recipe:
     Args:
         optimizer: "sgd", "adamw", or "muon" for the matrices of the blocks and AdamW for everything else.
         learning_rate: the highest rate of the schedule.
-        weight_decay: per step; with AdamW not applied to biases, norms, CLS and positions.
+        weight_decay: AdamW and Muon shrink weights by this times the rate per step; not biases, norms, CLS, positions.
         schedule: "constant", or "cosine", which is zero one step after the last.
         warmup: share of all steps in which the rate rises linearly from zero.
         momentum: of SGD.
@@ -71,7 +71,7 @@ class Recipe:
         return next((share for until, share in self.keep_patches if progress <= until), 1.0)
 
 
-# Each recipe says what it is for, its command, its time on two CPU cores and what it reached (RESULTS.md has more).
+# Above a recipe: what it is for and, if measured, its command, time on two CPU cores and result (more in RESULTS.md).
 
 # The recipe of the published small system (FastEstimator's ViT example). Not the same: post-norm is the model's
 # norm_first=False; the first weights are vitlib's; some training images are held out (there none was, and the test
@@ -132,7 +132,7 @@ RECIPES = {"published": PUBLISHED_RECIPE, "modern": MODERN, "short": SHORT, "muo
 # Fine-tuning: the pretrained encoder should change little, its new head a lot.
 #   python -m vitlib finetune --downstream cifar10 --recipe muon --batch-size 64 --finetune-epochs 1
 #   --validation-fraction 0.02: 86.3 % on CIFAR-10's test images after one epoch from cifar100-small, 333 s
-_MODERN = replace(
+FINETUNE_MODERN = replace(
     MODERN,
     learning_rate=5e-4,
     warmup=0.1,
@@ -142,8 +142,8 @@ _MODERN = replace(
     layer_decay=0.85,
     ema_decay=0.98,
 )
-_MUON = replace(
-    _MODERN,
+FINETUNE_MUON = replace(
+    FINETUNE_MODERN,
     optimizer="muon",
     learning_rate=1e-3,
     matrix_rate=3.0,
@@ -153,10 +153,10 @@ _MUON = replace(
 )
 FINETUNING = {
     "published": PUBLISHED_RECIPE,
-    "modern": _MODERN,
+    "modern": FINETUNE_MODERN,
     "short": replace(SHORT, warmup=0.1, position_rate=1.0, head_rate=10.0),
-    "muon": _MUON,
-    "long": _MUON,
+    "muon": FINETUNE_MUON,
+    "long": FINETUNE_MUON,
 }
 
 

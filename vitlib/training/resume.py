@@ -32,9 +32,9 @@ class ResumeFile:
     with ``weights_only=True``, which runs no code from them.
 
     Args:
-        settings: everything that the numbers of the training depend on, in types of JSON, causes before what they
-            change. ``images`` and ``start`` are fingerprints of data. A file with other settings is refused, with the
-            first that differs.
+        settings: everything that the numbers of the training depend on, in types of JSON. ``images`` and ``start`` are
+            fingerprints of data. A file with other settings is refused; the error names the first that differs, so
+            causes must stand before what they change.
         minutes: time between two files within an epoch.
     """
 

@@ -159,7 +159,7 @@ def train_stage(
     del settings["description"], settings["progress"]
     resume_file = None
     if resume:
-        identity = {  # another model takes other images, other images may change settings, and these the start
+        identity = {  # a refusal names the first that differs, so causes stand before what they change
             "stage": card.record["stage"],
             "config": model.config,
             "images": fingerprint(train.images, train.labels),

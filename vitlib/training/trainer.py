@@ -48,9 +48,9 @@ class TrainingOptions:
     progress: bool = True
 
     def __post_init__(self):  # a training without steps would look like a finished one
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is not allowed; give a whole number of at least 1.")
+        for name in ("epochs", "batch_size", "train_steps_per_epoch", "eval_steps_per_epoch"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}={value} is not allowed; give a whole number of at least 1.")
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Trainer:
         the number of processes.
         """
         options, recipe = self.options, self.recipe
-        # the generator takes 32 bits; the last term keeps large seeds apart
+        # a CPU generator uses 32 bits of a seed: 20 for the epoch, 12 for ours; the last term mixes in the rest of ours
         seed = (options.seed << 20) + epoch + (options.seed >> 12) * 2654435761
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.train), generator=generator)[: self.steps_per_epoch * options.batch_size]
@@ -149,7 +149,7 @@ class Trainer:
         mine = [self.context.shard(step) for step in steps]  # this process's part of each step
         data = self.train.subset(order[torch.cat(mine)].to(self.train.labels.device)).to(self.device)
         drawn = {name: numbers[torch.cat(mine)].to(self.device) for name, numbers in drawn.items()}
-        starts = torch.tensor([0, *map(len, mine)]).cumsum(0).tolist()
+        starts = torch.tensor([0, *map(len, mine)]).cumsum(0).tolist()  # of each step's part in data and drawn
         for number in range(len(self.losses), len(steps)):
             here = slice(starts[number], starts[number + 1])
             numbers = {name: values[here] for name, values in drawn.items()}
@@ -203,7 +203,7 @@ class Trainer:
         """Add the finished epoch to the history: its steps, averages, and score on the validation images."""
         losses = self.context.total(torch.stack(self.losses)).tolist()
         hits = self.context.total(self.hits).item()
-        seconds, batch_size = self.seconds, self.options.batch_size
+        batch_size = self.options.batch_size
         images = min(len(self.train), len(losses) * batch_size)
         sizes = [min(batch_size, images - start) for start in range(0, images, batch_size)]
         done, epoch = len(self.history.steps), len(self.history.epochs) + 1
@@ -211,7 +211,6 @@ class Trainer:
             {"step": done + i + 1, "epoch": epoch, "loss": loss, "learning_rate": self.optimizer.rate(done + i)}
             for i, loss in enumerate(losses)
         ]
-        self._begin_epoch()
         train_loss = sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / images
         self.history.epochs.append(
             {
@@ -219,12 +218,13 @@ class Trainer:
                 "step": len(self.history.steps),
                 "train_loss": train_loss,
                 "train_accuracy": hits / images,
-                "seconds": seconds,
-                "images_per_second": images / seconds,
+                "seconds": self.seconds,
+                "images_per_second": images / self.seconds,
                 "validation_loss": score["loss"],
                 "validation_accuracy": score["accuracy"],
             }
         )
+        self._begin_epoch()
         self._bar.set_postfix_str(f"loss {train_loss:.3f}, validation accuracy {score['accuracy']:.1%}")
 
     def save(self) -> None:
@@ -290,7 +290,7 @@ class Trainer:
                 averaged.copy_(buffer)
 
     def _check_finite(self, losses: list[float]) -> None:
-        """Raise ValueError if a loss is not finite: the training has diverged."""
+        """Raise ValueError if one of these, the losses of the last steps, is not finite: the training has diverged."""
         bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
         if bad is not None:
             step = self.step - len(losses) + bad

@@ -80,7 +80,7 @@ def load_checkpoint(path: str | Path) -> tuple[ViTModel, ModelCard]:
     except (SafetensorError, ValueError):
         description = None
     if description is None:
-        from vitlib.weights.official import what_it_holds
+        from vitlib.weights.official import what_it_holds  # not above: that module imports this one
 
         raise ValueError(f"{printable(path)} is not a checkpoint of vitlib: it {what_it_holds(path)}.")
     try:
@@ -116,7 +116,7 @@ def load_weights(weights: str | Path, image_size: int | None = None) -> tuple[Vi
     Raises:
         FileNotFoundError, ValueError, OSError: as these functions.
     """
-    from vitlib.weights.official import OFFICIAL, official_weights
+    from vitlib.weights.official import OFFICIAL, official_weights  # not above: that module imports this one
 
     if Path(weights).suffix or Path(weights).expanduser().exists():  # no name has a dot
         model, card = load_checkpoint(weights)

@@ -67,7 +67,7 @@ _LAYOUTS = {
     ),
 }  # fmt: skip
 LAYOUTS = tuple(_LAYOUTS)
-_TODAY = {  # by older names: those in torchvision's published files; of transformers 4, and in the files of its hub
+_TODAY = {  # today's names by older ones: of torchvision's published files; of transformers 4 and the files on its hub
     ".mlp.linear_1.": ".mlp.0.", ".mlp.linear_2.": ".mlp.3.", "encoder.layer.": "layers.",
     "attention.attention.query.": "attention.q_proj.", "attention.attention.key.": "attention.k_proj.",
     "attention.attention.value.": "attention.v_proj.", "attention.output.dense.": "attention.o_proj.",
@@ -196,7 +196,7 @@ def _todays(name: str) -> str:
 
 
 def _without_prefix(state: Mapping[str, Tensor], positions: str) -> dict[str, Tensor]:
-    """Strip the prefix of the positions' name, such as ``module.``, from all names."""
+    """Strip the prefix of the positions' name, such as ``module.``, from all names; Hugging Face's ``vit.`` stays."""
     bare = positions.removeprefix("vit.")
     prefix = next((name.removesuffix(bare) for name in state if name.endswith(bare)), "")
     prefix = prefix.removesuffix("vit.") if positions != bare else prefix

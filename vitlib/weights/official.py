@@ -11,7 +11,7 @@ from torch import Tensor
 from vitlib.model import ViTModel
 from vitlib.utils import cache_dir, first_line, import_torchvision, printable
 from vitlib.weights.checkpoint import ModelCard
-from vitlib.weights.convert import from_state_dict, layout_of, names
+from vitlib.weights.convert import from_state_dict, layout_of
 
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # of the published ViTs, by width
 _META = "https://dl.fbaipublicfiles.com"
@@ -45,10 +45,10 @@ def official_weights(name: str) -> tuple[ViTModel, ModelCard]:
     import_torchvision()
     from torchvision.models import get_model_weights
 
-    theirs = get_model_weights("vit_b_16" if OFFICIAL[name] else name).DEFAULT
+    theirs = get_model_weights("vit_b_16" if OFFICIAL[name] else name).DEFAULT  # DeiT has the same classes
     address, folder = OFFICIAL[name] or theirs.url, cache_dir() / "weights"
     try:
-        # the ending of a name, such as -a1311bcf, is the start of the file's SHA-256
+        # only to have the file, whole: the ending of its name, such as -a1311bcf, is the start of its SHA-256
         torch.hub.load_state_dict_from_url(address, folder, "cpu", check_hash=True, weights_only=True)
     except Exception as error:  # damaged files fail in many ways
         raise OSError(
@@ -114,7 +114,7 @@ def from_file(path: str | os.PathLike, *, num_heads: int | None = None) -> ViTMo
             f"The names in {printable(path)}, such as {next(iter(state), 'none')}, are not those of torchvision, timm, "
             "Hugging Face or Google; give the weights of a plain ViT."
         )
-    width = next(value.shape[-1] for name, value in state.items() if name.endswith(names(layout, 1, head=False)[0][0]))
+    width = next(value.shape[-1] for name, value in state.items() if name.endswith(("cls_token", "class_token", "cls")))
     if layout == "npz":
         num_heads = next(value.shape[0] for name, value in state.items() if name.endswith("_1/query/bias"))
     elif num_heads is None and width not in _HEADS:

@@ -43,7 +43,7 @@ def is_stub(function) -> bool:
         documented = ast.get_docstring(definition) is not None
     except (OSError, SyntaxError, TypeError, ValueError):  # no function, a lambda, or one without source
         return False
-    lines = [ast.unparse(line) for line in definition.body[documented:]]
+    lines = [ast.unparse(line) for line in definition.body[1 if documented else 0 :]]
     return len(lines) <= 1 and all(line in STUBS for line in lines)
 
 
@@ -116,7 +116,7 @@ def tensor_answer(function: Callable, *args, **wanted) -> Tensor:
     result = expect_tensor(answer(function, *args), **wanted)
     went_in = next((arg.dtype for arg in args if isinstance(arg, Tensor)), result.dtype)
     types = [str(dtype).removeprefix("torch.") for dtype in (result.dtype, went_in)]
-    kept = result.dtype == went_in or not (result.is_floating_point() and went_in.is_floating_point)
+    kept = result.dtype == went_in or not (result.dtype.is_floating_point and went_in.is_floating_point)
     expect(kept, f"the numbers that come back are {types[0]}, but {types[1]} went in; keep the type")
     return result
 
