@@ -147,8 +147,8 @@ def train_stage(
         device: see :func:`vitlib.training.devices.resolve_device`.
         run_dir: folder for ``<name>.safetensors`` (last weights), ``<name>-best.safetensors`` (best by validation
             accuracy) and ``<name>-history.json``; None to write nothing.
-        resume: True also keeps ``<name>-resume.pt`` there, and resumes an interrupted call with the same settings; on a
-            CPU the weights end up the same to the last bit.
+        resume: True, with a run_dir, also keeps ``<name>-resume.pt`` there, and resumes an interrupted call with the
+            same settings; on a CPU the weights end up the same to the last bit.
     """
     run_dir = None if run_dir is None else Path(run_dir).expanduser()
     device = resolve_device(device)
