@@ -109,13 +109,14 @@ SHORT = replace(
     ema_decay=0.0,
     augmentation=Augmentation(padding=0, flip=0.5, cutout=0),
 )
-# About ten epochs on photographs. Muon (Jordan et al. 2024) makes every update of a matrix orthogonal. Per image it
-# learns much faster than AdamW; its rate is scaled so that AdamW's rates fit (Liu et al. 2025, arXiv:2502.16982).
+# About ten epochs on photographs. Muon (Jordan et al. 2024) makes every update of a matrix orthogonal. In language
+# models it needs about half of AdamW's compute; its rate is scaled so that AdamW's fit (Liu et al. 2025,
+# arXiv:2502.16982).
 #   python -m vitlib pretrain --upstream cifar100 --recipe muon --pretrain-epochs 11 --validation-fraction 0.02:
 #   58.95 % on CIFAR-100's test images, 4,725 s
 MUON = replace(MODERN, optimizer="muon", matrix_rate=3.0, ema_decay=0.995)
-# A hundred epochs on photographs. Muon needs strong augmentation there (arXiv:2605.24770); half of the patches are
-# dropped in the first 80 %, which halves the time of a step.
+# A hundred epochs on photographs. Muon gains most from strong augmentation there (arXiv:2605.24770); half of the
+# patches are dropped in the first 80 %, which halves the time of a step.
 #   python -m vitlib pretrain --upstream cifar100 --recipe long --batch-size 256 --validation-fraction 0.02: 69.62 % on
 #   CIFAR-100's test images, 35,613 s beside other work (the shipped cifar100-small)
 LONG = replace(
