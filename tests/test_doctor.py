@@ -27,12 +27,9 @@ VERSIONS = {
     "python": "3.12.4", "torch": "2.13.0+cpu", "torchvision": "0.28.0", "vitlib": "0.1.0", "ipywidgets": "8.1.9",
     "jupyterlab": "4.6.6", "papermill": "2.7.0",
 }  # fmt: skip
-NEEDS = {"python": "3.11", "torch": "2.11", "torchvision": "0.26", "ipywidgets": "7.7", "papermill": "2.6"}
-UNASKED = Facts(
-    place="a machine of your own", cores=2, cores_in_all=2, memory=8 * GIB, free_memory=6 * GIB, free_disk=20 * GIB,
-    busy=0.1, needs=NEEDS, versions=VERSIONS,
-)  # fmt: skip
-LAPTOP = replace(UNASKED, threads=2, weights=("shapes100-mini",), speed=700.0)
+NEEDS = {"torch": "2.11", "torchvision": "0.26", "ipywidgets": "7.7", "papermill": "2.6"}
+UNASKED = Facts(cores=2, cores_in_all=2, memory=8 * GIB, free_memory=6 * GIB, busy=0.1, needs=NEEDS, versions=VERSIONS)
+LAPTOP = replace(UNASKED, threads=2, speed=700.0)
 
 
 def with_versions(**changes) -> Facts:
@@ -41,7 +38,6 @@ def with_versions(**changes) -> Facts:
 
 SENTENCES = {
     "vitlib is not installed": (replace(UNASKED, needs={}), True, "python -m pip install -e ."),
-    "Python 3.10.9 is too old": (with_versions(python="3.10.9"), True, "3.11 or newer"),
     "Missing or too old: torch 2.4.0+cu121, ipywidgets;": (
         with_versions(torch="2.4.0+cu121", ipywidgets=None), True, '"torch>=2.11" "ipywidgets>=7.7"'
     ),
@@ -50,7 +46,7 @@ SENTENCES = {
         replace(UNASKED, memory=0.5 * GIB, free_memory=0.3 * GIB), True, "use a larger machine"
     ),
     "Only 0.4 GiB of 8.0 GiB of memory": (replace(LAPTOP, free_memory=0.4 * GIB), False, "close other programs"),
-    "torch uses 16 threads on 1 core,": (replace(LAPTOP, threads=16, cores=1), False, "OMP_NUM_THREADS=1 "),
+    "torch uses 16 threads, more": (replace(LAPTOP, threads=16, cores=1), False, "OMP_NUM_THREADS=1 "),
     "Other programs use 60% of the processor": (replace(LAPTOP, busy=0.6), False, "training is faster"),
 }  # fmt: skip
 
@@ -59,10 +55,9 @@ def test_the_course_can_run_on_this_machine():
     said = subprocess.run([sys.executable, "-m", "vitlib", "doctor"], capture_output=True, text=True, timeout=300)
     assert (said.returncode, said.stderr) == (0, "")
     assert said.stdout.splitlines()[-1] == "The course can run here."
-    assert f"Python {platform.python_version()}, torch {torch.__version__}," in said.stdout
-    assert re.search(r"weights +cifar100-small, shapes100-mini\n", said.stdout)
+    assert f"Python {platform.python_version()}\n" in said.stdout and f"torch {torch.__version__}," in said.stdout
     assert re.search(r"speed +[\d,]+ images/s", said.stdout)
-    chapters = re.findall(r"^  (\d\d) [\w -]+?  +(?:less|about) .+$", said.stdout, re.MULTILINE)
+    chapters = re.findall(r"^(\d\d) [\w -]+?  +(?:less than|about) \d+ min$", said.stdout, re.MULTILINE)
     assert chapters == [path.stem[:2] for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
     # it is sent to others, so it does not say whose machine it is
     assert str(Path.home()) not in said.stdout and str(ROOT) not in said.stdout
@@ -77,7 +72,7 @@ def test_every_problem_is_a_sentence_with_the_way_out(start):
     assert sentence.startswith(start) and way_out in sentence
     assert kind == essential and can_run(facts) != essential
     lines = report(facts).splitlines()
-    assert f"{'Problem' if essential else 'Note'}: {sentence}" in lines and len(lines) <= 30
+    assert f"{'Problem' if essential else 'Note'}: {sentence}" in lines
     assert (lines[-1] == "The course can run here.") == can_run(facts)
 
 
@@ -85,17 +80,15 @@ def test_estimates_are_what_the_class_run_took():
     assert problems(LAPTOP) == []
     assert doctor.CHAPTER_03.items() <= read_lesson(ROOT / "notebooks/03_pretraining.ipynb").defaults.items()
     text = report(LAPTOP)  # README: 83 s and 100 s
-    assert re.search(r"03 pretraining +about 2 minutes \(an estimate\)", text)
-    assert re.search(r"04 fine-tuning +about 2 minutes \(an estimate\)", text)
+    assert re.search(r"03 pretraining +about 2 min\n04 fine-tuning +about 2 min\n", text)
     text = report(replace(LAPTOP, gpu="Tesla T4, 14.6 GiB", speed=4000.0))
-    assert "2 cores; GPU: Tesla T4, 14.6 GiB\n" in text
-    assert re.search(r"03 pretraining +less than a minute", text)
+    assert re.search(r"GPU +Tesla T4, 14.6 GiB\n", text) and re.search(r"03 pretraining +less than 1 min", text)
 
 
 def test_without_torch_no_chapter_is_promised():
     text = report(with_versions(torchvision=None))
     assert "torchvision missing" in text and "cannot run yet" in text
-    assert "images/s" not in text and "03 pretraining" not in text and "Data" not in text
+    assert "images/s" not in text and "03 pretraining" not in text
 
 
 @pytest.mark.parametrize(
@@ -127,17 +120,14 @@ def quick(monkeypatch):
     memory = SimpleNamespace(total=32 * GIB, available=30 * GIB)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     monkeypatch.setattr(psutil, "cpu_percent", lambda interval: 50.0)
-    for name in doctor.PLACES:
-        monkeypatch.delenv(name, raising=False)
     return monkeypatch
 
 
 def test_the_facts_of_a_container_and_a_batch_system_are_the_smaller_ones(quick):
     quick.setattr(doctor, "container_limits", lambda: (0.25, 2 * GIB, -5))
-    quick.setenv("BINDER_REPO_URL", "x")
     facts = doctor.gather()
     assert (facts.cores, facts.cores_in_all, facts.memory, facts.free_memory) == (1, 8, 2 * GIB, 0)
-    assert facts.busy == 0.5 and facts.place.startswith("Binder; download your notebooks")
+    assert facts.busy == 0.5
     quick.setattr(doctor, "container_limits", lambda: (math.inf,) * 3)
     quick.setattr(os, "sched_getaffinity", lambda pid: {3, 5})
     assert doctor.granted_cores() == 2
@@ -164,15 +154,14 @@ def test_the_lowest_versions_are_those_of_pyproject(monkeypatch):
     # the installed metadata may be older than the file
     optional = 'onnx>=1.17; extra == "export"'
     monkeypatch.setattr(doctor.metadata, "requires", lambda name: [*project["dependencies"], optional])
-    monkeypatch.setattr(doctor.metadata, "metadata", lambda name: {"Requires-Python": project["requires-python"]})
-    wanted = dict(line.split(">=") for line in project["dependencies"])
-    assert doctor.lowest_versions() == wanted | {"python": project["requires-python"].removeprefix(">=")}
+    assert doctor.lowest_versions() == dict(line.split(">=") for line in project["dependencies"])
 
 
 def test_torch_that_does_not_load_is_a_sentence(quick):
     quick.setitem(sys.modules, "torch", None)
     facts = doctor.gather()
-    assert facts.failure.startswith("torch or torchvision does not load (") and "install both again" in facts.failure
+    assert facts.failure.startswith("torch does not work here (ModuleNotFoundError: ")
+    assert facts.failure.endswith("; install torch and torchvision again, together.")
     assert not can_run(facts)
 
 
@@ -198,14 +187,6 @@ def test_the_device_that_training_takes_is_measured_and_named(quick, device, gpu
     quick.setattr(doctor, "training_speed", lambda *args, **kwargs: asked.append(args) or 100.0)
     facts = doctor.gather()
     assert facts.gpu == gpu and can_run(facts) and [where.type for _, where in asked] == [device]
-
-
-def test_downloads_are_found(quick, tmp_path):
-    quick.setenv("VITLIB_DATA", str(tmp_path / "not" / "yet"))
-    assert doctor.gather().downloads == ()
-    for folder in ("ciFAIR-100", "cifar-10-batches-py"):
-        (tmp_path / "not" / "yet" / folder).mkdir(parents=True)
-    assert doctor.gather().downloads == ("cifair100", "cifar10")
 
 
 @pytest.mark.parametrize("facts", [LAPTOP, with_versions(torchvision=None)], ids=["laptop", "no torchvision"])
