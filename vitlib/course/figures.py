@@ -23,14 +23,15 @@ def record_figures(**figures: float | int | str | None) -> None:
     top1    0.5
     chance  0.1
     """
-    plain = {name: _plain(name, value) for name, value in figures.items()}
-    table = "\n".join(text_table([(name, format_figure(value)) for name, value in plain.items()]))
-    # a list of pairs, because stored notebooks sort the keys of every mapping
-    stored = [
-        [name, None if isinstance(value, float) and not math.isfinite(value) else value]
-        for name, value in plain.items()
-    ]
-    show(table, MIME_TYPE, stored)
+    rows, stored = [], []  # stored are pairs, because notebooks sort the keys of every mapping
+    for name, value in figures.items():
+        if getattr(value, "ndim", None) == 0:  # a NumPy or torch scalar
+            value = value.item()
+        if isinstance(value, bool) or not isinstance(value, int | float | str | None):
+            raise ValueError(f"The figure {name}={value!r} is not a number, a text or None; record one value per name.")
+        rows.append((name, _format(value)))
+        stored.append([name, None if isinstance(value, float) and not math.isfinite(value) else value])
+    show("\n".join(text_table(rows)), MIME_TYPE, stored)
 
 
 def show(text: str, mime_type: str, stored: object) -> None:
@@ -52,19 +53,10 @@ def recorded_figures(notebook: Mapping) -> dict[str, float | int | str | None]:
     return figures
 
 
-def format_figure(value: float | int | str | None) -> str:
-    """Format a float with four significant digits, anything else in full."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def main_figures(figures: Mapping[str, object]) -> str:
     """Return the first figures of a run, as many as fit into a table: ``top1 0.5123, chance 0.01``."""
-    return ", ".join(f"{name} {format_figure(value)}" for name, value in list(figures.items())[:FIGURES_IN_TABLE])
+    return ", ".join(f"{name} {_format(value)}" for name, value in list(figures.items())[:FIGURES_IN_TABLE])
 
 
-def _plain(name: str, value):
-    if getattr(value, "ndim", None) == 0:  # a NumPy or torch scalar
-        value = value.item()
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float | str)):
-        raise ValueError(f"The figure {name}={value!r} is not a number, a text or None; record one value per name.")
-    return value
+def _format(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -19,7 +19,7 @@ from vitlib.utils import near_match
 ARMS = ("fine-tuning", "linear probe", "random probe", "from scratch")  # of chapter 04's comparison
 WORDS_FOR_NONE = ("None", "none", "null", "~")
 WORDS_FOR_BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-NOUNS = {int: "a whole number", float: "a number", str: "a text that is not empty"}
+NOUNS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text that is not empty"}
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,11 @@ class Parameter:
     @property
     def allowed(self) -> str:
         """The allowed values, in words."""
+        noun = f"one of {', '.join(self.choices)}" if self.choices else NOUNS[self.type]
         limits = {"at least": self.minimum, "at most": self.maximum}
         words = " and ".join(f"{word} {limit}" for word, limit in limits.items() if math.isfinite(limit))
-        if self.choices:
-            words = f"one of {', '.join(self.choices)}"
-        elif self.type is bool:
-            words = "True or False"
-        else:
-            words = f"{NOUNS[self.type]}{' of ' if words else ''}{words}"
-        return f"{words}, or None" if self.optional else words
+        allowed = f"{noun} of {words}" if words else noun
+        return f"{allowed}, or None" if self.optional else allowed
 
     def check(self, value: object) -> object:
         """Return the value to use: ``value``, with ``~`` of a path written out.
@@ -72,12 +68,11 @@ class Parameter:
         return value if self.rule is None else self.rule(self.name, value)
 
     def _allows(self, value: object) -> bool:
-        if isinstance(value, bool):  # Python counts True as the int 1, and a batch size of True is a mistake
-            return self.type is bool
+        if type(value) not in ((int, float) if self.type is float else (self.type,)):  # exactly: True is an int, too
+            return False
         if self.type is str:
-            return isinstance(value, str) and (value in self.choices if self.choices else bool(value.strip()))
-        kinds = {int: int, float: int | float}.get(self.type, ())
-        return isinstance(value, kinds) and self.minimum <= value <= self.maximum and abs(value) < math.inf
+            return value in self.choices if self.choices else bool(value.strip())
+        return self.minimum <= value <= self.maximum and abs(value) < math.inf
 
     def parse(self, text: str) -> object:
         """Return the value that a text of the command line stands for, or the text, for :meth:`check` to refuse."""
