@@ -239,7 +239,7 @@ def test_finetune_leaves_figures_and_a_table_of_its_predictions(folder, tmp_path
 
 def test_figures_of_errors_have_counts_and_file_names(folder, tmp_path, confused, monkeypatch):
     drawn = []
-    monkeypatch.setattr(own_images, "_save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(plots, "png", lambda figure, dpi: drawn.append(figure) or b"")
     own_images.draw_errors(tmp_path, load_images(folder, "test"), confused)
     confusion, mistakes = drawn
     counts = [text.get_text() for text in confusion.axes[0].texts]

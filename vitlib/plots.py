@@ -95,11 +95,11 @@ def show(figure: Figure, alt: str) -> None:
     display(picture, metadata={"image/png": {"alt": alt}}, raw=True)
 
 
-def png(figure: Figure) -> bytes:
-    """Return a figure as the bytes of a PNG file."""
+def png(figure: Figure, dpi: float | str = "figure") -> bytes:
+    """Return a figure as the bytes of a PNG file, with ``dpi`` pixels to the inch."""
     file = io.BytesIO()
     with plt.rc_context(STYLE):
-        figure.savefig(file, format="png", metadata={"Software": None})
+        figure.savefig(file, format="png", dpi=dpi, metadata={"Software": None})
     return file.getvalue()
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vitlib.classify import confident_mistakes
 from vitlib.data import LabelledImages
-from vitlib.utils import atomic_write, write_csv
+from vitlib.utils import write_csv
 
 STEPS = 16  # a new head and its encoder get at least as many
 
@@ -58,44 +58,29 @@ def draw_errors(folder: Path, test: LabelledImages, logits: Tensor) -> str:
     matplotlib.use("agg")  # files need no window, which a remote machine might not have
     from vitlib import plots
 
-    classes, predicted = len(test.classes), logits.argmax(dim=1)
-    names = [_shortened(name) for name in test.classes] if classes <= 25 else ()
-    counts = (test.labels * classes + predicted).bincount(minlength=classes**2).view(classes, classes)
-    right = (predicted == test.labels).sum().item()
-    worst = confident_mistakes(logits, test.labels)
-    confusion = plots.heatmap(
-        counts, names, names, numbers="{:.0f}", xlabel="predicted class", ylabel="true class",
+    names, predicted = list(map(_shortened, test.classes)), logits.argmax(dim=1)
+    count, right = len(names), (predicted == test.labels).sum().item()
+    confused = (test.labels * count + predicted).bincount(minlength=count**2).view(count, count)
+    shown = names if count <= 25 else ()
+    figure = plots.heatmap(
+        confused, shown, shown, numbers="{:.0f}", xlabel="predicted class", ylabel="true class",
         label="test images", title=f"{right} of {len(test)} test images are right",
     )  # fmt: skip
-    _save(confusion, folder / "confusion.png")
-    (folder / "mistakes.png").unlink(missing_ok=True)  # of an earlier training
-    if len(worst):
-        _save(_most_confident(test, logits, worst, len(test) - right), folder / "mistakes.png")
+    (folder / "confusion.png").write_bytes(plots.png(figure, dpi=150))
     said = f"Which classes it confuses: {folder / 'confusion.png'}."
-    said += f" Where it is most sure and wrong: {folder / 'mistakes.png'}." if len(worst) else " It makes no mistake."
-    return said
-
-
-def _most_confident(test: LabelledImages, logits: Tensor, worst: Tensor, count: int):
-    from vitlib import plots
-
-    titles = []
+    (folder / "mistakes.png").unlink(missing_ok=True)  # of an earlier training
+    if right == len(test):
+        return f"{said} It makes no mistake."
+    worst, titles = confident_mistakes(logits, test.labels), []
     for index in worst.tolist():
         share, guess = logits[index].softmax(dim=0).max(dim=0)
-        title = f"true: {_shortened(test.classes[test.labels[index]])}\n{share:.0%} {_shortened(test.classes[guess])}"
-        titles.append(f"{title}\n{_ending(Path(test.names[index]).name)}" if test.names else title)
-    title = f"the {len(worst)} most confident of {count} mistakes"
-    return plots.image_grid(test.images[worst], titles, columns=4, side=2.0, title=title)
+        title = f"true: {names[test.labels[index]]}\n{share:.0%} {names[guess]}"
+        titles.append(f"{title}\n{_shortened(Path(test.names[index]).name)}" if test.names else title)
+    title = f"the {len(worst)} most confident of {len(test) - right} mistakes"
+    figure = plots.image_grid(test.images[worst], titles, columns=4, side=2.0, title=title)
+    (folder / "mistakes.png").write_bytes(plots.png(figure, dpi=150))
+    return f"{said} Where it is most sure and wrong: {folder / 'mistakes.png'}."
 
 
 def _shortened(text: str) -> str:
-    return text if len(text) <= 22 else f"{text[:21]}…"
-
-
-def _ending(text: str) -> str:
-    return text if len(text) <= 22 else f"…{text[-21:]}"
-
-
-def _save(figure, path: Path) -> None:
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    return text if len(text) <= 22 else f"{text[:10]}…{text[-11:]}"
