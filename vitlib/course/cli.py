@@ -7,13 +7,11 @@ import os
 import shlex
 import signal
 import sys
-from functools import cached_property
 from pathlib import Path
 
 import click
 
 FILE = click.Path(path_type=Path)  # vitlib writes ~ out as the home folder where it opens a path
-NAME = click.Path(path_type=str)  # or a name, such as cifar100-small
 COUNT = click.IntRange(min=1)
 LIMIT = click.FloatRange(min=0)  # 0 is no limit
 POSITIVE = click.FloatRange(min=0, min_open=True)
@@ -152,7 +150,7 @@ def sweep(notebook, grid, zips, parameters, given, out, dry_run, scheduler, work
 
 @main.command()
 @click.argument("name")
-@click.option("--data-dir", metavar="DIR", type=NAME, help="Without it, VITLIB_DATA or the usual cache.")
+@click.option("--data-dir", metavar="DIR", help="Without it, VITLIB_DATA or the usual cache.")
 def download(name, data_dir) -> None:
     """Fetch the images NAME (for instance cifair100), so that notebooks find them without a network."""
     from vitlib.data import load_images
@@ -173,30 +171,20 @@ class TrainingCommand(click.Command):
         self.defaults = defaults
 
     def get_params(self, context: click.Context) -> list[click.Parameter]:
-        return [*self.course_options, *super().get_params(context)]
+        return [*(_option(name, default) for name, default in self.defaults.items()), *super().get_params(context)]
 
-    @cached_property
-    def course_options(self) -> list[click.Option]:
-        from vitlib.course.parameters import PARAMETERS  # loads torch
 
-        def check(context, option: click.Option, value: object) -> object:
-            if value is None:  # not given
-                return None
-            parameter = PARAMETERS[option.name]
-            return parameter.check(parameter.parse(value) if isinstance(value, str) else value)
+def _option(name: str, default: object) -> click.Option:
+    from vitlib.course.parameters import PARAMETERS  # loads torch
 
-        options = []
-        for name, default in self.defaults.items():
-            parameter = PARAMETERS[name]
-            shown = "by the number of images" if default is None and not parameter.optional else default
-            kind = "|".join(parameter.choices) or parameter.type.__name__
-            options.append(
-                click.Option(
-                    [f"--{name.replace('_', '-')}", name], metavar="", type=str, default=default, callback=check,
-                    show_default=False, help=f"{parameter.help} [{kind}, default {shown}]",
-                )
-            )  # fmt: skip
-        return options
+    parameter = PARAMETERS[name]
+    kind = "|".join(parameter.choices) or parameter.type.__name__
+    shown = "by the number of images" if default is None and not parameter.optional else default
+    return click.Option(
+        [f"--{name.replace('_', '-')}", name], metavar="", type=str, default=default, show_default=False,
+        callback=lambda context, option, text: None if text is None else parameter.check(parameter.parse(text)),
+        help=f"{parameter.help} [{kind}, default {shown}]",
+    )  # fmt: skip
 
 
 TRAINING = {
@@ -239,8 +227,8 @@ def finetune(**parameters) -> None:
 
 
 @main.command()
-@click.argument("model", type=NAME)
-@click.argument("images", metavar="IMAGE...", type=NAME, nargs=-1, required=True)
+@click.argument("model")
+@click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
 @click.option("--top", metavar="N", type=COUNT, default=5, help="Classes for each image.")
 @click.option("--batch-size", metavar="N", type=COUNT, default=32, help="Images at once.")
 @click.option("--csv", "table", metavar="FILE", type=FILE, help="Write a line for each image and class here, too.")
@@ -274,7 +262,7 @@ def predict(model, images, top, batch_size, table) -> None:
 
 
 @main.command()
-@click.argument("model", type=NAME)
+@click.argument("model")
 @click.argument("out", type=FILE)
 def export(model, out) -> None:
     """Write MODEL to OUT for programs without vitlib: as ONNX (.onnx) or as a PyTorch program (.pt2).
