@@ -14,13 +14,13 @@ are measured.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from statistics import median
 
 import click
 import common
 import torch
 import torch.nn.functional as F
-from common import Spread, ratio
+from common import ratio
 from peers import OURS, PEERS, build_models
 from torch import Tensor, nn
 
@@ -56,63 +56,31 @@ def training_task(model: nn.Module, images: Tensor, labels: Tensor, precision: s
     return train
 
 
-@dataclass(frozen=True)
-class Results:
-    """What was measured.
+def report(rounds: dict[tuple[str, str], list[dict[str, float]]], images: int, steps: int) -> str:
+    """Return a table with a line per model, and how vitlib in bfloat16 compares with the published model in float32.
 
     Args:
         rounds: by (name, precision) of the model, for every round the seconds in each phase.
-        batch_size, steps: the images in a step and the steps in a round.
+        images, steps: in a round.
     """
+    speeds = {model: [images / sum(seconds.values()) for seconds in found] for model, found in rounds.items()}
 
-    rounds: dict[tuple[str, str], list[dict[str, float]]]
-    batch_size: int
-    steps: int
+    def against(model: tuple[str, str], reference: tuple[str, str]) -> str:
+        """Return how many times as fast ``model`` is as ``reference``, or "-" if that was not measured."""
+        return f"{ratio(speeds[model], speeds[reference]):.2f}" if reference in speeds else "-"
 
-    @property
-    def precisions(self) -> list[str]:
-        return list(dict.fromkeys(precision for _, precision in self.rounds))
-
-    def speeds(self, model: tuple[str, str]) -> list[float]:
-        """Return images/s, round by round."""
-        return [self.batch_size * self.steps / sum(seconds.values()) for seconds in self.rounds[model]]
-
-    def fastest_other(self, precision: str) -> tuple[str, str]:
-        """Return the model in this precision with the highest median, vitlib's apart."""
-        others = [model for model in self.rounds if model[1] == precision and model[0] != OURS]
-        return max(others, key=lambda model: Spread.of(self.speeds(model)).median)
-
-    def against(self, model: tuple[str, str], reference: tuple[str, str]) -> str:
-        """Return how many times as fast ``model`` is as ``reference``, or "-" if one was not measured."""
-        if model not in self.rounds or reference not in self.rounds:
-            return "-"
-        return f"{ratio(self.speeds(model), self.speeds(reference)):.2f}"
-
-    def table(self) -> str:
-        """Return a line per model: speed, milliseconds per step, and ratios to others in the same precision."""
-        header = ["model", "precision", "images/s", *(f"{phase}, ms" for phase in PHASES)]
-        rows = []
-        for model, rounds in self.rounds.items():
-            medians = [Spread.of([seconds[phase] for seconds in rounds]).median for phase in PHASES]
-            times = [f"{1000 * median / self.steps:.1f}" for median in medians]
-            references = ("published", model[1]), self.fastest_other(model[1])
-            ratios = [self.against(model, reference) for reference in references]
-            rows.append([*model, f"{Spread.of(self.speeds(model)).median:.1f}", *times, *ratios])
-        return common.table([*header, "x published", "x fastest other"], rows)
-
-    def conclusion(self) -> str:
-        """Return one sentence: vitlib's speed divided by the fastest other's and by the published model's."""
-        parts = []
-        for precision in self.precisions:
-            fastest = self.fastest_other(precision)
-            factor = self.against((OURS, precision), fastest)
-            parts.append(f"in {precision} {factor} times as fast as the fastest other, {fastest[0]}")
-        pairs = [(precision, precision) for precision in self.precisions] + [("bfloat16", "float32")]
-        for ours, theirs in pairs:
-            if (OURS, ours) in self.rounds and ("published", theirs) in self.rounds:
-                factor = self.against((OURS, ours), ("published", theirs))
-                parts.append(f"in {ours} {factor} times as fast as the published model in {theirs}")
-        return f"vitlib is {'; '.join(parts)}."
+    rows = []
+    for model, found in rounds.items():
+        others = [other for other in speeds if other[1] == model[1] and other[0] != OURS]
+        fastest = max(others, key=lambda other: median(speeds[other]))
+        times = [f"{1000 * median(seconds[phase] for seconds in found) / steps:.1f}" for phase in PHASES]
+        ratios = [against(model, ("published", model[1])), against(model, fastest), fastest[0]]
+        rows.append([*model, f"{median(speeds[model]):.1f}", *times, *ratios])
+    phases = [f"{phase}, ms" for phase in PHASES]
+    header = ["model", "precision", "images/s", *phases, "x published", "x fastest other", "which is"]
+    quick, plain = (OURS, "bfloat16"), ("published", "float32")
+    words = f"\n\nvitlib in bfloat16 is {against(quick, plain)} times as fast as the published model in float32."
+    return common.table(header, rows) + (words if quick in speeds and plain in speeds else "")
 
 
 @click.command()
@@ -140,10 +108,10 @@ def main(batch_size, rounds, steps, device, models, precisions, out) -> None:
         for name, model in models.items():
             tasks[name, precision] = training_task(model.to(device), images, labels, precision, steps)
     common.interleave(tasks, 1, "warming up")  # memory is allocated and kernels are chosen
-    results = Results(common.interleave(tasks, rounds), batch_size, steps)
-    click.echo(f"\n{results.table()}\n\n{results.conclusion()}")
+    results = common.interleave(tasks, rounds)
+    click.echo(f"\n{report(results, batch_size * steps, steps)}")
     settings = {"batch_size": batch_size, "steps": steps}
-    seconds = {", ".join(model): rounds for model, rounds in results.rounds.items()}
+    seconds = {", ".join(model): found for model, found in results.items()}
     peers = versions("torchvision", "timm", "transformers", "vit-pytorch")
     record = {"machine": common.machine(device), "settings": settings, "peers": peers}
     common.write_json(out, {**record, "skipped": skipped, "seconds": seconds})
