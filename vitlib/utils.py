@@ -75,15 +75,9 @@ def progress_bar(iterable=None, *, description: str, total: int | None = None, u
     stderr red, which beginners read as an error.
     """
     return tqdm(
-        iterable,
-        desc=description,
-        total=total,
-        unit=unit,
+        iterable, description, total, file=sys.stdout, mininterval=0.5, disable=not show, unit=unit,
         bar_format=SHORT if "images" in unit else None,
-        file=sys.stdout,
-        mininterval=0.5,
-        disable=not show,
-    )
+    )  # fmt: skip
 
 
 def import_torchvision() -> ModuleType:
