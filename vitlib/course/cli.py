@@ -245,10 +245,9 @@ def predict(model, images, top, batch_size, table) -> None:
     from vitlib.weights import load_weights
 
     network, card = load_weights(model)
-    rows, complete = [], True
+    rows = []
     for prediction in predict_files(network.to(resolve_device()), card, images, top=top, batch_size=batch_size):
-        if prediction.error is not None:
-            complete = False
+        if prediction.error:
             click.echo(prediction.error, err=True)
             rows.append((prediction.path, "", "", "", prediction.error))
             continue
@@ -258,7 +257,7 @@ def predict(model, images, top, batch_size, table) -> None:
             rows.append((prediction.path, rank, name, f"{probability:.4f}", ""))
     if table:
         write_csv(table, ("file", "rank", "class", "probability", "error"), rows)
-    sys.exit(0 if complete else 1)
+    sys.exit(1 if any(error for *_, error in rows) else 0)
 
 
 @main.command()
