@@ -262,6 +262,15 @@ def test_names_in_other_scripts_are_drawn_or_named(tmp_path, recwarn, capsys, le
     assert not recwarn.list
 
 
+def test_long_names_do_not_run_into_those_of_the_next_image(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "png", lambda figure, dpi: drawn.append(figure) or b"")
+    test = LabelledImages(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1]), ("o" * 30, "e" * 16))
+    own_images.draw_errors(tmp_path, test, 5.0 * one_hot(torch.tensor([1, 0])))
+    drawn[1].draw_without_rendering()
+    assert all(ax.title.get_window_extent().width <= ax.get_window_extent().width for ax in drawn[1].axes)
+
+
 def test_without_mistakes_the_old_figure_goes(folder, tmp_path):
     (tmp_path / "mistakes.png").write_text("of an earlier training")
     test = load_images(folder, "test")

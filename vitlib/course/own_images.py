@@ -75,12 +75,13 @@ def draw_errors(folder: Path, test: LabelledImages, logits: Tensor) -> str:
     for index in worst.tolist():
         share, guess = logits[index].softmax(dim=0).max(dim=0)
         title = f"true: {names[test.labels[index]]}\n{share:.0%} {names[guess]}"
-        titles.append(f"{title}\n{_shortened(Path(test.names[index]).name)}" if test.names else title)
+        titles.append(f"{title}\n{_shortened(Path(test.names[index]).name, 22)}" if test.names else title)
     title = f"the {len(worst)} most confident of {len(test) - right} mistakes"
     figure = plots.image_grid(test.images[worst], titles, columns=4, side=2.0, title=title)
     (folder / "mistakes.png").write_bytes(plots.png(figure, dpi=150))
     return f"{said} Where it is most sure and wrong: {folder / 'mistakes.png'}."
 
 
-def _shortened(text: str) -> str:
-    return text if len(text) <= 22 else f"{text[:10]}…{text[-11:]}"
+def _shortened(text: str, most: int = 16) -> str:
+    """Return a text that fits above an image, behind ``true:`` or a percentage."""
+    return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[-most // 2 :]}"
