@@ -12,7 +12,7 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack, redirect_stderr
+from contextlib import ExitStack, redirect_stderr, suppress
 from functools import cache
 from pathlib import Path
 
@@ -57,9 +57,11 @@ def load_cifar(
         OSError: if the download fails or is not what it should be, or the folder cannot be written.
     """
     dataset, folder = cifar_class(name), cache_dir(data_dir)
-    if not _is_whole(dataset, folder):
+    try:
+        data = dataset(folder, train=split == "train")
+    except RuntimeError:  # torchvision's for a file that is missing or has another md5
         _download(dataset, name, folder, progress)
-    data = dataset(folder, train=split == "train")
+        data = dataset(folder, train=split == "train")
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
     return images, torch.tensor(data.targets), tuple(data.classes)
 
@@ -75,10 +77,12 @@ def _download(dataset: type, name: str, folder: Path, progress: bool) -> None:
         with FileLock(folder / ".lock"), redirect_stderr(bar), ExitStack() as afterwards:
             afterwards.callback(socket.setdefaulttimeout, socket.getdefaulttimeout())
             socket.setdefaulttimeout(TIMEOUT)
-            if not _is_whole(dataset, folder):  # else another process has done it while this one waited
-                fetch = import_torchvision().datasets.utils.download_and_extract_archive
-                fetch(dataset.url, folder, filename=dataset.filename, md5=dataset.tgz_md5)
-                dataset(folder, train=False)  # RuntimeError if what came is not what it should be
+            with suppress(RuntimeError):
+                dataset(folder, train=False)
+                return  # another process has done it while this one waited
+            fetch = import_torchvision().datasets.utils.download_and_extract_archive
+            fetch(dataset.url, folder, filename=dataset.filename, md5=dataset.tgz_md5)
+            dataset(folder, train=False)  # RuntimeError if what came is not what it should be
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         reason = first_line(error)
         raise OSError(
@@ -86,14 +90,6 @@ def _download(dataset: type, name: str, folder: Path, progress: bool) -> None:
             f"md5 {dataset.tgz_md5} there by hand, for instance with `curl -L -C - -O {dataset.url}`, which goes on "
             "where it stopped, name another folder in VITLIB_DATA, or use shapes100, which needs no download."
         ) from error
-
-
-def _is_whole(dataset: type, folder: Path) -> bool:
-    try:
-        dataset(folder, train=False)  # checks the md5 of every file before it opens the first
-    except RuntimeError:
-        return False
-    return True
 
 
 # ---------- What ciFAIR kept ----------
