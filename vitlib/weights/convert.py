@@ -31,42 +31,41 @@ from vitlib.utils import atomic_write, import_torchvision
 from vitlib.weights.checkpoint import unwrap
 
 CLS, POSITIONS = "vit_encoder.embedding.cls_token", "vit_encoder.embedding.position_embedding"
-PATCH, BLOCK, NORM = "vit_encoder.embedding.patch_embedding.", "vit_encoder.encoder.{}.", "vit_encoder.layernorm."
-PRE_LOGITS, HEAD = "pre_logits.0.", "linear_classifier."
+PATCH, BLOCK, HEAD = "vit_encoder.embedding.patch_embedding.", "vit_encoder.encoder.{}.", "linear_classifier."
+NORM, PRE_LOGITS = "vit_encoder.layernorm.", "pre_logits.0."
 _VIT = "vit.embeddings."
 
-# Their names for: CLS token, positions, patch embedding | the start of a block's names, and in it: norm1, qkv, output,
-# norm2, mlp.0, mlp.3 | final norm, pre-logits, classifier. A name that ends in a separator stands for a weight and a
-# bias. Three names for qkv are its thirds.
-_LAYOUTS = {
+# Their names for: CLS token, positions, patch embedding | the start of a block's names, and in it: norm1, qkv or its
+# thirds, output, norm2, mlp.0, mlp.3 | final norm, pre-logits, classifier. A name that ends in a separator stands for
+# a weight and a bias.
+LAYOUTS = {
     "torchvision": (
         ["class_token", "encoder.pos_embedding", "conv_proj."],
         "encoder.layers.encoder_layer_{}.",
-        ["ln_1.", ["self_attention.in_proj_"], "self_attention.out_proj.", "ln_2.", "mlp.0.", "mlp.3."],
+        ["ln_1.", "self_attention.in_proj_", "self_attention.out_proj.", "ln_2.", "mlp.0.", "mlp.3."],
         ["encoder.ln.", "heads.pre_logits.", "heads.head."],
     ),
     "timm": (  # and facebookresearch's DeiT, DINO and DINOv2
         ["cls_token", "pos_embed", "patch_embed.proj."],
         "blocks.{}.",
-        ["norm1.", ["attn.qkv."], "attn.proj.", "norm2.", "mlp.fc1.", "mlp.fc2."],
+        ["norm1.", "attn.qkv.", "attn.proj.", "norm2.", "mlp.fc1.", "mlp.fc2."],
         ["norm.", None, "head."],
     ),
     "huggingface": (
         [_VIT + "cls_token", _VIT + "position_embeddings", _VIT + "patch_embeddings.projection."],
         "vit.layers.{}.",
-        ["layernorm_before.", ["attention.q_proj.", "attention.k_proj.", "attention.v_proj."], "attention.o_proj.",
+        ["layernorm_before.", "attention.q_proj.", "attention.k_proj.", "attention.v_proj.", "attention.o_proj.",
          "layernorm_after.", "mlp.fc1.", "mlp.fc2."],
         ["vit.layernorm.", "pooler.dense.", "classifier."],
     ),
     "npz": (  # github.com/google-research/vision_transformer, flax
         ["cls", "Transformer/posembed_input/pos_embedding", "embedding/"],
         "Transformer/encoderblock_{}/",
-        ["LayerNorm_0/", [f"MultiHeadDotProductAttention_1/{part}/" for part in ("query", "key", "value")],
-         "MultiHeadDotProductAttention_1/out/", "LayerNorm_2/", "MlpBlock_3/Dense_0/", "MlpBlock_3/Dense_1/"],
+        ["LayerNorm_0/", *(f"MultiHeadDotProductAttention_1/{part}/" for part in ("query", "key", "value", "out")),
+         "LayerNorm_2/", "MlpBlock_3/Dense_0/", "MlpBlock_3/Dense_1/"],
         ["Transformer/encoder_norm/", "pre_logits/", "head/"],
     ),
 }  # fmt: skip
-LAYOUTS = tuple(_LAYOUTS)
 _TODAY = {  # today's names by older ones: of torchvision's published files; of transformers 4 and the files on its hub
     ".mlp.linear_1.": ".mlp.0.", ".mlp.linear_2.": ".mlp.3.", "encoder.layer.": "layers.",
     "attention.attention.query.": "attention.q_proj.", "attention.attention.key.": "attention.k_proj.",
@@ -95,28 +94,28 @@ def names(layout: str, num_layers: int = 12, *, head: bool = True, pre_logits: b
     >>> names("torchvision", num_layers=1)[0]
     ('class_token', 'vit_encoder.embedding.cls_token')
     """
-    front, block, (norm1, qkv, *others), (norm, hidden, classifier) = _layout(layout)
+    front, block, parts, (norm, hidden, classifier) = _layout(layout)
+    thirds = len(parts) - 5  # 1 for queries, keys and values in one matrix
+    ours = ("norm1.", *thirds * ("attention.qkv.",), "attention.output.", "norm2.", "mlp.0.", "mlp.3.")
     rows = [*zip(front, (CLS, POSITIONS, PATCH), strict=True)]
     for number in range(num_layers):
-        start, ours = block.format(number), BLOCK.format(number)
-        rows += [(start + norm1, ours + "norm1."), *((start + part, ours + "attention.qkv.") for part in qkv)]
-        parts = ("attention.output.", "norm2.", "mlp.0.", "mlp.3.")
-        rows += [(start + theirs, ours + part) for theirs, part in zip(others, parts, strict=True)]
+        start, our_start = block.format(number), BLOCK.format(number)
+        rows += [(start + theirs, our_start + name) for theirs, name in zip(parts, ours, strict=True)]
     rows += [(norm, NORM), *([(hidden, PRE_LOGITS)] if pre_logits else []), *([(classifier, HEAD)] if head else [])]
-    return [pair for theirs, ours in rows for pair in _leaves(theirs if head else theirs.removeprefix("vit."), ours)]
+    return [pair for theirs, name in rows for pair in _leaves(theirs if head else theirs.removeprefix("vit."), name)]
 
 
 def _layout(name: str) -> tuple:
     if name not in LAYOUTS:
         raise ValueError(f"layout={name!r} is not known; choose one of {', '.join(LAYOUTS)}.")
-    return _LAYOUTS[name]
+    return LAYOUTS[name]
 
 
 def layout_of(state: Mapping[str, Tensor]) -> str | None:
     """Return the layout, one of ``LAYOUTS``, whose encoder these names contain, or None."""
-    found = [_todays(name) for name in state]
+    found = {_plain(name) for name in state}
     for layout in LAYOUTS:
-        if all(any(name.endswith(theirs) for name in found) for theirs, _ in names(layout, 1, head=False)):
+        if found.issuperset(theirs for theirs, _ in names(layout, 1, head=False)):
             return layout
     return None
 
@@ -138,8 +137,8 @@ def from_state_dict(
 ) -> ViTModel:
     """Build a model from another library's state dict; its sizes follow from the shapes of the entries.
 
-    A prefix before the names, such as ``module.`` or ``backbone.``, is stripped. LayerScale is multiplied into the
-    layers before it.
+    What wrappers put before the names, such as ``module.`` or ``backbone.``, is stripped. LayerScale is multiplied into
+    the layers before it.
 
     Args:
         state: entries by the other library's names; without a classifier the model gets ``num_classes=0``.
@@ -149,17 +148,15 @@ def from_state_dict(
     Raises:
         ValueError: listing the entries that are missing or unknown, or naming the first that does not fit.
     """
-    (_, positions, _), block, _, (_, hidden, classifier) = _layout(layout)
-    state = _without_prefix({_todays(name): value for name, value in state.items()}, positions)
+    _, _, (norm1, *_), (_, hidden, classifier) = _layout(layout)
+    state = {_plain(name): value for name, value in state.items()}
     if layout == "timm":
         state = _without_layer_scale(state)
-    # Hugging Face's names begin with "vit." only in a model with a classifier
-    head = any(name.startswith((classifier, "vit.")) for name in state)
+    head = any(name.startswith(classifier) for name in state)
     pre_logits = _has_pre_logits(layout, head) and any(name.startswith(hidden) for name in state)
-    start = re.escape(block.partition("{}")[0].removeprefix("" if head else "vit."))
-    blocks = {match[1] for name in state if (match := re.match(start + r"(\d+)", name))}
-    num_layers = max(1, len(blocks))
+    num_layers = max(1, sum(name.endswith(norm1 + "bias") for name in state))
     pairs = names(layout, num_layers, head=head, pre_logits=pre_logits)
+    pairs = [(_plain(theirs), ours) for theirs, ours in pairs]
     known = {theirs for theirs, _ in pairs}
     for kind, wrong in (("missing", known - state.keys()), ("unknown", state.keys() - known)):
         if wrong:
@@ -172,7 +169,7 @@ def from_state_dict(
         parts = {}
         for theirs, name in pairs:
             parts.setdefault(name, []).append(_from_flax(theirs, state[theirs]) if layout == "npz" else state[theirs])
-        ours = {name: _copy(torch.cat(thirds) if len(thirds) > 1 else thirds[0]) for name, thirds in parts.items()}
+        ours = {name: _copy(torch.cat(thirds)) for name, thirds in parts.items()}
         em_dim, channels, patch_size, _ = ours[PATCH + "weight"].shape
         with torch.device("meta"):  # spares time and memory for random weights that are replaced at once
             model = ViTModel(
@@ -189,18 +186,12 @@ def from_state_dict(
     return model.eval()
 
 
-def _todays(name: str) -> str:
+def _plain(name: str) -> str:
+    """Return a name without what wrappers and models around the encoder put before it, as it is written today."""
+    name = re.sub(r"^((module|_orig_mod|model|net|backbone|vit)\.)+", "", name)
     for before, today in _TODAY.items():
         name = name.replace(before, today)
     return name
-
-
-def _without_prefix(state: Mapping[str, Tensor], positions: str) -> dict[str, Tensor]:
-    """Strip the prefix of the positions' name, such as ``module.``, from all names; Hugging Face's ``vit.`` stays."""
-    bare = positions.removeprefix("vit.")
-    prefix = next((name.removesuffix(bare) for name in state if name.endswith(bare)), "")
-    prefix = prefix.removesuffix("vit.") if positions != bare else prefix
-    return {name.removeprefix(prefix): value for name, value in state.items()}
 
 
 def _without_layer_scale(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -286,11 +277,15 @@ def _library(module: str) -> ModuleType:
     return importlib.import_module(module)
 
 
-def _proved(model: ViTModel, module: nn.Module, output: Callable = lambda given: given) -> ViTModel:
-    """Return ``model`` if it computes the same as ``module``, from which it was converted.
+def _convert(
+    module: nn.Module, layout: str, num_heads: int, pooling: str = "cls", output: Callable = lambda given: given
+) -> ViTModel:
+    """Convert a module, and compare its ``output`` with the model's.
 
     No list of options that :class:`ViTModel` lacks would do: libraries add options with every release.
     """
+    state, eps = module.state_dict(), _norm_eps(module)
+    model = from_state_dict(state, layout, num_heads=num_heads, norm_eps=eps, pooling=pooling)
     shape = 2, *model.vit_encoder.embedding.image_shape
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -314,9 +309,7 @@ def _check_class(module: nn.Module, *classes: type) -> None:
 def from_torchvision(module: nn.Module) -> ViTModel:
     """Convert torchvision's ``VisionTransformer`` (``vit_b_16`` and its family)."""
     _check_class(module, _library("torchvision.models.vision_transformer").VisionTransformer)
-    heads = module.encoder.layers[0].num_heads
-    model = from_state_dict(module.state_dict(), "torchvision", num_heads=heads, norm_eps=_norm_eps(module))
-    return _proved(model, module)
+    return _convert(module, "torchvision", module.encoder.layers[0].num_heads)
 
 
 def to_torchvision(model: nn.Module) -> nn.Module:
@@ -344,10 +337,7 @@ def to_torchvision(model: nn.Module) -> nn.Module:
 def from_timm(module: nn.Module) -> ViTModel:
     """Convert timm's ``VisionTransformer`` (``vit_*_patch*``, ``deit_*_patch*``, DINO and DINOv2 without registers)."""
     _check_class(module, _library("timm.models.vision_transformer").VisionTransformer)
-    heads = module.blocks[0].attn.num_heads
-    pooling = "mean" if module.global_pool == "avg" else "cls"
-    state, eps = module.state_dict(), _norm_eps(module)
-    return _proved(from_state_dict(state, "timm", num_heads=heads, norm_eps=eps, pooling=pooling), module)
+    return _convert(module, "timm", module.blocks[0].attn.num_heads, "mean" if module.global_pool == "avg" else "cls")
 
 
 def to_timm(model: nn.Module) -> nn.Module:
@@ -374,15 +364,13 @@ def from_huggingface(module: nn.Module) -> ViTModel:
     """
     peer = _library("transformers")
     _check_class(module, peer.ViTForImageClassification, peer.ViTModel)
-    state, heads = module.state_dict(), module.config.num_attention_heads
-    model = from_state_dict(state, "huggingface", num_heads=heads, norm_eps=_norm_eps(module))
 
     def output(given) -> Tensor:
         if "logits" in given:
             return given.logits
         return given.last_hidden_state[:, 0] if given.pooler_output is None else given.pooler_output
 
-    return _proved(model, module, output)
+    return _convert(module, "huggingface", module.config.num_attention_heads, output=output)
 
 
 def to_huggingface(model: nn.Module) -> nn.Module:
@@ -403,8 +391,8 @@ def to_huggingface(model: nn.Module) -> nn.Module:
             module = peer.ViTForImageClassification(theirs)
         else:
             module = peer.ViTModel(theirs, add_pooling_layer=config["pre_logits"] is not None)
-    state = to_state_dict(model, "huggingface")
-    module.load_state_dict({name: state[_todays(name)] for name in module.state_dict()}, assign=True)
+    state = {_plain(name): value for name, value in to_state_dict(model, "huggingface").items()}
+    module.load_state_dict({name: state[_plain(name)] for name in module.state_dict()}, assign=True)
     return module.eval()
 
 
