@@ -67,30 +67,24 @@ def load_checkpoint(path: str | Path) -> tuple[ViTModel, ModelCard]:
         ValueError: if the file is damaged, or holds weights of another library.
     """
     path = Path(path).expanduser()
-    if path.is_dir():
-        raise ValueError(f"{printable(path)} is a folder; name the .safetensors file in it.")
-    if not path.is_file():
+    if not path.is_file():  # a folder with checkpoints is none
         raise FileNotFoundError(
-            f"There is no checkpoint at {printable(path)}; train one first (notebook 03), or check the path."
+            f"There is no checkpoint at {printable(path)}; name a .safetensors file, or train one first (notebook 03)."
         )
     try:
         with safe_open(path, framework="pt") as file:
             description = json.loads((file.metadata() or {}).get("vitlib", "null"))
             tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, ValueError):
-        description = None
-    if description is None:
-        from vitlib.weights.official import what_it_holds  # not above: that module imports this one
-
-        raise ValueError(f"{printable(path)} is not a checkpoint of vitlib: it {what_it_holds(path)}.")
-    try:
+        if description is None:
+            raise ValueError("it has no model card")
         model = ViTModel(**description["config"])
         model.load_state_dict(tensors)
         card = ModelCard(**description["card"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"{printable(path)} is not a whole checkpoint of vitlib ({reason:.150}); copy it again."
+            f"{printable(path)} is not a whole checkpoint of vitlib ({reason:.150}); copy it again, or, if it holds "
+            "weights of another library, convert it with vitlib.weights.official.from_file."
         ) from error
     return model.eval(), card
 

@@ -77,21 +77,17 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
             with np.load(path, allow_pickle=False) as file:
                 return {name: torch.from_numpy(file[name]) for name in file.files}
         content = torch.load(path, map_location="cpu", weights_only=True)
-        # beside an optimiser, say; of DINO's two models the teacher
-        parts = [part for part in (content.get("teacher"), content, *content.values()) if isinstance(part, Mapping)]
+        parts = [part for part in (content, *content.values()) if isinstance(part, Mapping)]  # beside an optimiser, say
         tensors = [{name: value for name, value in part.items() if isinstance(value, Tensor)} for part in parts]
         return max(tensors, key=len)
     except Exception as error:  # damaged files fail in many ways
-        raise ValueError(f"{printable(path)} {_why_not_read(error)}.") from error
-
-
-def _why_not_read(error: Exception) -> str:
-    if "Unsupported global" in str(error):  # such as a whole model, or options beside the tensors
-        return (
-            "holds Python objects, such as a whole model, and loading them would run code; where you trust it, write "
-            "its state_dict alone to another file with torch.save"
-        )
-    return f"is damaged, or not a file of weights ({first_line(error):.100}); copy or download it again"
+        problem = f"is damaged, or not a file of weights ({first_line(error):.100}); copy or download it again"
+        if "Unsupported global" in str(error):  # such as a whole model, or options beside the tensors
+            problem = (
+                "holds Python objects, such as a whole model, and loading them would run code; where you trust it, "
+                "write its state_dict alone to another file with torch.save"
+            )
+        raise ValueError(f"{printable(path)} {problem}.") from error
 
 
 def from_file(path: str | os.PathLike, *, num_heads: int | None = None) -> ViTModel:
@@ -121,20 +117,3 @@ def from_file(path: str | os.PathLike, *, num_heads: int | None = None) -> ViTMo
         raise ValueError(f"No published ViT has the width {width}; give num_heads, which no shape tells.")
     eps = 1e-12 if layout == "huggingface" else 1e-6
     return from_state_dict(state, layout, num_heads=num_heads or _HEADS[width], norm_eps=eps)
-
-
-def what_it_holds(path: str | os.PathLike) -> str:
-    """Say for an error message what a file holds that is not a checkpoint, and the way out."""
-    try:
-        state = read_weights(path)
-    except ValueError as error:
-        return _why_not_read(error.__cause__)
-    if any(name.endswith("vit_encoder.layernorm.weight") for name in state):
-        return (
-            "holds the weights of a ViTModel without a card; load them with load_state_dict, and write them with "
-            "save_checkpoint(path, model, ModelCard(classes, mean, std))"
-        )
-    library = {"huggingface": "Hugging Face", "npz": "Google", None: "another model"}
-    layout = layout_of(state)
-    way_out = f"convert them with vitlib.weights.official.from_file({os.fspath(path)!r}), then save_checkpoint"
-    return f"holds weights of {library.get(layout, layout)}; {way_out if layout else 'give those of a plain ViT'}"
