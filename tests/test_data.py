@@ -198,6 +198,13 @@ def test_other_names_of_splits_are_found(folder, load, capsys, name):
     assert (said == "") if name.lower().startswith("test") else (f"are those in {name}." in said)
 
 
+def test_split_beside_the_one_used_is_named(folder, load, capsys):
+    make_folder(folder / "val")
+    (folder / "val" / "train").rename(folder / "valid")
+    load(folder, "test")
+    assert f"The test images of {folder} are those in test; not used: val, valid." in capsys.readouterr().out
+
+
 def test_folder_of_classes_alone_is_split_by_a_seed(folder, load, capsys):
     for index in range(3, 10):
         for name in ("cat", "dog"):

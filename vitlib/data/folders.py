@@ -105,22 +105,21 @@ def refit(images: Tensor, image_size: int | None, num_channels: int) -> Tensor:
 # ---------- Which files ----------
 
 
-def find_splits(folder: Path) -> tuple[Path, Path | None]:
-    """Return the folders with the classes for training and for testing.
+def find_splits(folder: Path) -> tuple[Path, list[Path]]:
+    """Return the folder with the classes for training, and those for testing, of which the first is used.
 
-    They have ``TRAIN_NAMES`` and ``TEST_NAMES``, in any case; the first that holds folders is taken. A folder of
-    classes alone is itself the one for training.
+    They have ``TRAIN_NAMES`` and ``TEST_NAMES``, in any case. A folder of classes alone is itself the one for training.
 
     Raises:
         FileNotFoundError: for a folder that has neither splits nor classes.
     """
     named = {name.lower(): folder / name for name in _folders(folder)}
     trains, tests = ([named[name] for name in names if name in named] for names in (TRAIN_NAMES, TEST_NAMES))
-    train, test = (next(filter(_folders, places), None) for places in (trains, tests))
+    train, used = next(filter(_folders, trains), None), list(filter(_folders, tests))
     # a class may be called train, or valid, but there are no two such classes
-    has_classes = len(named) > len(trains + tests) and not test and not (trains and tests)
+    has_classes = len(named) > len(trains + tests) and not used and not (trains and tests)
     if train or has_classes:
-        return train or folder, test
+        return train or folder, used
     raise FileNotFoundError(
         f"{printable(folder / 'train')} does not exist or holds no class folders; a data set is a folder with the "
         "images in train/<class>/* and test/<class>/*, or in <class>/*."

@@ -123,17 +123,18 @@ def load_images(
 
 def _load_from_folder(folder: Path, split: str, *options) -> LabelledImages:
     """Load a split of a folder, found or made as :func:`load_images` says; options as in ``load_folder``."""
-    train, test = find_splits(folder)
+    train, tests = find_splits(folder)
     place, kept = train, None
     if split == "test" and train != folder:
-        if not test:
+        if not tests:
             raise FileNotFoundError(
                 f"{printable(folder / 'test')} does not exist or holds no class folders; add the images in "
                 f"test/<class>/*, or give {printable(train)}, and a fifth of its images become test images."
             )
-        place = test
-        if not test.name.lower().startswith("test"):
-            print(f"The test images of {printable(folder)} are those in {test.name}.")
+        place, *unused = tests
+        if unused or not place.name.lower().startswith("test"):
+            others = f"; not used: {', '.join(other.name for other in unused)}" if unused else ""
+            print(f"The test images of {printable(folder)} are those in {place.name}{others}.")
     images, labels, classes, files = load_folder(place, train, *options)
     if place != train:
         kept = kept_by_file(files, labels, classes)
