@@ -115,14 +115,17 @@ def quick(monkeypatch):
     memory = SimpleNamespace(total=32 * GIB, available=30 * GIB)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     monkeypatch.setattr(psutil, "cpu_percent", lambda interval: 50.0)
+    for name in doctor.PLACES:
+        monkeypatch.delenv(name, raising=False)
     return monkeypatch
 
 
 def test_the_facts_of_a_container_and_a_batch_system_are_the_smaller_ones(quick):
     quick.setattr(doctor, "container_limits", lambda: (0.25, 2 * GIB, -5))
+    quick.setenv("BINDER_REPO_URL", "x")
     facts = doctor.gather()
     assert (facts.cores, facts.cores_in_all, facts.memory, facts.free_memory) == (1, 8, 2 * GIB, 0)
-    assert facts.busy == 0.5
+    assert facts.busy == 0.5 and facts.place.startswith("Binder; download your notebooks")
     quick.setattr(doctor, "container_limits", lambda: (math.inf,) * 3)
     quick.setattr(os, "sched_getaffinity", lambda pid: {3, 5})
     assert doctor.granted_cores() == 2
@@ -173,6 +176,14 @@ def test_the_device_that_training_takes_is_measured_and_named(quick, device, gpu
     quick.setattr(doctor, "training_speed", speed)
     facts = doctor.gather()
     assert facts.gpu == gpu and can_run(facts) and speed.call_args.args[1].type == device
+
+
+def test_downloads_are_found(quick, tmp_path):
+    quick.setenv("VITLIB_DATA", str(tmp_path / "not" / "yet"))
+    assert doctor.gather().downloads == ()
+    for folder in ("ciFAIR-100", "cifar-10-batches-py"):
+        (tmp_path / "not" / "yet" / folder).mkdir(parents=True)
+    assert doctor.gather().downloads == ("cifair100", "cifar10")
 
 
 def test_the_exit_code_is_1_where_the_course_cannot_run(monkeypatch):

@@ -13,10 +13,15 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
-from vitlib.utils import first_line, import_torchvision, text_table, versions
+from vitlib.utils import cache_dir, first_line, text_table, versions
 
 GIB = 2**30
 PEAK = 0.8 * GIB  # the most memory that a chapter takes (RESULTS.md)
+PLACES = {  # by an environment variable that only this place sets: its name, and how to keep one's work there
+    "KAGGLE_KERNEL_RUN_TYPE": "Kaggle; save a version to keep your work",
+    "COLAB_RELEASE_TAG": "Google Colab; save a copy in Drive to keep your work",
+    "BINDER_REPO_URL": "Binder; download your notebooks before the session ends",
+}
 SHOWN = ("torch", "torchvision", "vitlib", "ipywidgets", "jupyterlab")
 # the training whose speed is measured: chapter 03's defaults
 CHAPTER_03 = {"preset": "mini", "recipe": "short", "norm_first": True, "batch_size": 32}
@@ -39,10 +44,12 @@ class Facts:
     busy: float  # share of all cores that other programs use
     needs: Mapping[str, str]  # package to the lowest version; empty if vitlib is not installed
     versions: Mapping[str, str]  # "python" or installed package to the version
+    place: str = "a machine of your own"
     failure: str | None = None  # why torch does not load or train; the rest is known only where it does
     gpu: str | None = None
     threads: int = 1
     precision: str = "float32"  # that "auto" stands for
+    downloads: tuple[str, ...] = ()  # data sets
     speed: float | None = None
 
 
@@ -60,6 +67,7 @@ def gather() -> Facts:
         busy=psutil.cpu_percent(0.5) / 100,
         needs=needs,
         versions=versions(*SHOWN, *needs),
+        place=next((words for name, words in PLACES.items() if name in os.environ), Facts.place),
     )
     return replace(facts, **_ask_torch()) if can_run(facts) else facts
 
@@ -102,9 +110,11 @@ def _ask_torch() -> dict[str, object]:
     try:
         import torch
 
-        import_torchvision()
+        from vitlib.data.cifar import cifar_class
+        from vitlib.data.images import SOURCES
         from vitlib.training import resolve_device, resolve_precision
 
+        folders = {name: cache_dir() / cifar_class(name).base_folder for name in SOURCES[2:]}
         device = resolve_device()
         gpu = None if device.type == "cpu" else device.type.upper()
         if device.type == "cuda":
@@ -116,8 +126,9 @@ def _ask_torch() -> dict[str, object]:
     except Exception as error:  # broken installations raise anything
         reason = f"{type(error).__name__}: {first_line(error).replace(str(Path.home()), '~'):.100}"
         return {"failure": f"torch does not work here ({reason}); {way_out}."}
-    precision = resolve_precision("auto", device)
-    return {"gpu": gpu, "threads": torch.get_num_threads(), "precision": precision, "speed": speed}
+    downloads = tuple(name for name, folder in folders.items() if folder.is_dir())
+    precision, threads = resolve_precision("auto", device), torch.get_num_threads()
+    return {"gpu": gpu, "threads": threads, "precision": precision, "downloads": downloads, "speed": speed}
 
 
 def training_speed(
@@ -182,6 +193,7 @@ def can_run(facts: Facts) -> bool:
 def report(facts: Facts) -> str:
     """Return the facts, how long each chapter takes, and what is wrong."""
     rows = {
+        "place": facts.place,
         "system": f"{platform.system()} {platform.machine()}, Python {facts.versions['python']}",
         "packages": ", ".join(f"{name} {facts.versions.get(name, 'missing')}" for name in SHOWN),
         "cores": f"{facts.cores} of {facts.cores_in_all} may be used",
@@ -192,6 +204,7 @@ def report(facts: Facts) -> str:
         rows["GPU"] = facts.gpu or "none, and none is needed"
         rows["speed"] = f"{facts.speed:,.0f} images/s (training of `mini` in float32, measured for a second)"
         rows["precision"] = f"auto is {facts.precision} here"
+        rows["images"] = f"drawn; downloaded: {', '.join(facts.downloads) or 'none, and none is needed'}"
         minutes = {name: (START + SUSTAINED * images / facts.speed) / 60 for name, images in CHAPTERS.items()}
         chapters = {name: f"about {t:,.0f} min" if t >= 0.9 else "less than 1 min" for name, t in minutes.items()}
     lines = text_table([*rows.items(), ("", ""), *chapters.items(), ("", "")])
