@@ -3,6 +3,7 @@
 import gc
 import importlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -45,19 +46,27 @@ class DistributedContext:
             dist.all_gather_object(values, value)
         return values
 
-    def from_first(self, value: object) -> object:
-        """Return the first process's value (broadcast); those of the others are ignored."""
-        values = [value]
+    def from_first(self, work: Callable[[], object]) -> object:
+        """Call ``work`` in the first process and return its result in all of them; every process must call this.
+
+        A ValueError is raised in all of them, too: the others would wait for the first for ever.
+        """
+        outcome = [None, None]
+        if self.is_first:
+            try:
+                outcome[0] = work()
+            except ValueError as error:
+                outcome[1] = error
         if self.world_size > 1:
-            dist.broadcast_object_list(values, src=0)
-        return values[0]
+            dist.broadcast_object_list(outcome, src=0)
+        result, refusal = outcome
+        if refusal is not None:
+            raise refusal
+        return result
 
     def parallel(self, model: nn.Module) -> nn.Module:
         """Wrap the model so that ``backward`` averages the gradients of all processes."""
-        if self.world_size == 1:
-            return model
-        device = next(model.parameters()).device
-        return nn.parallel.DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device])
+        return model if self.world_size == 1 else nn.parallel.DistributedDataParallel(model)
 
     def backward(self, loss: Tensor) -> None:
         """Backpropagate. The processes' losses add up to that of the batch, but DDP averages their gradients."""

@@ -56,7 +56,7 @@ def fit(
                 model.train()
                 for batch in trainer.batches(epoch):  # random order; an interrupted epoch resumes where it stopped
                     images, own_share = trainer.augment(batch)  # augmented; own_share: the weight of its own label
-                    with trainer.autocast():  # bfloat16 or float32, as options.precision says
+                    with trainer.autocast:  # bfloat16 or float32, as options.precision says
                         logits = trainer.forward(images, *batch.kept_patches)  # predict
                     losses = mixed_cross_entropy(logits.float(), batch.labels, own_share, recipe.label_smoothing)
                     loss = losses.sum() / batch.size  # measure; batch.size counts the images of all processes

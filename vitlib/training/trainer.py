@@ -4,7 +4,7 @@ import copy
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -94,25 +94,24 @@ class Trainer:
         options: TrainingOptions,
         resume: ResumeFile | None = None,
     ):
-        self.model, self.card, self.recipe, self.options = model, card, recipe, options
+        self.model, self.card, self.recipe, self.options, self.resume = model, card, recipe, options, resume
         self.device = next(model.parameters()).device
         self.context = current_context()
-        # a single process moves all images once; each of several moves its share of every epoch
-        self.train = train.to(self.device) if self.context.world_size == 1 else train
-        self.steps_per_epoch = math.ceil(len(train) / options.batch_size)
-        if options.train_steps_per_epoch is not None:
-            self.steps_per_epoch = min(self.steps_per_epoch, options.train_steps_per_epoch)
+        self.train = train.to(self.device)
+        most_steps = options.train_steps_per_epoch or len(train)
+        self.images_per_epoch = min(len(train), most_steps * options.batch_size)
+        self.steps_per_epoch = math.ceil(self.images_per_epoch / options.batch_size)
         self.total_steps = options.epochs * self.steps_per_epoch
         self.precision = resolve_precision(options.precision, self.device)
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
         self.optimizer = Optimizer(without_wrappers(model), recipe, self.total_steps)
         self.ema_model = copy.deepcopy(model) if recipe.ema_decay else model
         self.forward = self.context.parallel(compiled(model, self.device) if options.compile else model)
         self.history = History()
         self._begin_epoch()
         torch.manual_seed(options.seed + self.context.rank)  # dropout and drop path
-        self.resume = resume
-        if resume is not None:
-            self._load()
+        if resume is not None and (state := self.context.from_first(resume.load)):
+            self._load(state)
 
     @property
     def step(self) -> int:
@@ -122,9 +121,6 @@ class Trainer:
     def epochs_to_go(self) -> range:
         """Return the numbers of the epochs that are not finished, from 1."""
         return range(len(self.history.epochs) + 1, self.options.epochs + 1)
-
-    def autocast(self) -> AbstractContextManager:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         """Yield the remaining batches of an epoch, in a random order that depends on seed and epoch.
@@ -136,25 +132,22 @@ class Trainer:
         # a CPU generator uses 32 bits of a seed: 20 for the epoch, 12 for ours; the last term mixes in the rest of ours
         seed = (options.seed << 20) + epoch + (options.seed >> 12) * 2654435761
         generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(self.train), generator=generator)[: self.steps_per_epoch * options.batch_size]
+        order = torch.randperm(len(self.train), generator=generator)[: self.images_per_epoch]
         progress = epoch / options.epochs
         augmentation = recipe.augmentation if progress <= recipe.mix_until else replace(recipe.augmentation, mixing=0.0)
-        drawn = augmentation.draw(len(order), *self.train.images.shape[-2:], generator)
+        drawn = augmentation.draw(len(order), *self.train.images.shape[-2:], generator) | {"order": order}
         share = recipe.share_of_patches(progress)
         if share < 1:
             patches = without_wrappers(self.model).vit_encoder.embedding.position_embedding.shape[1] - 1
             drawn["kept_patches"] = draw_kept_patches(len(order), patches, share, generator)
 
-        steps = torch.arange(len(order)).split(options.batch_size)
-        mine = [self.context.shard(step) for step in steps]  # this process's part of each step
-        data = self.train.subset(order[torch.cat(mine)].to(self.train.labels.device)).to(self.device)
-        drawn = {name: numbers[torch.cat(mine)].to(self.device) for name, numbers in drawn.items()}
-        starts = torch.tensor([0, *map(len, mine)]).cumsum(0).tolist()  # of each step's part in data and drawn
-        for number in range(len(self.losses), len(steps)):
-            here = slice(starts[number], starts[number + 1])
-            numbers = {name: values[here] for name, values in drawn.items()}
-            kept = (numbers.pop("kept_patches"),) if "kept_patches" in numbers else ()
-            yield Batch(data.images[here], data.labels[here], numbers, len(steps[number]), kept)
+        drawn = {name: numbers.to(self.device) for name, numbers in drawn.items()}
+        for start in range(len(self.losses) * options.batch_size, len(order), options.batch_size):
+            batch = slice(start, start + options.batch_size)
+            ours = {name: self.context.shard(numbers[batch]) for name, numbers in drawn.items()}
+            chosen = ours.pop("order")
+            kept = (ours.pop("kept_patches"),) if "kept_patches" in ours else ()
+            yield Batch(self.train.images[chosen], self.train.labels[chosen], ours, len(order[batch]), kept)
 
     def augment(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the augmented images, float32 and normalised, and how much of each is its own content, ``[b]``."""
@@ -164,17 +157,14 @@ class Trainer:
     @contextmanager
     def timed_epoch(self, epoch: int) -> Iterator[None]:
         """Show the progress of an epoch and measure its time."""
-        options = self.options
-        images = min(len(self.train), self.steps_per_epoch * options.batch_size)
         with progress_bar(
-            description=f"{options.description}, epoch {epoch}/{options.epochs}",
-            total=images,
+            description=f"{self.options.description}, epoch {epoch}/{self.options.epochs}",
+            total=self.images_per_epoch,
             unit=" images",
-            show=options.progress and self.context.is_first,
+            show=self.options.progress and self.context.is_first,
         ) as self._bar:
-            self._bar.update(min(images, len(self.losses) * options.batch_size))
-            self._shown = time.perf_counter()
-            self._started = self._shown - self.seconds
+            self._bar.update(min(self.images_per_epoch, len(self.losses) * self.options.batch_size))
+            self._started = time.perf_counter() - self.seconds
             yield
 
     def end_step(self, loss: Tensor, logits: Tensor, batch: Batch) -> None:
@@ -183,41 +173,35 @@ class Trainer:
         self.losses.append(loss.detach())
         self.hits += (logits.detach().argmax(1) == batch.labels).sum()
         self._seen += len(batch.labels)
-        self._bar.update(batch.size)
-        if len(self.losses) == self.steps_per_epoch:  # waits for the device, so that the epoch's time is whole
-            self._check_finite(self.context.total(torch.stack(self.losses)).tolist())
-        now = time.perf_counter()
-        self.seconds = now - self._started
-        if now - self._shown > 1 and not self._bar.disable:  # once a second: reading a loss waits for the device
-            self._shown = now
+        if len(self.losses) == self.steps_per_epoch:
+            self._total_losses()  # waits for the device, so that the epoch's time is whole
+        self.seconds = time.perf_counter() - self._started
+        if self._bar.update(batch.size):  # it was drawn, twice a second at most: reading a loss waits for the device
             recent = self.losses[-1].item() * self.context.world_size  # of several processes each has a share
-            accuracy = self.hits.item() / max(1, self._seen)
             self._check_finite([recent])
+            accuracy = self.hits.item() / max(1, self._seen)
             self._bar.set_postfix_str(f"loss {recent:.3f}, accuracy {accuracy:.1%}", refresh=False)
         # several processes agree on it every 20 steps only, since they wait for each other
         asks = self.context.world_size == 1 or len(self.losses) % 20 == 1
-        if self.resume is not None and asks and self.context.from_first(self.resume.is_due):
+        if self.resume is not None and asks and self.context.from_first(lambda: self.resume.is_due):
             self.save()
 
     def end_epoch(self, score: dict[str, float]) -> None:
         """Add the finished epoch to the history: its steps, averages, and score on the validation images."""
-        losses = self.context.total(torch.stack(self.losses)).tolist()
-        hits = self.context.total(self.hits).item()
-        batch_size = self.options.batch_size
-        images = min(len(self.train), len(losses) * batch_size)
-        sizes = [min(batch_size, images - start) for start in range(0, images, batch_size)]
-        done, epoch = len(self.history.steps), len(self.history.epochs) + 1
-        self.history.steps += [
-            {"step": done + i + 1, "epoch": epoch, "loss": loss, "learning_rate": self.optimizer.rate(done + i)}
-            for i, loss in enumerate(losses)
-        ]
+        epoch, first, images = len(self.history.epochs) + 1, len(self.history.steps), self.images_per_epoch
+        losses = self._total_losses().tolist()
+        sizes = [min(self.options.batch_size, images - start) for start in range(0, images, self.options.batch_size)]
         train_loss = sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / images
+        self.history.steps += [
+            {"step": step + 1, "epoch": epoch, "loss": loss, "learning_rate": self.optimizer.rate(step)}
+            for step, loss in enumerate(losses, first)
+        ]
         self.history.epochs.append(
             {
                 "epoch": epoch,
                 "step": len(self.history.steps),
                 "train_loss": train_loss,
-                "train_accuracy": hits / images,
+                "train_accuracy": self.context.total(self.hits).item() / images,
                 "seconds": self.seconds,
                 "images_per_second": images / self.seconds,
                 "validation_loss": score["loss"],
@@ -231,37 +215,20 @@ class Trainer:
         """Write the resume file, if the training has one; every process must call this."""
         if self.resume is None:
             return
-        losses = self.context.total(torch.stack(self.losses)) if self.losses else torch.zeros(0)
-        self._check_finite(losses.tolist())
-        hits = self.context.total(self.hits)
-        states = self.context.gather(random_states(self.device))
+        state = {
+            "model": without_wrappers(self.model).state_dict(),
+            "ema_model": without_wrappers(self.ema_model).state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "history": asdict(self.history),
+            "losses": self._total_losses(),
+            "hits": self.context.total(self.hits),
+            "seconds": self.seconds,
+            "random_states": self.context.gather(random_states(self.device)),
+        }
         if self.context.is_first:
-            self.resume.save(
-                {
-                    "model": without_wrappers(self.model).state_dict(),
-                    "ema_model": without_wrappers(self.ema_model).state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
-                    "history": asdict(self.history),
-                    "losses": losses,
-                    "hits": hits,
-                    "seconds": self.seconds,
-                    "random_states": states,
-                }
-            )
+            self.resume.save(state)
 
-    def _load(self) -> None:
-        """Load the resume file, if it exists; every process must call this."""
-        state = refusal = None
-        if self.context.is_first:
-            try:
-                state = self.resume.load()
-            except ValueError as error:
-                refusal = error
-        state, refusal = self.context.from_first((state, refusal))
-        if refusal is not None:  # in every process, or the others would wait for the first
-            raise refusal
-        if state is None:
-            return
+    def _load(self, state: dict) -> None:
         without_wrappers(self.model).load_state_dict(state["model"])
         without_wrappers(self.ema_model).load_state_dict(state["ema_model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -289,13 +256,18 @@ class Trainer:
             for averaged, buffer in zip(self.ema_model.buffers(), self.model.buffers(), strict=True):
                 averaged.copy_(buffer)
 
+    def _total_losses(self) -> Tensor:
+        """Return the losses of this epoch's steps, over all processes; raise ValueError if one is not finite."""
+        losses = self.context.total(torch.stack(self.losses)) if self.losses else torch.zeros(0)
+        self._check_finite(losses.tolist())
+        return losses
+
     def _check_finite(self, losses: list[float]) -> None:
         """Raise ValueError if one of these, the losses of the last steps, is not finite: the training has diverged."""
-        bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
-        if bad is not None:
-            step = self.step - len(losses) + bad
-            raise ValueError(
-                f"The loss is {losses[bad]} in step {step + 1} of {self.total_steps}, at learning rate "
-                f"{self.optimizer.rate(step):.3g}: the training has diverged; lower the learning rate, clip the "
-                "gradient, or compute in float32."
-            )
+        for step, loss in enumerate(losses, self.step - len(losses)):
+            if not math.isfinite(loss):
+                raise ValueError(
+                    f"The loss is {loss} in step {step + 1} of {self.total_steps}, at learning rate "
+                    f"{self.optimizer.rate(step):.3g}: the training has diverged; lower the learning rate, clip the "
+                    "gradient, or compute in float32."
+                )
