@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import click
@@ -32,11 +33,10 @@ def pretrain(upstream, preset, run_dir, data_dir, image_size, device, **options)
     image_size = image_size or PRESETS[preset]["image_size"]
     preset_config(preset, 1, image_size=image_size)  # a size that does not fit is refused before anything is loaded
     train, test = _load_splits(upstream, data_dir, image_size)
-    with _alone_in(run_dir):
-        with _in_one_sentence(options["compile"]):
-            trained = training.pretrain(
-                train, preset, run_dir=run_dir, resume=True, source=upstream, device=device, **options
-            )
+    with _alone_in(run_dir), _in_one_sentence(options["compile"]):
+        trained = training.pretrain(
+            train, preset, run_dir=run_dir, resume=True, source=upstream, device=device, **options
+        )
         _score(trained, test, upstream, Path(run_dir) / "pretrained.safetensors")
 
 
@@ -71,15 +71,12 @@ def finetune(
         f"batch_size={batch_size}, finetune_epochs={finetune_epochs}."
     )
 
-    def train_model() -> Trained:
-        with _in_one_sentence(options["compile"]):
-            return training.finetune(
-                model, card, train, recipe=recipe, batch_size=batch_size, finetune_epochs=finetune_epochs,
-                run_dir=run_dir, resume=True, source=downstream, device=device, **options,
-            )  # fmt: skip
-
+    train_model = partial(
+        training.finetune, model, card, train, recipe=recipe, batch_size=batch_size, finetune_epochs=finetune_epochs,
+        run_dir=run_dir, resume=True, source=downstream, device=device, **options,
+    )  # fmt: skip
     is_first, checkpoint = current_context().is_first, Path(run_dir) / "finetuned.safetensors"
-    with _alone_in(run_dir):
+    with _alone_in(run_dir), _in_one_sentence(options["compile"]):
         try:
             trained = train_model()
         except OtherTraining as error:
