@@ -6,6 +6,7 @@ import os
 import signal
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import children
 import pytest
@@ -182,27 +183,18 @@ def test_killed_again_and_again(tmp_path, left_alone, run):
     assert differences(runs.result(), left_alone(run)) == []
 
 
-# The rest needs no process of its own: a training that fails leaves the same files as a killed one.
-
-
-class Stop(Exception):
-    pass
-
-
-class Steps(list):
-    """The numbers of the steps that were tried; the training stops in the one named ``stop``."""
-
-    stop = None
+# The rest needs no process of its own: a training that is interrupted leaves the same files as a killed one.
 
 
 @pytest.fixture
-def steps(monkeypatch) -> Steps:
-    steps, original = Steps(), Trainer.augment
+def steps(monkeypatch) -> SimpleNamespace:
+    """The numbers of the steps that were tried; Ctrl-C comes in the one named ``stop``."""
+    steps, original = SimpleNamespace(tried=[], stop=None), Trainer.augment
 
     def augment(self, *arguments):
-        steps.append(self.step)
-        if steps[-1] == steps.stop:
-            raise Stop
+        steps.tried.append(self.step)
+        if self.step == steps.stop:
+            raise KeyboardInterrupt
         return original(self, *arguments)
 
     monkeypatch.setattr(Trainer, "augment", augment)
@@ -244,7 +236,7 @@ def test_the_file_of_another_training_is_refused(trained, steps, words, changes)
     before = contents(trained)
     with pytest.raises(ValueError, match=words):
         train(trained, **{"recipe": ALL_AT_ONCE} | changes)
-    assert contents(trained) == before and not steps
+    assert contents(trained) == before and not steps.tried
 
 
 def test_finetuning_goes_on_too_but_not_from_other_weights(tmp_path, steps):
@@ -256,16 +248,14 @@ def test_finetuning_goes_on_too_but_not_from_other_weights(tmp_path, steps):
 
     alone = tune(run="alone")
     steps.stop = 5
-    with pytest.raises(Stop):
-        tune()
-    steps.clear()
-    steps.stop = None
+    assert tune().history.interrupted
+    steps.tried, steps.stop = [], None
     with pytest.raises(ValueError, match="belongs to .* because it started from other weights"):
         tune(second)
     with pytest.raises(ValueError, match="with stage='fine-tuning', this one has stage='linear probe'"):
         tune(freeze_encoder=True)
     resumed = tune()
-    assert steps == [5, 6, 7]
+    assert steps.tried == [5, 6, 7]
     assert differences(resumed.model.state_dict(), alone.model.state_dict()) == []
     assert differences(asdict(resumed.history), asdict(alone.history)) == []
 

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -210,30 +211,24 @@ def test_progress_bar_shows_loss_accuracy_and_speed(capsys):
 
 @pytest.fixture
 def taken(monkeypatch):
-    """The weights before the first and after every step of a training, averaged or not."""
-    taken, begin, step = [], Trainer.__init__, Trainer.end_step
+    """Before every step of a training its weights, and their average."""
+    taken, augment = [], Trainer.augment
 
-    def recorded(method):
-        def call(self, *args, **kwargs):
-            method(self, *args, **kwargs)
-            taken.append(weights(self.model).clone())
+    def record(self, batch):
+        taken.append((weights(self.model).clone(), weights(self.ema_model).clone()))
+        return augment(self, batch)
 
-        return call
-
-    monkeypatch.setattr(Trainer, "__init__", recorded(begin))
-    monkeypatch.setattr(Trainer, "end_step", recorded(step))
+    monkeypatch.setattr(Trainer, "augment", record)
     return taken
 
 
 def test_averaged_weights_follow_the_formula_and_are_those_that_are_kept(taken, tmp_path):
     recipe = replace(RECIPES["modern"], ema_decay=0.2, learning_rate=1e-2)
     trained = pretrain(coloured(), **quick(recipe=recipe, run_dir=tmp_path))
-    average = taken[0].double()
-    for step, now in enumerate(taken[1:]):
+    for step, ((_, before), (now, after)) in enumerate(pairwise(taken)):
         warm = min(0.2, (1 + step) / (10 + step))
-        average = warm * average + (1 - warm) * now.double()
-    torch.testing.assert_close(weights(trained.model).double(), average, rtol=0, atol=1e-6)
-    assert (taken[-1].double() - average).abs().max() > 1e-4, "they differ from the last weights"
+        torch.testing.assert_close(after, warm * before + (1 - warm) * now, rtol=0, atol=1e-6)
+    assert (now - after).abs().max() > 1e-4, "they differ from the last weights"
     saved, card = load_checkpoint(tmp_path / "pretrained.safetensors")
     assert torch.equal(weights(saved), weights(trained.model))
     _, validation = train_validation_split(coloured(), 0.1, 0)
@@ -242,11 +237,10 @@ def test_averaged_weights_follow_the_formula_and_are_those_that_are_kept(taken, 
 
 
 def test_averaging_does_not_change_the_training_itself(taken):
-    trained = pretrain(coloured(), **quick(recipe=replace(RECIPES["modern"], ema_decay=0.0)))
-    assert torch.equal(weights(trained.model), taken[-1]), "without averaging the last weights are kept"
+    pretrain(coloured(), **quick(recipe=replace(RECIPES["modern"], ema_decay=0.0)))
+    assert all(torch.equal(plain, kept) for plain, kept in taken), "without averaging the weights themselves are kept"
     pretrain(coloured(), **quick(recipe=replace(RECIPES["modern"], ema_decay=0.9)))
-    half = len(taken) // 2
-    assert all(torch.equal(plain, other) for plain, other in zip(taken[:half], taken[half:], strict=True))
+    assert all(torch.equal(plain, other) for (plain, _), (other, _) in zip(taken[:8], taken[8:], strict=True))
 
 
 # Order and augmentation of the images
