@@ -185,7 +185,7 @@ def confused(folder, monkeypatch):
     logits = 2.0 * one_hot(load_images(folder, "test").labels)
     for number, confidence in ((1, 3.0), (4, 9.0), (5, 4.0), (8, 5.0)):
         logits[number] = confidence * logits[number].roll(1)
-    monkeypatch.setattr(vitlib.training, "predict", lambda model, images, card: logits)
+    monkeypatch.setattr(vitlib.training, "predict", lambda model, images, card, batch_size: logits)
     return logits
 
 
@@ -216,8 +216,8 @@ def test_finetune_takes_enough_steps_for_few_images(pretrained, folder, tmp_path
 @pytest.fixture
 def scored(folder, confused) -> tuple[Trained, LabelledImages]:
     """A model that the logits are taken to be of, and the test images."""
-    model, card = create_model("mini", 3, image_size=8), ModelCard(("a", "b", "c"), 3 * (0.5,), 3 * (0.2,))
-    return Trained(model, card, History()), load_images(folder, "test")
+    card = ModelCard(("a", "b", "c"), 3 * (0.5,), 3 * (0.2,), record={"batch_size": 2})
+    return Trained(create_model("mini", 3, image_size=8), card, History()), load_images(folder, "test")
 
 
 def test_finetune_leaves_figures_and_a_table_of_its_predictions(folder, tmp_path, confused, scored):

@@ -182,7 +182,7 @@ def _look_at_errors(trained: Trained, test: LabelledImages, folder: Path) -> str
 
     The training is over and stored by now, so an error in drawing costs no more than the sentence.
     """
-    logits = training.predict(trained.model, test.images, trained.card)
+    logits = training.predict(trained.model, test.images, trained.card, trained.card.record["batch_size"])
     table = folder / "predictions.csv"
     own_images.write_predictions(table, test, logits)
     try:

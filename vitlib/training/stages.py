@@ -108,7 +108,7 @@ def finetune(
 
 
 def record_test(trained: Trained, test: LabelledImages, source: str, checkpoint: str | Path | None = None) -> Trained:
-    """Evaluate the final weights on the test split, once, and write the result into their card.
+    """Evaluate the final weights on the test split, once, in training's batches, and write the result into their card.
 
     Args:
         source: name of the test set, for the record; CIFAR and ciFAIR differ by some points.
@@ -118,7 +118,7 @@ def record_test(trained: Trained, test: LabelledImages, source: str, checkpoint:
         ``trained`` with ``test`` in its card's record: source, images, and what
         :func:`vitlib.training.loop.evaluate` returns.
     """
-    score = evaluate(trained.model, test, trained.card)
+    score = evaluate(trained.model, test, trained.card, trained.card.record["batch_size"])
     result = {"source": f"{source}, test split", "images": len(test), **score}
     card = replace(trained.card, record=trained.card.record | {"test": result})
     if checkpoint is not None and current_context().is_first:
@@ -158,7 +158,7 @@ def train_stage(
     settings |= {"validation_fraction": validation_fraction, "processes": current_context().world_size}
     del settings["description"], settings["progress"]
     resume_file = None
-    if resume:
+    if resume and run_dir is not None:
         identity = {  # a refusal names the first that differs, so causes stand before what they change
             "stage": card.record["stage"],
             "config": model.config,
