@@ -107,12 +107,6 @@ class Stub(Small):
         return ...
 
 
-class WithoutGradients(Small):
-    @torch.no_grad()
-    def forward(self, images):
-        return super().forward(images)
-
-
 def dropped(self, tokens):
     return Small.head(self, F.dropout(tokens))
 
@@ -164,9 +158,6 @@ def evaluate_after(change):
     return evaluate
 
 
-EQUATIONS = "are these the logits of equations 1 to 4? No"
-SHARED = "moves the random numbers that the rest"
-
 RIGHT = {
     "split": {
         "one order, one cut": split_well,
@@ -199,71 +190,69 @@ RIGHT = {
 }
 WRONG = {
     "split": {
-        "the first part": (split_by(lambda count, seed: torch.arange(count)), "shuffle before you cut"),
-        "with replacement": (split_by(with_replacement), "you drew with replacement"),
-        "two draws": (two_draws, "images are in both parts"),
-        "two cuts": (two_cuts, "images are in neither part"),
-        "parts swapped": (lambda *numbers: split_well(*numbers)[::-1], "the fraction is that of the second part"),
-        "half and half": (lambda count, _, seed: cut(ordered(count, seed), 0.5), "images, but 0.2 of 103 is 20.6"),
-        "counted from 1": (split_by(lambda count, seed: ordered(count, seed) + 1), "the indices run from 0 to 102"),
-        "no seed": (split_by(lambda count, seed: torch.randperm(count)), "gave two different splits"),
-        "seed 0 always": (split_by(lambda count, seed: ordered(count, 0)), "another seed gives the same"),
-        "every fifth": (split_by(lambda n, seed: (torch.arange(n) % 5).argsort(stable=True)), "in every so many"),
-        "torch.manual_seed": (split_by(lambda n, seed: torch.randperm(n, generator=torch.manual_seed(seed))), SHARED),
-        "random.seed": (split_by(with_pythons_shared_numbers), SHARED),
-        "np.random.seed": (split_by(with_numpy), SHARED),
-        "masks": (lambda count, *_: (torch.arange(count) > 20, torch.arange(count) < 21), "a mask of True and False"),
-        "floats": (lambda *numbers: [part.float() for part in split_well(*numbers)], "one is float32"),
-        "one part": (lambda *numbers: split_well(*numbers)[0], "return training, validation"),
+        "shuffle before you cut": split_by(lambda count, seed: torch.arange(count)),
+        "you drew with replacement": split_by(with_replacement),
+        "images are in both parts": two_draws,
+        "images are in neither part": two_cuts,
+        "the fraction is that of the second part": lambda *numbers: split_well(*numbers)[::-1],
+        "images, but 0.2 of 103 is 20.6": lambda count, _, seed: cut(ordered(count, seed), 0.5),
+        "the indices run from 0 to 102": split_by(lambda count, seed: ordered(count, seed) + 1),
+        "gave two different splits": split_by(lambda count, seed: torch.randperm(count)),
+        "another seed gives the same": split_by(lambda count, seed: ordered(count, 0)),
+        "in every so many": split_by(lambda n, seed: (torch.arange(n) % 5).argsort(stable=True)),
+        "moves the random numbers": split_by(lambda n, seed: torch.randperm(n, generator=torch.manual_seed(seed))),
+        "random numbers that the rest of the program draws": split_by(with_pythons_shared_numbers),
+        "use a torch.Generator() of your own": split_by(with_numpy),
+        "a mask of True and False": lambda count, *_: (torch.arange(count) > 20, torch.arange(count) < 21),
+        "one is float32 [82]": lambda *numbers: [part.float() for part in split_well(*numbers)],
+        "return training, validation": lambda *numbers: split_well(*numbers)[0],
     },
     "first_loss": {
-        "base 2": (math.log2, "base 2"),
-        "base 10": (math.log10, "to base 10"),
-        "the probability": (lambda c: 1 / c, "probability of each class"),
-        "the error rate": (lambda c: 1 - 1 / c, "how often a guess is wrong"),
-        "the wrong sign": (lambda c: math.log(1 / c), "sign is wrong"),
-        "the mean over the classes": (lambda c: math.log(c) / c, "only the right class counts"),
-        "for 100 classes": (lambda c: 4.6, "what is -log(p) if"),
-        "true": (lambda c: True, "a bool came back"),
+        "base 2": math.log2,
+        "to base 10": math.log10,
+        "probability of each class": lambda c: 1 / c,
+        "how often a guess is wrong": lambda c: 1 - 1 / c,
+        "sign is wrong": lambda c: math.log(1 / c),
+        "only the right class counts": lambda c: math.log(c) / c,
+        "what is -log(p) if": lambda c: 4.6,
+        "a bool came back": lambda c: True,
     },
     "sound_model": {
-        "the notebook's": (
-            changed(embed=lambda self, x: Small.embed(self, x)[:, :1], head=dropped),
-            "None reaches vit_encoder.embedding.patch_embedding.weight;",
+        "None reaches vit_encoder.embedding.patch_embedding.weight;": changed(
+            embed=lambda self, x: Small.embed(self, x)[:, :1], head=dropped
         ),
-        "one patch only": (changed(embed=lambda self, x: Small.embed(self, x)[:, :2]), "Only 6% of the pixels"),
-        "tokens tampered with": (changed(embed=lambda self, x: Small.embed(self, x).square()), EQUATIONS),
-        "dropout always on": (changed(head=dropped), "do two eval passes agree? No"),
-        "CLS detached": (changed(head=lambda self, x: Small.head(self, x.detach())), "and 27 others;"),
-        "no gradients": (WithoutGradients, "do gradients reach every parameter? They reach none"),
-        "the first image's logits": (
-            changed(head=lambda self, x: Small.head(self, x[:1]).expand(len(x), -1)),
-            "do different images give different logits?",
+        "Only 6% of the pixels": changed(embed=lambda self, x: Small.embed(self, x)[:, :2]),
+        "are these the logits of equations 1 to 4? No": changed(embed=lambda self, x: Small.embed(self, x).square()),
+        "do two eval passes agree? No": changed(head=dropped),
+        "and 27 others;": changed(head=lambda self, x: Small.head(self, x.detach())),
+        "do gradients reach every parameter? They reach none": changed(forward=torch.no_grad()(Small.forward)),
+        "do different images give different logits?": changed(
+            head=lambda self, x: Small.head(self, x[:1]).expand(len(x), -1)
         ),
-        "attention across the batch": (changed(encode=across_the_batch), "is each image on its own? No"),
-        "the head starts too large": (started(lambda head: nn.init.normal_(head.weight)), "is the first loss that of"),
-        "probabilities": (changed(head=lambda self, x: Small.head(self, x).softmax(1)), "applies the softmax itself"),
-        "always 13 classes": (lambda c: Small(13), "one logit for each class?"),
-        "no model": (lambda c: Small, "should return a model, but a type came back"),
+        "is each image on its own? No": changed(encode=across_the_batch),
+        "is the first loss that of": started(lambda head: nn.init.normal_(head.weight)),
+        "applies the softmax itself": changed(head=lambda self, x: Small.head(self, x).softmax(1)),
+        "one logit for each class?": lambda c: Small(13),
+        "should return a model, but a type came back": lambda c: Small,
     },
     "top1": {
-        "the number of hits": (lambda logits, labels: hits(logits, labels).sum(), "counts the right answers"),
-        "percent": (lambda logits, labels: 100 * hits(logits, labels).float().mean(), "in percent"),
-        "the error rate": (lambda logits, labels: (~hits(logits, labels)).float().mean(), "wrong answers"),
-        "one for each image": (lambda logits, labels: hits(logits, labels).float(), "60 came back"),
-        "by the classes": (lambda logits, labels: hits(logits, labels).sum() / logits.shape[1], "number of classes;"),
-        "rounded down": (lambda logits, labels: hits(logits, labels).sum() // len(labels), "rounds a share down"),
-        "argmax over the batch": (lambda x, y: (x.argmax(0) == y).float().mean(), "runs over the images"),
-        "the probability": (lambda x, y: (-F.cross_entropy(x, y, reduction="none")).exp().mean(), "mean probability"),
-        "two highest": (lambda x, y: (x.topk(2).indices == y[:, None]).any(1).float().mean(), "whose highest logit is"),
+        "counts the right answers": lambda logits, labels: hits(logits, labels).sum(),
+        "in percent": lambda logits, labels: 100 * hits(logits, labels).float().mean(),
+        "wrong answers": lambda logits, labels: (~hits(logits, labels)).float().mean(),
+        "60 came back": lambda logits, labels: hits(logits, labels).float(),
+        "number of classes;": lambda logits, labels: hits(logits, labels).sum() / logits.shape[1],
+        "rounds a share down": lambda logits, labels: hits(logits, labels).sum() // len(labels),
+        "runs over the images": lambda x, y: (x.argmax(0) == y).float().mean(),
+        "mean probability": lambda x, y: (-F.cross_entropy(x, y, reduction="none")).exp().mean(),
+        "whose highest logit is": lambda x, y: (x.topk(2).indices == y[:, None]).any(1).float().mean(),
     },
     "evaluation": {
-        "no eval()": (torch.no_grad()(lambda model, images: model(images)), "dropout is still on"),
-        "with gradients": (evaluate_with_gradients, "gradients are recorded"),
-        "left in eval mode": (torch.no_grad()(lambda model, images: model.eval()(images)), "left in eval mode"),
-        "always to train mode": (torch.no_grad()(evaluate_with_gradients), "goes out in train mode"),
-        "gradients off for good": (evaluate_after(lambda _: torch.set_grad_enabled(False)), "stay switched off"),
-        "frozen": (evaluate_after(lambda model: model.requires_grad_(False)), "your function changes the model"),
-        "a softmax on top": (lambda model, images: evaluate_well(model, images).softmax(1), "not the logits of the"),
+        "dropout is still on": torch.no_grad()(lambda model, images: model(images)),
+        "gradients are recorded": evaluate_with_gradients,
+        "left in eval mode": torch.no_grad()(lambda model, images: model.eval()(images)),
+        "goes out in train mode": torch.no_grad()(evaluate_with_gradients),
+        "stay switched off": evaluate_after(lambda _: torch.set_grad_enabled(False)),
+        "your function changes the model": evaluate_after(lambda model: model.requires_grad_(False)),
+        "not the logits of the": lambda model, images: evaluate_well(model, images).softmax(1),
     },
 }
