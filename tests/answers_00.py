@@ -15,7 +15,7 @@ WRONG = {
         "the channels are last": lambda image: image[None].float() / 255,
         "the picture lies on its side": lambda image: image.permute(2, 1, 0)[None].float() / 255,
         "is behind the channels": lambda image: image.permute(2, 0, 1)[:, None].float() / 255,
-        "the numbers are still uint8": lambda image: image.permute(2, 0, 1)[None],
+        "the numbers are uint8": lambda image: image.permute(2, 0, 1)[None],
         "the numbers are float64": lambda image: image.permute(2, 0, 1)[None].double() / 255,
         "still run from 0 to 255": lambda image: image.permute(2, 0, 1)[None].float(),
         "by 255, not by 256": lambda image: image.permute(2, 0, 1)[None] / 256,

@@ -204,7 +204,7 @@ WRONG = {
         "random numbers that the rest of the program draws": split_by(with_pythons_shared_numbers),
         "use a torch.Generator() of your own": split_by(with_numpy),
         "a mask of True and False": lambda count, *_: (torch.arange(count) > 20, torch.arange(count) < 21),
-        "one is float32 [82]": lambda *numbers: [part.float() for part in split_well(*numbers)],
+        "but float32 [82] came back": lambda *numbers: [part.float() for part in split_well(*numbers)],
         "return training, validation": lambda *numbers: split_well(*numbers)[0],
     },
     "first_loss": {

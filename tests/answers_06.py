@@ -117,11 +117,12 @@ WRONG = {
         "take the softmax first": lambda *given: mistakes(*given, score="logit"),
         "probability of the true class": lambda *given: mistakes(*given, score="true class"),
         "the first wrong ones": lambda *given: mistakes(*given, score="none"),
-        "no probabilities": lambda logits, labels, count: logits.softmax(1).max(1).values[:count],
+        "but float32 [4] came back": lambda logits, labels, count: logits.softmax(1).max(1).values[:count],
         "their numbers among all images": lambda x, y, n: (
             x.softmax(1).max(1).values[x.argmax(1) != y].argsort(descending=True)[:n]
         ),
         "these are the classes": lambda x, y, n: x.argmax(1)[mistakes(x, y, n)],
+        "the shape is [3], but should be [count] = [4]": lambda x, y, n: mistakes(x, y, n - 1),
         "is the surest mistake here": lambda x, y, n: mistakes(x, y, n).flip(0),
         "give those that there are": always_as_many,
     },

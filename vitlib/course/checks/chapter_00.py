@@ -12,31 +12,23 @@ from .frame import compare, exercise, expect, tensor_answer
 def model_input(learners: Callable, height: int, width: int, channels: int) -> None:
     """Of ``model_input(image)``: uint8 ``[H, W, C]``, as a file has it, to float32 ``[1, C, H, W]`` from 0 to 1."""
     image = torch.randint(0, 240, (height, width, channels), dtype=torch.uint8)
-    on_its_side = "height and width are swapped, so the picture lies on its side; the order is C, height, width"
-    hints = {
-        (height, width, channels): "that is still the shape of the file; move the channels to the front, then add "
-        "a batch dimension",
-        (channels, height, width): "the batch dimension is missing; one image is a batch of 1: [None] adds it",
-        (1, height, width, channels): "the channels are last, as in the file; permute moves them to the front",
-        (1, channels, width, height): on_its_side,
-        (channels, 1, height, width): "the batch dimension is behind the channels; it comes first",
-    }
-    shape = (1, channels, height, width)
-    given = tensor_answer(learners, image, shape=shape, letters="[1, C, height, width]", hints=hints)
-    expect(given.dtype != torch.uint8, "the numbers are still uint8; a model computes with floats: .float() first")
+    given = tensor_answer(learners, image)
     numbers = str(given.dtype).removeprefix("torch.")
-    expect(numbers == "float32", f"the numbers are {numbers}, but a model's weights are float32; use .float()")
-    planes = [image[:, :, channel].float() / 255 for channel in range(channels)]  # each [H, W]
-    right = torch.stack(planes)[None]
+    expect(numbers == "float32", f"the numbers are {numbers}, but a model computes with float32; use .float()")
+    shares = image.float() / 255
+    right = torch.stack(shares.unbind(2))[None]
     slips = {
+        "that is still the shape of the file; move the channels to the front, then add a batch dimension": shares,
+        "the batch dimension is missing; one image is a batch of 1: [None] adds it": right[0],
+        "the channels are last, as in the file; permute moves them to the front": shares[None],
+        "the batch dimension is behind the channels; it comes first": right[0][:, None],
+        "height and width are swapped, so the picture lies on its side; the order is C, height, width": right.mT,
         "the numbers still run from 0 to 255; divide by 255": 255 * right,
         "255 is the largest uint8, so divide by 255, not by 256": right * 255 / 256,
-        "divide by 255 for every image, not by its own largest number: a dark image must stay dark": (
-            right / right.max()
-        ),
+        "divide by 255 for every image, not by its largest number: a dark image must stay dark": right / right.max(),
         "reshape never moves a number, so the colours are mixed up; permute moves the channels": (
-            (image.float() / 255).reshape(shape)
+            shares.reshape(right.shape)
         ),
-        on_its_side: torch.stack([plane.T for plane in planes])[None].reshape(shape),
     }
-    compare(given, right, slips, "the shape is right, but a pixel is not where it was, or not what it was")
+    otherwise = "the shape is right, but a pixel is not where it was, or not what it was"
+    compare(given, right, slips, otherwise, letters="[1, C, height, width]")

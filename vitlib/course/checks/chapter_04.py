@@ -1,8 +1,7 @@
 """Checks of chapter 04: fine-tuning."""
 
-import operator
+import copy
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,61 +11,54 @@ from vitlib.data.images import channel_statistics
 from vitlib.model import ViTModel
 from vitlib.weights.checkpoint import ModelCard
 
-from .frame import (
-    Mistake,
-    answer,
-    as_number,
-    call,
-    close,
-    compare,
-    exercise,
-    expect,
-    number_answer,
-    tensor_answer,
-)
+from .frame import answer, as_number, call, compare, exercise, expect, number_answer, reject, tensor_answer
 
 
 @exercise("transfer", (100, 10), (12, 7), (5, 20))
 def transfer(learners: Callable, old_classes: int, classes: int) -> None:
     """Of ``transfer(pretrained, num_classes)``: a new model with the pretrained encoder and a new head."""
     pretrained = _tiny_vit(old_classes)
-    config = dict(pretrained.config)
-    before = {name: tensor.clone() for name, tensor in pretrained.state_dict().items()}
+    config, before = dict(pretrained.config), copy.deepcopy(pretrained.state_dict())
     model = answer(learners, pretrained, classes)
     expect(pretrained.config == config, "your function changes `pretrained.config`; make a new dict for the new model")
     expect(isinstance(model, ViTModel), f"a ViTModel is wanted, but a {type(model).__name__} came back")
     expect(model is not pretrained, "that is the pretrained model itself; build a new one and copy the encoder into it")
     head = model.linear_classifier
     expect(isinstance(head, nn.Linear), f"the new head should be one linear layer, but is {type(head).__name__}")
-    rows = f"the head has {head.out_features} rows for {classes} classes"
-    expect(head.out_features != old_classes, f"{rows}, those of the upstream task")
-    expect(head.out_features == classes, f"{rows}: its size must come from num_classes")
-    expect(
-        model.config["num_classes"] == classes,
-        f"the head fits, but model.config still says {model.config['num_classes']} classes, so a saved file could not "
-        "be loaded; build the new model with num_classes",
-    )
-    expect(
-        model.config == config | {"num_classes": classes},
-        "the new model differs from `pretrained` in more than its head; take all else from pretrained.config",
-    )
-    encoder = model.vit_encoder.state_dict()
-    same = [_identical(tensor, before[f"vit_encoder.{name}"]) for name, tensor in encoder.items()]
-    expect(any(same), "the encoder is a fresh one; load the pretrained encoder's state_dict into it")
-    expect(all(same), "only some of the encoder's tensors are those of the checkpoint")
-    kept_rows = (head.weight[:, None] == before["linear_classifier.weight"]).all(dim=2).any()
-    expect(not kept_rows, "rows of the old head are in the new one; they belong to upstream classes, so start afresh")
-    trained = all(parameter.requires_grad for parameter in model.parameters())
-    expect(trained, "some weights of the new model are frozen (requires_grad is False); fine-tuning trains all of them")
+    rows, said = f"the head has {head.out_features} rows for {classes} classes", model.config["num_classes"]
+    faults = {
+        f"{rows}, those of the upstream task": head.out_features == old_classes,
+        f"{rows}: its size must come from num_classes": head.out_features != classes,
+        f"the head fits, but model.config still says {said} classes, so a saved file could not be loaded; build the "
+        "new model with num_classes": said != classes,
+        "the new model differs from `pretrained` in more than its head; take all else from pretrained.config": (
+            model.config != config | {"num_classes": classes}
+        ),
+    }
+    reject(faults)
+    encoder = {name for name in before if name.startswith("vit_encoder.")}
+    fresh = encoder & _changed(model, before)
+    faults = {
+        "the encoder is a fresh one; load the pretrained encoder's state_dict into it": fresh == encoder,
+        "only some of the encoder's tensors are those of the checkpoint": fresh,
+        "rows of the old head are in the new one; they belong to upstream classes, so start afresh": (
+            (head.weight[:, None] == before["linear_classifier.weight"]).all(dim=2).any()
+        ),
+        "some weights of the new model are frozen (requires_grad is False); fine-tuning trains all of them": (
+            not all(parameter.requires_grad for parameter in model.parameters())
+        ),
+    }
+    reject(faults)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1)
-    kept = all(_identical(tensor, before[name]) for name, tensor in pretrained.state_dict().items())
-    expect(kept, "the new model shares tensors with the pretrained one, so training it would change both")
+    shared = _changed(pretrained, before)
+    expect(not shared, "the new model shares tensors with the pretrained one, so training it would change both")
 
 
-def _identical(first: Tensor, second: Tensor) -> bool:
-    return first.dtype == second.dtype and torch.equal(first, second)
+def _changed(model: nn.Module, before: dict[str, Tensor]) -> set[str]:
+    """Return the names of the tensors that are not as ``before``."""
+    return {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
 
 
 @exercise("size of the probe")
@@ -91,46 +83,45 @@ def probe_size(learners: Callable) -> None:
 def linear_probe(learners: Callable) -> None:
     """Of ``linear_probe(model)``: set the model up so that training changes the head alone."""
     model = _tiny_vit(num_classes=3).train()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = copy.deepcopy(model.state_dict())
     result = call(learners, model)
-    kept = all(_identical(tensor, before[name]) for name, tensor in model.state_dict().items())
-    expect(kept, "your function changes the model's weights; freeze them as they are")
-    encoder = list(model.vit_encoder.named_parameters())
-    moved = _moved_by_a_step(model)
+    expect(not _changed(model, before), "your function changes the model's weights; freeze them as they are")
+    _train_a_step(model)
+    moved = _changed(model, before)
+    encoder = {f"vit_encoder.{name}" for name, _ in model.vit_encoder.named_parameters()}
     head = {"linear_classifier.weight", "linear_classifier.bias"}
-    if moved == head:
-        return
-    if moved > head and len(moved - head) == len(encoder):  # nothing is frozen
-        expect(
-            not any("requires_grad" in vars(part) for part in model.modules()),
+    if moved == head | encoder:
+        faults = {
             "`requires_grad = False` on a module only gives it an attribute of that name: call requires_grad_(False), "
-            "with the underscore, or set it on each of parameters()",
-        )
-        expect(
-            not isinstance(result, torch.optim.Optimizer),
-            "an optimiser of the head trains a probe, but the model is not set up: freeze the encoder's parameters",
-        )
-        another = isinstance(result, ViTModel) and result is not model
-        expect(not another, "the model that came back is another one; freeze the encoder of the one that was given")
-        expect(model.vit_encoder.training, "eval() switches dropout off, but training still changes the encoder")
-        raise Mistake("nothing is frozen: a training step still changes every weight of the encoder")
-    expect(moved & head or not moved, "the head is frozen and the encoder trained; a probe does it the other way round")
-    expect(moved, "the head is frozen as well, so nothing would be trained")
-    expect(moved >= head, "a part of the head is frozen; its weight and its bias are both to be trained")
-    still = sorted(moved - head)
-    raise Mistake(f"{len(still)} of the encoder's {len(encoder)} tensors are still trained, such as {still[0]}")
+            "with the underscore, or set it on each of parameters()": (
+                any("requires_grad" in vars(part) for part in model.modules())
+            ),
+            "an optimiser of the head trains a probe, but the model is not set up: freeze the encoder's "
+            "parameters": isinstance(result, torch.optim.Optimizer),
+            "the model that came back is another one; freeze the encoder of the one that was given": (
+                isinstance(result, ViTModel) and result is not model
+            ),
+            "eval() switches dropout off, but training still changes the encoder": not model.vit_encoder.training,
+            "nothing is frozen: a training step still changes every weight of the encoder": True,
+        }
+        reject(faults)
+    still = moved & encoder
+    example = min(still, default="")
+    faults = {
+        "the head is frozen and the encoder trained; a probe does it the other way round": moved and not moved & head,
+        "the head is frozen as well, so nothing would be trained": not moved,
+        "a part of the head is frozen; its weight and its bias are both to be trained": head - moved,
+        f"{len(still)} of the encoder's {len(encoder)} tensors are still trained, such as {example}": still,
+    }
+    reject(faults)
 
 
-def _moved_by_a_step(model: ViTModel) -> set[str]:
-    """Return the names of the tensors that a training step changes; weight decay moves what has a gradient of 0."""
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    if any(parameter.requires_grad for parameter in model.parameters()):
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
-        loss = torch.nn.functional.cross_entropy(model(torch.randn(6, 3, 8, 8)), torch.arange(6) % 3)
-        if loss.requires_grad:
-            loss.backward()
-        optimizer.step()
-    return {name for name, tensor in model.state_dict().items() if not _identical(tensor, before[name])}
+def _train_a_step(model: ViTModel) -> None:
+    """Take one step with a weight decay, which moves also what has a gradient of 0."""
+    loss = nn.functional.cross_entropy(model(torch.randn(6, 3, 8, 8)), torch.arange(6) % 3)
+    if loss.requires_grad:
+        loss.backward()
+        torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1).step()
 
 
 # One list of runs per arm, ours and the control's. Each pair tells apart rules that agree on the others.
@@ -172,10 +163,10 @@ def fair_comparison(learners: Callable) -> None:
         expect(isinstance(result, tuple | list) and len(result) == 2, "two values are wanted: return gain, beaten")
         expect(result[1] in (True, False), "the second value says whether every run is beaten: True or False")
     _judge_gains([as_number(gain) for gain, _ in results], runs)
-    right = [min(ours) > max(control) for ours, control in runs]
-    slips = {mistake: [rule(ours, control) for ours, control in runs] for mistake, rule in _RULES.items()}
+    right = torch.tensor([min(ours) > max(control) for ours, control in runs])
+    slips = {mistake: torch.tensor([rule(*arms) for arms in runs]) for mistake, rule in _RULES.items()}
     otherwise = "the second value is not whether each run of ours is higher than each run of the control"
-    compare([bool(beaten) for _, beaten in results], right, slips, otherwise, same=operator.eq)
+    compare(torch.tensor([bool(beaten) for _, beaten in results]), right, slips, otherwise)
 
 
 def _judge_gains(gains: Sequence[float], runs: Sequence) -> None:
@@ -191,8 +182,7 @@ def _judge_gains(gains: Sequence[float], runs: Sequence) -> None:
         "that is the sum over the seeds; divide by their number": 3 * right,
     }
     otherwise = "the gain is the mean of ours minus the mean of the control, and that is not what came back"
-    rounded = partial(close, tolerance=6e-4)  # to three digits
-    compare(torch.tensor(gains), right, slips, otherwise, same=rounded)
+    compare(torch.tensor(gains), right, slips, otherwise, tolerance=6e-4)  # rounded to three digits is right too
 
 
 @exercise("normalisation", (4, 8), (2, 5), (1, 6))
@@ -201,7 +191,7 @@ def normalisation(learners: Callable, batch: int, side: int) -> None:
     images = torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8)
     mean, std = (0.3 + 0.3 * torch.rand(2, 3)).tolist()
     card = ModelCard(("a", "b"), mean=tuple(mean), std=tuple(std))
-    given = tensor_answer(learners, images, card, shape=images.shape)
+    given = tensor_answer(learners, images, card)
     mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (card.mean, card.std))
     own_mean, own_std = channel_statistics(images)
     shares = images.float() / 255

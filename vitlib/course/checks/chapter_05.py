@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from functools import cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +12,7 @@ from vitlib.data.shapes import draw_shapes
 from vitlib.model import ViTModel
 from vitlib.weights.checkpoint import load_pretrained
 
-from .frame import Mistake, answer, close, compare, exercise, expect, expect_tensor, number_answer, tensor_answer
+from .frame import answer, close, compare, exercise, expect, expect_shape, number_answer, tensor_answer
 
 
 @exercise("attention distance", (3, 4), (4, 5), (2, 7))
@@ -23,8 +22,7 @@ def distance(learners: Callable, grid: int, patch_size: int) -> None:
     weights[:, 0] = 0.3 * torch.rand(grid**2 + 1) + 0.2  # a share for CLS that differs from row to row
     weights[:, 1:] *= ((1 - weights[:, 0]) / weights[:, 1:].sum(1))[:, None]
     given = torch.tensor(number_answer(learners, weights, patch_size))
-    places = patch_size * torch.cartesian_prod(*2 * [torch.arange(float(grid))])  # [N, 2]: row, column
-    among, apart = weights[1:, 1:], torch.cdist(places, places)
+    among, apart = weights[1:, 1:], patch_size * explain.patch_distances(grid)
     rows, columns = among.sum(dim=1, keepdim=True), among.sum(dim=0, keepdim=True)
 
     def mean(shares: Tensor) -> Tensor:
@@ -52,7 +50,7 @@ def rollout(learners: Callable) -> None:
     layers, heads, tokens = torch.randint(2, 5, (3,)).tolist()
     tokens += 2
     attention = (2 * torch.randn(layers, heads, tokens, tokens)).softmax(dim=-1)
-    given = tensor_answer(learners, attention, shape=(tokens, tokens))
+    given = tensor_answer(learners, attention)
     means, itself = attention.mean(dim=1), torch.eye(tokens)
 
     def product(matrices: Tensor) -> Tensor:
@@ -74,11 +72,12 @@ def rollout(learners: Callable) -> None:
         both + "one head alone, and the first layer on the left": product(firsts),
         both + "nothing is halved, and the first layer stands on the left": product(2 * halves),
         "all three faults are left: one head alone, nothing halved, the first layer on the left": product(2 * firsts),
+        "the rows do not sum to 1, so they are no shares": (
+            lambda given: not close(given.float().sum(dim=1), torch.ones(tokens))
+        ),
     }
     right = product(halves.flip(0))
     otherwise = "rows sum to 1, but it is not the product of (mean of the heads + identity) / 2 over the layers"
-    if not close(given.float().sum(dim=1), torch.ones(tokens)):
-        otherwise = "the rows do not sum to 1, so they are no shares"
     compare(given, right, slips, otherwise)
 
 
@@ -102,7 +101,8 @@ def deletion(learners: Callable, cls: tuple[float, ...], grid: int, patch_size: 
     relevance[:, 0] = torch.where(torch.tensor(cls) == 0.5, middle, ends[0].lerp(ends[1], torch.tensor(cls)))
     images = torch.randn(len(cls), 2, grid * patch_size, grid * patch_size) + 5  # no zero among the pixels
     batch, N = len(cls), grid**2
-    given = tensor_answer(learners, images, relevance, count, patch_size, shape=tuple(images.shape))
+    given = tensor_answer(learners, images, relevance, count, patch_size)
+    expect_shape(given, images, {})
 
     def without(orders: Tensor) -> Tensor:
         """Set the patches of these numbers ``[B, n]`` to 0; numbers that no patch has are ignored."""
@@ -146,17 +146,16 @@ def without_a_model(learners: Callable) -> None:
     expect(not given.isnan().any(), "some of the numbers are nan")
     expect((given != given[:, :1]).any(), "all patches of an image have the same number, so the map orders nothing")
     area = _area(model, images, given)
-    if area < goal:
-        return
-    expect(_area(model, images, -given) >= goal, "the order is upside down: give the largest number to what goes first")
-    raise Mistake(f"this order leaves a mean probability of {area:.3f}, and the order of rollout {goal:.3f}")
+    upside_down = area >= goal > _area(model, images, -given)
+    expect(not upside_down, "the order is upside down: give the largest number to what goes first")
+    expect(area < goal, f"this order leaves a mean probability of {area:.3f}, and the order of rollout {goal:.3f}")
 
 
 def _map(learners: Callable, images: Tensor, patch_size: int) -> Tensor:
-    given = answer(learners, images, patch_size)
-    given = torch.from_numpy(given) if isinstance(given, np.ndarray) else given
-    shape = (len(images), (images.shape[-1] // patch_size) ** 2)
-    return expect_tensor(given, shape, "a number for each patch, [B, N]").detach().float()
+    given = torch.as_tensor(answer(learners, images, patch_size))  # an array is as good
+    right = torch.empty(len(images), (images.shape[-1] // patch_size) ** 2)
+    expect_shape(given, right, {}, letters="a number for each patch, [B, N]")
+    return given.detach().float()
 
 
 @cache

@@ -1,14 +1,11 @@
 """Checks of chapter 06: the real ViT."""
 
-import math
 from collections.abc import Callable
-from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .frame import answer, compare, exercise, expect, number_answer, tensor_answer
+from .frame import answer, as_indices, compare, exercise, expect, number_answer, tensor_answer
 
 
 @exercise("parameters by hand")
@@ -85,8 +82,7 @@ def attention_flops(learners: Callable) -> None:
         "that is twice too much: the heads share the width D among them, T x T x D in each product": 2 * right,
     }
     otherwise = f"{given:,} where {right:,} are right, for {T} tokens of width {D}"
-    same = partial(math.isclose, rel_tol=1e-6)  # D / H is a fraction for some H
-    compare(given, right, slips, otherwise, same)
+    compare(given, right, slips, otherwise, tolerance=1e-6)  # D / H is a fraction for some H
 
 
 @exercise("a kernel of Google's", (3, 4), (2, 5), (5, 3), (4, 2))
@@ -94,7 +90,7 @@ def google_kernel(learners: Callable, heads: int, width: int) -> None:
     """Of ``google_kernel(kernel [D, H, K]) -> [D, D]``: the weight of an ``nn.Linear`` that does the same."""
     size = heads * width
     kernel = torch.randn(size, heads, width)
-    given = tensor_answer(learners, kernel, shape=(size, size))
+    given = tensor_answer(learners, kernel)
     flat, mixed = kernel.reshape(size, size), kernel.mT.reshape(size, size)
     slips = {
         "the matrix is transposed: flax computes x @ kernel, nn.Linear computes x @ weight.T": flat,
@@ -111,26 +107,18 @@ def google_kernel(learners: Callable, heads: int, width: int) -> None:
 def confident_mistakes(learners: Callable, count: int, classes: int) -> None:
     """Of ``confident_mistakes(logits [N, C], labels [N], count) -> [count]``: numbers of the images, surest first."""
     logits, labels, right, slips = _opinions(count, classes)
-    given = _numbers(learners, logits, labels, count)
+
+    def numbers(labels: Tensor, count: int) -> Tensor:
+        return as_indices(answer(learners, logits, labels, count))
+
     surest = logits[right[0]].softmax(0).max()
-    compare(given, right, slips, f"image {right[0]} is the surest mistake here ({surest:.0%}), and others follow")
+    otherwise = f"image {right[0]} is the surest mistake here ({surest:.0%}), and others follow"
+    compare(numbers(labels, count), right, slips, otherwise, letters="[count]")
     found = int((logits.argmax(1) != labels).sum())
-    few = _numbers(learners, logits, labels, found + 3)
+    few, none = numbers(labels, found + 3), numbers(logits.argmax(1), 3)
     asked = f"asked for {found + 3} of {found} mistakes"
     expect(len(few) == found, f"{asked}, it gave {len(few)}; give those that there are")
-    none = _numbers(learners, logits, logits.argmax(1), 3)
     expect(len(none) == 0, f"where every answer is right, it gave {len(none)} images; give none")
-
-
-def _numbers(learners: Callable, logits: Tensor, labels: Tensor, count: int) -> Tensor:
-    """Return the learner's numbers of images as a tensor; a list or an array of them is as good."""
-    given = answer(learners, logits, labels, count)
-    expect(isinstance(given, Tensor | np.ndarray | list | tuple), f"a {type(given).__name__} came back; give a tensor")
-    given = torch.as_tensor(given)
-    whole = not given.dtype.is_floating_point or not given.numel()
-    expect(whole and given.dtype != torch.bool, "whole numbers are wanted, those of the images, and no probabilities")
-    expect(given.ndim == 1, f"the shape is {list(given.shape)}, but should be [count]: one number for each image")
-    return given
 
 
 def _opinions(count: int, classes: int, images: int = 40) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:

@@ -4,11 +4,12 @@ import ast
 import inspect
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from functools import wraps
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,8 +37,15 @@ def expect(condition, mistake: str) -> None:
         raise Mistake(mistake)
 
 
+def reject(faults: dict[str, Any]) -> None:
+    """Raise :class:`Mistake` with the first sentence whose fault was found."""
+    for mistake, found in faults.items():
+        expect(not found, mistake)
+
+
 def is_stub(function) -> bool:
-    """Return whether the function has no line, below its docstring, but one of :data:`STUBS`."""
+    """Return whether the function, or forward() of a model, has no line but a docstring and one of :data:`STUBS`."""
+    function = getattr(function, "forward", function)
     try:
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
         documented = ast.get_docstring(definition) is not None
@@ -89,31 +97,13 @@ def answer(function: Callable, *args, may_change: bool = False):
     return result
 
 
-def expect_tensor(
-    given, shape: Sequence[int] | None = None, letters: str = "", hints: dict[tuple[int, ...], str] | None = None
-) -> Tensor:
-    """Return ``given``, or raise :class:`Mistake` unless it is a tensor of this shape.
-
-    Args:
-        shape: None allows any.
-        letters: what the sentence calls the shape, such as ``[B, N, D]``.
-        hints: what to say of a typical wrong shape.
-    """
-    expect(isinstance(given, Tensor), f"a tensor is wanted, but a {type(given).__name__} came back")
-    found = tuple(given.shape)
-    if shape is not None and found != tuple(shape):
-        wanted = f"{letters} = {list(shape)}" if letters else f"{list(shape)}"
-        hint = f": {hints[found]}" if hints and found in hints else ""
-        raise Mistake(f"the shape is {list(found)}, but should be {wanted}{hint}")
-    return given
-
-
-def tensor_answer(function: Callable, *args, **wanted) -> Tensor:
-    """As :func:`answer`, for a function that must return a tensor; ``wanted`` goes to :func:`expect_tensor`.
+def tensor_answer(function: Callable, *args, may_change: bool = False) -> Tensor:
+    """As :func:`answer`, for a function that must return a tensor.
 
     Floats that come back must be of the type of the first tensor that goes in, if that has floats too.
     """
-    result = expect_tensor(answer(function, *args), **wanted)
+    result = answer(function, *args, may_change=may_change)
+    expect(isinstance(result, Tensor), f"a tensor is wanted, but a {type(result).__name__} came back")
     went_in = next((arg.dtype for arg in args if isinstance(arg, Tensor)), result.dtype)
     types = [str(dtype).removeprefix("torch.") for dtype in (result.dtype, went_in)]
     kept = result.dtype == went_in or not (result.dtype.is_floating_point and went_in.is_floating_point)
@@ -121,20 +111,28 @@ def tensor_answer(function: Callable, *args, **wanted) -> Tensor:
     return result
 
 
-def expect_gradients(function: Callable, *args) -> None:
+def expect_grad(function: Callable, *args) -> None:
     """Raise :class:`Mistake` unless a gradient comes back from the result to each tensor of ``args``, all of floats."""
-    leaves = [arg.detach().clone().requires_grad_() for arg in args if isinstance(arg, Tensor)]
-    fresh = iter(leaves)
-    result = tensor_answer(function, *(1 * next(fresh) if isinstance(arg, Tensor) else arg for arg in args))
-    reached = [None] * len(leaves)
+    args = [arg.detach().clone().requires_grad_() if isinstance(arg, Tensor) else arg for arg in args]
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    result = tensor_answer(function, *args)
+    reached = [None for _ in tensors]
     if result.requires_grad:
-        reached = torch.autograd.grad(result.sum(), leaves, allow_unused=True)
-    missing = [number for number, grad in enumerate(reached, start=1) if grad is None]
-    expect(
-        not missing,
-        f"the numbers are right, but no gradient comes back to tensor {missing[0] if missing else 1}; detach(), "
-        "no_grad(), .data, numpy and lists of numbers cut the way",
-    )
+        reached = torch.autograd.grad(result.sum(), tensors, allow_unused=True)
+    cut = "detach(), no_grad(), .data, numpy and lists of numbers cut the way"
+    for number, grad in enumerate(reached, start=1):
+        expect(grad is not None, f"the numbers are right, but no gradient comes back to tensor {number}; {cut}")
+
+
+def as_indices(value) -> Tensor:
+    """Return the numbers of images ``[n]``, given as a tensor, an array, a list, a tuple or a range."""
+    numbers = np.asarray(value)
+    mask = "a mask of True and False came back; torch.nonzero(mask).flatten() gives the numbers of the images"
+    expect(numbers.dtype != bool, mask)
+    row = numbers.ndim == 1 and (numbers.dtype.kind in "iu" or not numbers.size)
+    found = f"{numbers.dtype} {list(numbers.shape)}"
+    expect(row, f"a row of whole numbers is wanted, one for each image, but {found} came back")
+    return torch.from_numpy(numbers.astype(int))
 
 
 def as_number(value) -> int | float:
@@ -153,20 +151,42 @@ def number_answer(function: Callable, *args) -> int | float:
     return as_number(answer(function, *args))
 
 
-def close(first: Tensor, second: Tensor, tolerance: float = 1e-5) -> bool:
-    """Return whether the shapes are equal and no number differs by more than ``tolerance``."""
+def close(first, second, tolerance: float = 1e-5) -> bool:
+    """Return whether tensors of one shape differ by ``tolerance`` at most, or numbers by this share of the larger."""
+    if not isinstance(first, Tensor):
+        return math.isclose(first, second, rel_tol=tolerance)
     if first.shape != second.shape or first.is_complex():
         return False
     return torch.allclose(first.double(), second.double(), rtol=0, atol=tolerance)
 
 
-def compare(given, right, slips: dict[str, Any], otherwise: str, same: Callable[..., bool] = close) -> None:
-    """Return if ``given`` is right; else raise the sentence of the typical wrong answer that it equals."""
-    if same(given, right):
-        return
-    for mistake, wrong in slips.items():
-        expect(not same(given, wrong), mistake)
-    raise Mistake(otherwise)
+def expect_shape(given: Tensor, right: Tensor, slips: dict[str, Any], letters: str = "") -> None:
+    """Raise :class:`Mistake` unless the shapes agree, with the sentence of the first slip that has the given shape.
+
+    ``letters`` are what it calls the right shape, such as ``[B, N, D]``.
+    """
+    wanted = f"{letters} = {list(right.shape)}" if letters else str(list(right.shape))
+    named = [f": {mistake}" for mistake, wrong in slips.items() if getattr(wrong, "shape", None) == given.shape]
+    hint = "".join(named[:1])
+    expect(given.shape == right.shape, f"the shape is {list(given.shape)}, but should be {wanted}{hint}")
+
+
+def compare(given, right, slips: dict[str, Any], otherwise: str, *, letters: str = "", tolerance: float = 1e-5) -> None:
+    """Return if ``given``, a tensor or a number, is right; else raise the sentence of the slip that it fits.
+
+    Args:
+        slips: for each sentence, the typical wrong answer that it names, or a function that recognises it.
+        otherwise: the sentence for any other wrong answer.
+        letters: as in :func:`expect_shape`.
+        tolerance: as in :func:`close`.
+    """
+    if isinstance(given, Tensor):
+        expect_shape(given, right, slips, letters)
+    if not close(given, right, tolerance):
+        for mistake, wrong in slips.items():
+            found = wrong(given) if callable(wrong) else close(given, wrong, tolerance)
+            expect(not found, mistake)
+        raise Mistake(otherwise)
 
 
 def exercise(title: str, *cases: tuple):
