@@ -29,12 +29,14 @@ def test_grids_cross_and_zipped_values_go_together(notebook):
     pairs = [(1, "mini"), (2, "small")]
     assert varied(plan) == [(seed, *pair, steps) for seed in (5, 6) for pair in pairs for steps in (None, 3)]
     assert plan.runs[0].parameters == {"seed": 5, "batch_size": 1, "preset": "mini", "train_steps_per_epoch": None}
+    assert varied(make_plan(notebook, {"seed": ["1", 1, 2]})) == [(1,), (2,)], "each run takes place once"
     (alone,) = make_plan(notebook).runs
     assert alone.label.startswith("01_lesson-") and alone.varied == {}
 
 
 def test_words_of_the_command_line_become_lists():
-    assert parse_axes(['path="a,b",c d, e', "weights=a=b"]) == {"path": ["a,b", "c d", "e"], "weights": ["a=b"]}
+    words = ['path="a,b",c d', "weights=a=b", "path=e, f"]
+    assert parse_axes(words) == {"path": ["a,b", "c d", "e", "f"], "weights": ["a=b"]}
     for word in ("seed", "seed=", "=1", ""):
         with pytest.raises(ValueError, match="is not of the form name=value,value"):
             parse_axes([word])
@@ -46,12 +48,10 @@ def test_words_of_the_command_line_become_lists():
         ({"grid": {"sed": [0]}}, r"'sed' is not a parameter of 01_lesson \(did you mean 'seed'\?\)"),
         ({"grid": {"seed": [0, -1]}}, "seed=-1 is not allowed; give a whole number of at least 0"),
         ({"grid": {"seed": []}}, "A parameter needs values, .* but seed has 0"),
-        ({"grid": {"seed": ["1", 1]}}, "seed=1 comes twice"),
         ({"grid": {"run_dir": ["a"]}}, "run_dir cannot be given as a parameter"),
         ({"grid": {"seed": [0]}, "given": {"seed": "3"}}, "seed is given twice"),
         ({"zips": [{"batch_size": [1, 2], "preset": ["mini"]}]}, "batch_size has 2, preset has 1"),
         ({"parameters": {"batch": 3}}, "'batch' is not a parameter"),
-        ({"grid": {"seed": list(range(101)), "batch_size": list(range(1, 101))}}, "has 10,100 runs; at most 10,000"),
     ],
 )
 def test_mistakes_are_named_before_anything_runs(notebook, options, words):

@@ -4,7 +4,6 @@ import csv
 import hashlib
 import itertools
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +17,6 @@ from vitlib.course.parameters import PARAMETERS
 from vitlib.course.runner import Lesson, checked_values, parameters_from_file, read_lesson
 from vitlib.utils import near_match
 
-MOST_RUNS = 10_000
 GRID_KEYS = ("notebook", "grid", "zip", "parameters")
 
 
@@ -47,16 +45,14 @@ def parse_axes(words: Iterable[str]) -> dict[str, list[str]]:
     """Return the values by name of words such as ``seed=0,1,2``; a value with a comma stands in double quotes.
 
     Raises:
-        ValueError: for a word of another form, or a name that comes twice.
+        ValueError: for a word of another form.
     """
     axes: dict[str, list[str]] = {}
     for word in words:
         name, _, values = word.partition("=")
         if not (name and values):
             raise ValueError(f"{word!r} is not of the form name=value,value; write for instance seed=0,1,2.")
-        if name in axes:
-            raise ValueError(f"{name} is given twice; write all of its values in one list.")
-        axes[name] = next(csv.reader([values], skipinitialspace=True))
+        axes.setdefault(name, []).extend(next(csv.reader([values], skipinitialspace=True)))
     return axes
 
 
@@ -86,7 +82,7 @@ def make_plan(
     lesson = read_lesson(notebook)
     typed = {*grid, *given, *(name for group in zips for name in group)}
     axes = [axis for axis in file_axes if typed.isdisjoint(axis)]
-    axes += [*({name: values} for name, values in grid.items()), *zips]
+    axes += _axes(grid, zips)
     names = [name for axis in axes for name in axis]
     if twice := [name for name, count in Counter([*names, *given]).items() if count > 1]:
         raise ValueError(f"{twice[0]} is given twice; leave it in one place of --grid, --zip and -p.")
@@ -96,24 +92,23 @@ def make_plan(
         if name not in names and (name in lesson.parameters or name not in PARAMETERS)
     }
     common = checked_values([lesson], shared, given)
-    rows = [_rows(lesson, axis) for axis in axes]
-    if (count := math.prod(map(len, rows))) > MOST_RUNS:
-        raise ValueError(f"The grid has {count:,} runs; at most {MOST_RUNS:,} are allowed, so split it.")
     source, sha256 = _source(lesson.path)
-    runs = []
-    for parts in itertools.product(*rows):
+    runs = {}  # by key: equal runs are one
+    for parts in itertools.product(*(_rows(lesson, axis) for axis in axes)):
         varied = {name: value for part in parts for name, value in part.items()}
         values = {**lesson.defaults, **common, **varied}
         values = {name: values[name] for name in lesson.parameters if name != "run_dir"}
         identity = json.dumps([lesson.name, sha256, values, version("vitlib")], sort_keys=True, default=str)
         key = hashlib.sha256(identity.encode()).hexdigest()[:16]
-        label = re.sub(r"[^\w=,.+-]+", "_", _named(varied) or lesson.name)[:100].strip("._ ")
-        runs.append(Run(key, f"{label}-{key[:8]}", varied, values))
-    return Plan(lesson, source, sha256, tuple(names), tuple(runs))
+        label = ",".join(f"{name}={value}" for name, value in varied.items()) or lesson.name
+        label = re.sub(r"[^\w=,.+-]+", "_", label)[:100].strip("._ ")
+        runs[key] = Run(key, f"{label}-{key[:8]}", varied, values)
+    return Plan(lesson, source, sha256, tuple(names), tuple(runs.values()))
 
 
-def _named(values: Mapping[str, object]) -> str:
-    return ",".join(f"{name}={value}" for name, value in values.items())
+def _axes(grid: Mapping[str, Sequence], zips: Iterable[Mapping[str, Sequence]]) -> list[Mapping[str, Sequence]]:
+    """Return the axes of a grid: each has the values of one parameter, or of several that go together."""
+    return [*({name: values} for name, values in grid.items()), *zips]
 
 
 def _read_grid(path: Path) -> tuple[Path, list[dict[str, list]], dict[str, object]]:
@@ -133,24 +128,18 @@ def _read_grid(path: Path) -> tuple[Path, list[dict[str, list]], dict[str, objec
     for part in (grid, parameters, *zips):
         if not isinstance(part, dict):
             raise ValueError(f"{path} has {part!r} where names and values belong; write one 'name: value' a line.")
-    axes = [
-        {name: values if isinstance(values, list) else [values] for name, values in axis.items()}
-        for axis in (*({name: values} for name, values in grid.items()), *zips)
-    ]
-    return path.parent / Path(content["notebook"]).expanduser(), axes, parameters
+    for axis in (grid, *zips):
+        axis.update({name: values if isinstance(values, list) else [values] for name, values in axis.items()})
+    return path.parent / Path(content["notebook"]).expanduser(), _axes(grid, zips), parameters
 
 
 def _rows(lesson: Lesson, axis: Mapping[str, Sequence]) -> list[dict[str, object]]:
-    """Return the checked values of one axis: of one parameter, or of several that go together."""
+    """Return the checked values of one axis."""
     counts = {name: len(values) for name, values in axis.items()}
     if 0 in counts.values() or len({*counts.values()}) > 1:
         told = ", ".join(f"{name} has {count}" for name, count in counts.items())
         raise ValueError(f"A parameter needs values, and those that go together equally many, but {told}.")
-    rows = [checked_values([lesson], {}, dict(zip(axis, row, strict=True))) for row in zip(*axis.values(), strict=True)]
-    for row in rows:
-        if rows.count(row) > 1:
-            raise ValueError(f"{_named(row)} comes twice; each run takes place once.")
-    return rows
+    return [checked_values([lesson], {}, dict(zip(axis, row, strict=True))) for row in zip(*axis.values(), strict=True)]
 
 
 def _source(path: Path) -> tuple[str, str]:
