@@ -291,7 +291,8 @@ def _store(out: Path, plan: Plan, run: Run, result: Result, attempts: int) -> di
         with open(folder / "log.txt", "a", encoding="utf-8") as log:
             log.write(f"\n{outcome.error}\n")
     record = _record(plan, run, result, attempts)
-    (folder / "run.json").write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+    with atomic_write(folder / "run.json") as temporary:
+        temporary.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
     if outcome.status != "ok":
         (out / "failed").mkdir(exist_ok=True)
         folder.replace(out / "failed" / run.label)
