@@ -229,6 +229,15 @@ def test_a_contained_notebook_reaches_nothing_and_ends(course, tmp_path, monkeyp
     assert not any(seconds in " ".join(one.info["cmdline"] or ()) for one in psutil.process_iter(["cmdline"]))
 
 
+@contained
+def test_what_is_left_of_a_run_that_its_notebook_ended_is_not_read(course, tmp_path, monkeypatch):
+    monkeypatch.setattr(grade, "_try_solutions", lambda *_: None)
+    end = "import os, time\nos.mkfifo('../executed.ipynb')\nos.kill(os.getppid(), 9)\ntime.sleep(1000)"
+    write(tmp_path / "class" / "eve" / "01_first.ipynb", RIGHT[0], f"{end}\n{RIGHT[1]}")
+    (eve,) = grade_folder(tmp_path / "class", tmp_path / "out", notebooks=course)
+    assert eve.passed == 0 and eve.stopped == "no result: its process was ended"
+
+
 def test_without_bwrap_limits_hold_and_one_line_says_so(course, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     sandbox.not_contained.cache_clear()

@@ -75,7 +75,8 @@ def run_apart(
         stopped: an event that ends it.
 
     Returns:
-        the executed notebook up to the cell it reached (None if it did not start), and what stopped it, or "".
+        the executed notebook up to the cell it reached, and what stopped it, or "". None if it did not start, or if
+        it has ended papermill: then what is there may be forged.
     """
     with tempfile.TemporaryDirectory(prefix="vitlib-grade-", ignore_cleanup_errors=True) as scratch:
         own = Path(scratch).resolve()
@@ -89,32 +90,29 @@ def run_apart(
         job = {"own": str(own), "parameters": parameters, "contained": contained, "grader": os.getpid(), **limits}
         line = _bwrap(own, hidden, readable) if contained else []
         line += [sys.executable, "-P", "-m", __name__, json.dumps(job)]
-        deadline, ended = time.monotonic() + limits["timeout"] + GRACE, ""
-        with open(own / "stderr.txt", "wb") as errors:
+        deadline = time.monotonic() + limits["timeout"] + GRACE
+        with tempfile.TemporaryFile() as errors:
             process = subprocess.Popen(
                 line, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, env=environment,
                 cwd=own / "folder", start_new_session=True,
             )  # fmt: skip
-        try:
-            while process.poll() is None and not ended:  # the limits are kept inside, unless it has halted papermill
-                ended = "interrupted" if stopped.is_set() else "it did not end" if time.monotonic() > deadline else ""
-                time.sleep(0.1)
-        finally:
-            if process.poll() is None:
-                kill_tree(process.pid)
-                process.wait()
-        return _result(own, ended)
-
-
-def _result(own: Path, ended: str) -> tuple[NotebookNode | None, str]:
-    found, error = sorted(own.glob(f"{NAME}*.ipynb"), key=os.path.getmtime), own / "error.txt"
-    if not found:
-        said = (own / "stderr.txt").read_text(errors="replace").strip() or "no word from it"
-        return None, ended or f"it did not start: {said.splitlines()[-1]}"
-    why = ended or (error.read_text(encoding="utf-8") if error.exists() else "its process was ended")
-    if found[-1].stat().st_size > 5 * LARGEST:
-        return None, why or f"it has more than {5 * LARGEST >> 20} MiB of output"
-    return nbformat.read(found[-1], as_version=4), why
+            try:
+                while process.poll() is None and time.monotonic() < deadline and not stopped.wait(0.1):
+                    pass
+            finally:
+                if process.poll() is None:  # the limits are kept inside, unless the notebook has halted papermill
+                    kill_tree(process.pid)
+                    process.wait()
+            errors.seek(0)
+            said = errors.read().decode(errors="replace").strip().splitlines() or ["its process was ended"]
+        # the notebook can write here, too: a link would lead out, a pipe would never end
+        found = [path for path in own.glob(f"{NAME}*.ipynb") if path.is_file() and not path.is_symlink()]
+        if process.returncode not in (0, 1) or not found:  # not ended by itself
+            return None, f"no result: {said[-1]}"
+        executed = max(found, key=os.path.getmtime)
+        if executed.stat().st_size > 5 * LARGEST:
+            return None, f"it has more than {5 * LARGEST >> 20} MiB of output"
+        return nbformat.read(executed, as_version=4), said[-1] if process.returncode else ""
 
 
 def _environment(own: Path) -> dict[str, str]:
@@ -169,13 +167,16 @@ def _copy(source: Path, target: Path) -> None:
         copied = target / Path(here).relative_to(source)
         copied.mkdir(exist_ok=True)
         for path in (Path(here, name) for name in files):
-            if path.is_file() and not path.is_symlink():
-                with suppress(OSError):
+            with suppress(OSError):
+                if path.is_file() and not path.is_symlink():
                     shutil.copyfile(path, copied / path.name)
 
 
 def main(job: str) -> None:
-    """Run the notebook of a job, which :func:`run_apart` writes as JSON, to ``executed*.ipynb`` and ``error.txt``."""
+    """Run the notebook of a job, which :func:`run_apart` writes as JSON, to ``executed*.ipynb``.
+
+    It exits with what stopped it, or 0.
+    """
     given = json.loads(job)
     own = Path(given["own"])
     if os.name == "posix":
@@ -186,12 +187,15 @@ def main(job: str) -> None:
     def end() -> str:
         # inside bwrap every process is the notebook's, even one that has cut itself loose
         processes = list(psutil.process_iter()) if given["contained"] else with_children(os.getpid())
-        partial = own / f"{NAME}.partial.ipynb"
+        partial, used = own / f"{NAME}.partial.ipynb", 0.0
+        for process in processes:
+            with suppress(psutil.Error, OSError):  # it has ended
+                used += process.memory_info().rss / 2**30
         if not given["contained"] and not psutil.pid_exists(given["grader"]):  # bwrap ends this by itself
             return "interrupted"
         if len(processes) > MOST_PROCESSES:
             return f"stopped with {len(processes)} processes at once, of which it may have {MOST_PROCESSES}"
-        if (used := sum(map(_memory, processes)) / 2**30) > given["memory"]:
+        if used > given["memory"]:
             return f"stopped with {used:.1f} GiB of memory, of which it may have {given['memory']:g}"
         if partial.exists() and partial.stat().st_size > LARGEST:
             return f"stopped with more than {LARGEST >> 20} MiB of output"
@@ -203,15 +207,8 @@ def main(job: str) -> None:
         iopub_timeout=30, raise_on_iopub_timeout=False,  # messages that a flood has lost
         store_widget_state=False, shutdown_kernel="immediate",
     )  # fmt: skip
-    (own / "error.txt").write_text(result.error or "", encoding="utf-8")
     kill_tree(os.getpid(), itself=False)
-
-
-def _memory(process: psutil.Process) -> int:
-    """Return the bytes that a process has in memory now."""
-    with suppress(psutil.Error, OSError):  # it has ended
-        return process.memory_info().rss
-    return 0
+    sys.exit(result.error)  # it is printed to stderr, and the exit code is 1
 
 
 if __name__ == "__main__":
