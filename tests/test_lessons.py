@@ -15,7 +15,7 @@ from prose import outside_blocks
 from torch import nn
 
 from vitlib.course import checks
-from vitlib.course.cells import calls_of
+from vitlib.course.cells import names_of
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 CHAPTERS = sorted(FOLDER.glob("[0-9]*.ipynb"))
@@ -57,7 +57,7 @@ def start_of(cells):
 
 def exercise_cells(path):
     """Name of the check to the code cell that calls it."""
-    return {name: cell for cell in cells_of(path) for name in calls_of(cell)}
+    return {name: cell for cell in cells_of(path) for name in names_of(cell).calls}
 
 
 def verdict_of(cell):

@@ -7,31 +7,32 @@ making, gains nothing. It still runs in the student's kernel: a notebook that al
 
 import os
 import re
-import sys
 import threading
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import nbformat
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from vitlib.course.cells import calls_of, names_of, needed_cells
-from vitlib.course.checks.frame import CORRECT, NOT_ATTEMPTED, NOT_YET, VERDICT
+from vitlib.course import checks
+from vitlib.course.cells import names_of, needed_cells
+from vitlib.course.checks import frame
 from vitlib.course.kernels import reason
 from vitlib.course.parameters import PARAMETERS
-from vitlib.course.runner import COURSE_FOLDER, Lesson, checked_values, parameters_from_file, read_lessons
+from vitlib.course.runner import COURSE_FOLDER, checked_values, parameters_from_file, read_lessons
 from vitlib.course.sandbox import not_contained, run_apart
 from vitlib.data.folders import SYSTEM_NAME
 from vitlib.utils import atomic_write, text_table, write_csv
 
-WORDS = {CORRECT: "correct", NOT_YET: "not yet", NOT_ATTEMPTED: "open"}  # a verdict's status to the table's word
-MISSING, NOT_REACHED = "missing", "not reached"
+CORRECT, NOT_YET, OPEN, MISSING, NOT_REACHED = "correct", "not yet", "open", "missing", "not reached"
+WORDS = {frame.CORRECT: CORRECT, frame.NOT_YET: NOT_YET, frame.NOT_ATTEMPTED: OPEN}  # of a check to those of the table
 COLUMNS = ("student", "file", "chapter", "exercise", "status", "message", "seconds", "note")
 LISTED = 50  # files that are not graded, each on a line
 # In a file's name beside chapter and student: copies by browsers and Jupyter, versions.
@@ -43,10 +44,10 @@ NOISE = re.compile(
 CHECK_CELL = """\
 # the grader's own check
 import importlib, sys
-for _name in [name for name in sys.modules if name.startswith({module!r})]:
+for _name in [name for name in sys.modules if name.startswith({checks.__name__!r})]:
     del sys.modules[_name]
-_checks = importlib.import_module({module!r})
-assert {file!r} in (None, _checks.__file__), "these are not the course's checks"  # but a file beside the notebook
+_checks = importlib.import_module({checks.__name__!r})
+assert _checks.__file__ == {checks.__file__!r}, "these are not the course's checks"  # but a file beside the notebook
 _checks.{exercise}({arguments})"""
 
 
@@ -57,11 +58,11 @@ class Chapter:
     name: str
     exercises: dict[str, str]  # each check that it calls, to the arguments as text
     parameters: dict[str, object]
-    module: str  # of the checks
 
     @property
     def pattern(self) -> re.Pattern:
-        return re.compile(re.sub("_", "[ _-]*", re.escape(self.name)), re.IGNORECASE)
+        """What stands for the chapter in a path, with the number that a system gives to a copy."""
+        return re.compile(re.sub("_", "[ _-]*", re.escape(self.name)) + r"([ _-]+\d{1,2}$)?", re.IGNORECASE)
 
 
 @dataclass
@@ -73,7 +74,7 @@ class Submission:
     student: str
     chapter: Chapter | None = None  # None for a file that belongs to no chapter
     notebook: NotebookNode | None = None  # None if it cannot be read
-    copy: Path | None = None  # of the executed notebook
+    copy: Path | None = None  # where the executed notebook goes
     remark: str = ""
     stopped: str = ""  # why it did not run to its end
     first_error: str = ""
@@ -82,12 +83,11 @@ class Submission:
 
     @property
     def note(self) -> str:
-        first = f"first error: {self.first_error}" if self.first_error else ""
-        return "; ".join(filter(None, (self.stopped, first, self.remark)))
+        return "; ".join(filter(None, (self.stopped, self.first_error, self.remark)))
 
     @property
     def passed(self) -> int:
-        return sum(status == WORDS[CORRECT] for status, _ in self.verdicts.values())
+        return sum(status == CORRECT for status, _ in self.verdicts.values())
 
 
 def grade_folder(
@@ -144,10 +144,7 @@ def grade_folder(
     else:
         say("Notebooks are contained by bwrap: no network, no files but a copy of their own, no other processes.")
     limits, stopped = {"timeout": timeout, "memory": memory}, threading.Event()
-
-    def grade(one: Submission) -> None:
-        _grade(one, found, folder, limits, whole, stopped)
-
+    grade = partial(_grade, found=found, folder=folder, limits=limits, whole=whole, stopped=stopped)
     _try_solutions(Path(notebooks).expanduser() / "solutions", graded, grade, say)
     _write_grades(out, [])  # better that it fails now than after the first notebook
     pool = ThreadPoolExecutor(jobs)
@@ -168,75 +165,63 @@ def grade_folder(
 def _try_solutions(solutions: Path, graded: list[Submission], grade: Callable, say: Callable[[str], None]) -> None:
     """Grade the course's own solutions of one chapter; where they fail, students cannot do better."""
     chapters = {one.chapter.name: one.chapter for one in graded}
-    paths = [path for name in sorted(chapters) if (path := solutions / f"{name}.ipynb").is_file()]
-    if not paths:
+    path = next((path for path in sorted(solutions.glob("*.ipynb")) if path.stem in chapters), None)
+    if path is None:
         say("The course's own solutions are missing, so nothing shows that this environment works.")
         return
-    own = Submission(paths[0], paths[0].name, "", chapters[paths[0].stem], _read(paths[0]))
+    own = Submission(path, path.name, "", chapters[path.stem], _read(path))
     grade(own)
-    failed = [f"{name} is {status}. {said}" for name, (status, said) in own.verdicts.items() if status != "correct"]
+    failed = [f"{name} is {status}. {said}" for name, (status, said) in own.verdicts.items() if status != CORRECT]
     if failed or own.stopped:
         raise ValueError(
-            f"The course's own solutions of {own.chapter.name} fail here, so nobody is graded; look at "
+            f"The course's own solutions of {path.stem} fail here, so nobody is graded; look at "
             f"`python -m vitlib doctor` and the parameters: {own.note or failed[0]}"
         )
-    say(f"The course's own solutions of {own.chapter.name} pass in {own.seconds:.0f} s.")
+    say(f"The course's own solutions of {path.stem} pass in {own.seconds:.0f} s.")
 
 
 # What was handed in
 
 
 def _read_chapters(notebooks: Path, parameters: str | Path | None, given: Mapping[str, object]) -> list[Chapter]:
-    lessons = read_lessons(notebooks)
-    smoke = notebooks / "parameters" / "smoke.yaml"
+    """Read the course. A chapter sets all of its parameters, so that what a student has set or removed is no matter."""
+    lessons, smoke = read_lessons(notebooks), notebooks / "parameters" / "smoke.yaml"
     shared = parameters_from_file(parameters or smoke) if parameters or smoke.exists() else {}
     values = checked_values(lessons, shared, given)
-    return [_chapter(lesson, values) for lesson in lessons]
-
-
-def _chapter(lesson: Lesson, values: Mapping[str, object]) -> Chapter:
-    """Make a chapter. It sets all of its parameters, so that what a student has set or removed does not matter."""
-    cells = nbformat.read(lesson.path, as_version=4).cells
-    defaults = {name: value for name, value in lesson.defaults.items() if name in PARAMETERS}
-    fixed = {"run_dir": "../run"}  # not the student's own training, made with other parameters
-    parameters = {name: value for name, value in {**defaults, **values, **fixed}.items() if name in lesson.parameters}
-    exercises = {name: arguments for cell in cells for name, arguments in calls_of(cell).items()}
-    own = re.search(r"^import ([\w.]+) as checks$", "\n".join(cell.source for cell in cells), re.MULTILINE)
-    return Chapter(lesson.name, exercises, parameters, module=own[1] if own else "vitlib.course.checks")
+    values["run_dir"] = "../run"  # not the student's own training, made with other parameters
+    chapters = []
+    for lesson in lessons:
+        known = {name: value for name, value in lesson.defaults.items() if name in PARAMETERS} | values
+        exercises = {}
+        for cell in nbformat.read(lesson.path, as_version=4).cells:
+            exercises |= names_of(cell).calls
+        parameters = {name: known[name] for name in lesson.parameters if name in known}
+        chapters.append(Chapter(lesson.name, exercises, parameters))
+    return chapters
 
 
 def _find(folder: Path, out: Path, chapters: Sequence[Chapter]) -> list[Submission]:
-    """Return all files by student and chapter. One that cannot be read, or belongs to no chapter, says why."""
-    found, copies = [], Counter()
-    for path in sorted(_files(folder, out)):
-        name = path.relative_to(folder)
-        one = Submission(path, _plain(str(name)), _student(name, chapters))
+    """Return all files by student and chapter. One that cannot be read, or belongs to no chapter, says why.
+
+    Links and folders that cannot be entered count as files; what Jupyter, archives and systems leave does not.
+    """
+    found = []
+    for path in folder.rglob("*"):
+        name, is_folder = path.relative_to(folder), os.path.isdir(path) and not os.path.islink(path)
+        is_left_over = path.is_relative_to(out) or any(map(SYSTEM_NAME.fullmatch, name.parts))
+        if is_left_over or (is_folder and os.access(path, os.R_OK | os.X_OK)):
+            continue
+        one = Submission(path, _plain(str(name)), _student(name, chapters), copy=out / name)
         found.append(one)
-        if path.is_file() and not path.is_symlink() and ".ipynb" not in path.name.casefold():
-            is_packed = path.suffix.casefold() in (".zip", ".gz", ".tar", ".7z", ".rar")
-            one.remark = "an archive; unpack it first" if is_packed else "not a notebook"
+        if os.path.isfile(path) and ".ipynb" not in path.name.casefold():
+            one.remark = "not a notebook"
             continue
         try:
             one.notebook = _read(path)
         except Exception as error:  # there is no end to the ways in which a file can be broken
             one.stopped = f"not a notebook: {_plain(reason(error).removeprefix('ValueError: '))}"
         one.chapter, one.remark = _chapter_of(name, one.notebook, chapters)
-        if one.chapter:
-            copy = out / one.student / f"{one.chapter.name}.ipynb"
-            copies[str(copy).casefold()] += 1  # some systems do not tell capitals from small letters
-            number = copies[str(copy).casefold()]
-            one.copy = copy.with_stem(f"{copy.stem}_{number}") if number > 1 else copy
     return sorted(found, key=lambda one: (one.student.casefold(), one.chapter.name if one.chapter else "", one.path))
-
-
-def _files(folder: Path, out: Path) -> Iterator[Path]:
-    """Yield files, links and folders that cannot be entered, but none that Jupyter, archives and systems leave."""
-    closed: list[OSError] = []
-    for here, folders, files in os.walk(folder, onerror=closed.append):
-        folders[:] = [name for name in folders if not SYSTEM_NAME.fullmatch(name) and Path(here, name) != out]
-        yield from (Path(here, name) for name in folders if Path(here, name).is_symlink())
-        yield from (Path(here, name) for name in files if not SYSTEM_NAME.fullmatch(name))
-    yield from (Path(error.filename) for error in closed)
 
 
 def _read(path: Path) -> NotebookNode:
@@ -260,7 +245,7 @@ def _chapter_of(path: Path, notebook: NotebookNode | None, chapters: Iterable[Ch
     """Return the chapter that the path names, unless only another's checks are called, and a remark if they differ."""
     texts = (unicodedata.normalize("NFC", text) for text in (path.name, str(path)))
     named = next((chapter for text in texts for chapter in chapters if chapter.pattern.search(text)), None)
-    calls = {name for cell in (notebook.cells if notebook else ()) for name in calls_of(cell)}
+    calls = {name for cell in (notebook.cells if notebook else ()) for name in names_of(cell).calls}
     best = max(chapters, key=lambda chapter: len(calls.intersection(chapter.exercises)))
     if not calls.intersection(best.exercises) or (named and calls.intersection(named.exercises)):
         return named, "" if named else "belongs to no chapter of the course"
@@ -268,18 +253,17 @@ def _chapter_of(path: Path, notebook: NotebookNode | None, chapters: Iterable[Ch
 
 
 def _student(path: Path, chapters: Iterable[Chapter]) -> str:
-    """Return the student's name, fit to be a folder's name, from a path: ``ada`` of 01_patching_ada.ipynb."""
+    """Return the student's name from a path: ``ada`` of 01_patching_ada.ipynb and of ada/01_patching.ipynb."""
     stem = re.split(r"\.ipynb", path.name, maxsplit=1, flags=re.IGNORECASE)[0]
     names = []
     for part in (*path.parts[:-1], stem):
         whole = name = unicodedata.normalize("NFC", part)
         for chapter in chapters:
-            name = re.sub(chapter.pattern.pattern + r"([ _-]+\d{1,2}$)?", " ", name, flags=re.IGNORECASE)
-        has_chapter = name != whole
-        if has_chapter or part is stem:
-            name = NOISE.sub("", name.strip())
-        names.append(re.sub(r"[/\\]", "_", _plain(name)).strip(" _-()." if has_chapter else ". "))
-    return "/".join(filter(None, names)) or _plain(stem).strip(". ") or "unnamed"
+            name = chapter.pattern.sub(" ", name)
+        if name != whole or part is stem:
+            name = NOISE.sub("", name.strip()).strip(" _-().")
+        names.append(_plain(name))
+    return "/".join(filter(None, names)) or _plain(stem)
 
 
 # What is run
@@ -288,22 +272,20 @@ def _student(path: Path, chapters: Iterable[Chapter]) -> str:
 def _prepared(one: Submission, whole: bool) -> NotebookNode:
     """Put the grader's checks behind the student's calls, and tag the cells that no check needs, which are skipped."""
     cells, exercises = one.notebook.cells, one.chapter.exercises
-    code = {index: cell for index, cell in enumerate(cells) if cell.cell_type == "code"}
-    calls = {index: calls_of(cell) for index, cell in code.items()}
-    names = {index: names_of(cell) for index, cell in code.items()}
-    place = {name: [index for index, called in calls.items() if name in called] for name in exercises}
-    for name in (name for name in exercises if not place[name]):  # not called: where its argument is defined
-        place[name] = [index for index, cell in names.items() if exercises[name] in cell.bound - cell.imported][-1:]
-    needed = set(code) if whole else needed_cells(code, names, {index for places in place.values() for index in places})
+    names = [names_of(cell) for cell in cells]
+    called = [{name: text for name, text in cell.calls.items() if name in exercises} for cell in names]
+    for name, argument in exercises.items():
+        defining = [index for index, cell in enumerate(names) if argument in cell.bound - cell.imported]
+        if defining and not any(name in here for here in called):  # the call is gone
+            called[defining[-1]][name] = argument
+    needed = needed_cells(names, {index for index, here in enumerate(called) if here})
     prepared = []
     for index, cell in enumerate(cells):
-        if index in code and index not in needed:
+        if cell.cell_type == "code" and not whole and index not in needed:
             cell.metadata.tags.append("skip-execution")
         prepared.append(cell)
-        for name in (name for name in exercises if index in place[name]):
-            arguments = calls[index].get(name) or exercises[name]
-            file = getattr(sys.modules.get(one.chapter.module), "__file__", None)
-            source = CHECK_CELL.format(module=one.chapter.module, file=file, exercise=name, arguments=arguments)
+        for name, text in called[index].items():
+            source = CHECK_CELL.format(checks=checks, exercise=name, arguments=text or exercises[name])
             prepared.append(new_code_cell(source, metadata={"tags": [], "vitlib": {"exercise": name}}))
     return new_notebook(cells=prepared)
 
@@ -312,70 +294,63 @@ def _grade(
     one: Submission, found: list[Submission], folder: Path, limits: Mapping, whole: bool, stopped: threading.Event
 ) -> None:
     """Run one notebook and fill in its verdicts. Nothing is raised: one bad notebook must not stop the rest."""
-    executed, start = None, time.monotonic()
+    start, verdicts = time.monotonic(), dict.fromkeys(one.chapter.exercises, (NOT_REACHED, ""))
     try:
         if one.copy:
             one.copy.unlink(missing_ok=True)  # of an earlier grading
         if one.notebook:
-            beside = [other for other in found if other.chapter and other.path.is_relative_to(one.path.parent)]
-            is_own = {other.student for other in beside} == {one.student}
+            beside = {other.student for other in found if other.chapter and one.path.parent in other.path.parents}
             executed, stop = run_apart(
-                _prepared(one, whole), one.path.parent if is_own else None, folder, one.chapter.parameters, limits,
-                stopped,
+                _prepared(one, whole), one.path.parent if beside == {one.student} else None, folder,
+                one.chapter.parameters, limits, stopped,
             )  # fmt: skip
             one.stopped = _plain(stop)
-        if executed and one.copy:
-            for output in (output for cell in executed.cells for output in cell.get("outputs", ())):
-                if "text" in output:
-                    output.text = output.text[:100_000]  # a loop without end has printed 100 MiB
-            with atomic_write(one.copy) as temporary:
-                nbformat.write(executed, temporary)
+            if executed and one.copy:
+                with atomic_write(one.copy) as temporary:
+                    nbformat.write(executed, temporary)
+            if executed:
+                verdicts, one.first_error = _judge(executed, one.chapter.exercises)
     except Exception as error:
         one.stopped = f"not run: {_plain(reason(error))}"
-    if not stopped.is_set():
-        one.seconds = time.monotonic() - start
-        _judge(one, executed)
+    one.seconds, one.verdicts = time.monotonic() - start, verdicts
 
 
 # What came out
 
 
-def _judge(one: Submission, executed: NotebookNode | None) -> None:
-    """Fill in status and message of each exercise, and the notebook's first error."""
-    reached, student = {}, new_code_cell()
-    for cell in (cell for cell in (executed.cells if executed else ()) if cell.cell_type == "code"):
+def _judge(executed: NotebookNode, exercises: Iterable[str]) -> tuple[dict[str, tuple[str, str]], str]:
+    """Return status and message of each exercise, and the notebook's first error."""
+    verdicts, student, first_error = dict.fromkeys(exercises, (MISSING, "")), new_code_cell(), ""
+    for cell in (cell for cell in executed.cells if cell.cell_type == "code"):
         if exercise := cell.metadata.get("vitlib", {}).get("exercise"):
-            verdict = _verdict(exercise, cell, student, one.first_error)
-            if exercise not in reached or verdict[0] != WORDS[NOT_ATTEMPTED]:  # an untouched copy of the stub
-                reached[exercise] = verdict
+            verdict = _verdict(exercise, cell, student)
+            if verdict[0] != OPEN or verdicts[exercise][0] == MISSING:  # a later copy of the stub counts for nothing
+                verdicts[exercise] = verdict
             continue
         student = cell
-        if (error := _error(cell)) and not one.first_error:
+        if (error := _error(cell)) and not first_error:
             line = cell.source.strip().partition("\n")[0]
-            one.first_error = _plain(f'In [{cell.execution_count}] "{line}": {error}')
-    nothing = (NOT_REACHED, "") if one.stopped and not executed else (MISSING, "")
-    one.verdicts = {name: reached.get(name, nothing) for name in one.chapter.exercises}
+            first_error = _plain(f'first error: In [{cell.execution_count}] "{line}": {error}')
+    return verdicts, first_error
 
 
-def _verdict(exercise: str, cell: NotebookNode, student: NotebookNode, first_error: str) -> tuple[str, str]:
+def _verdict(exercise: str, cell: NotebookNode, student: NotebookNode) -> tuple[str, str]:
     """Return status and message by the grader's cell, unless the student's cell before it stopped early."""
-    error = _error(student)
-    if error and not any(verdict.get("check") == exercise for verdict in _shown(student)):
-        may_follow = first_error and error.startswith("NameError") and error not in first_error
-        cause = f"; the first error was {first_error}" if may_follow else ""
-        return WORDS[NOT_YET], _plain(f"its cell stopped before the check with {error}{cause}")
+    if (error := _error(student)) and exercise not in _shown(student):
+        return NOT_YET, _plain(f"its cell stopped before the check with {error}")
     if error := _error(cell):
-        return WORDS[NOT_YET], _plain(f"the check stopped with {error}")
-    for verdict in reversed(_shown(cell)):
-        if verdict.get("check") == exercise and str(verdict.get("status")) in WORDS:
-            return WORDS[verdict["status"]], _plain(str(verdict.get("message", "")))
-    return NOT_REACHED, ""
+        return NOT_YET, _plain(f"the check stopped with {error}")
+    return _shown(cell).get(exercise, (NOT_REACHED, ""))
 
 
-def _shown(cell: NotebookNode) -> list[dict]:
-    """Return the verdicts in a cell's outputs; others than mappings are forged."""
-    found = [output.get("data", {}).get(VERDICT) for output in cell.outputs]
-    return [verdict for verdict in found if isinstance(verdict, dict)]
+def _shown(cell: NotebookNode) -> dict[str, tuple[str, str]]:
+    """Return status and message of the checks whose verdict a cell shows; one of another form is forged."""
+    found = {}
+    for output in cell.outputs:
+        match output.get("data"):
+            case {frame.VERDICT: {"check": str(check), "status": str(status), "message": str(message)}}:
+                found[check] = WORDS.get(status, NOT_REACHED), _plain(message)
+    return found
 
 
 def _error(cell: NotebookNode) -> str:
@@ -390,11 +365,11 @@ def _plain(text: str) -> str:
 
 
 def _write_grades(out: Path, graded: Iterable[Submission]) -> None:
-    rows = [
+    rows = (
         (one.student, one.file, one.chapter.name, name, status, message, f"{one.seconds:.1f}", one.note)
         for one in graded
         for name, (status, message) in one.verdicts.items()
-    ]
+    )
     # a quote before what a spreadsheet would run as a formula
     escaped = ([f"'{cell}" if cell.startswith(("=", "+", "-", "@")) else cell for cell in row] for row in rows)
     write_csv(out / "grades.csv", COLUMNS, escaped, encoding="utf-8-sig")  # without the mark, Excel garbles umlauts
@@ -404,15 +379,14 @@ def tables(found: Sequence[Submission], roster: Sequence[str] = ()) -> str:
     """Return who passed what and who of the roster is missing, by chapter, then the files that were not graded."""
     graded = [one for one in found if one.chapter]
     blocks = []
-    for name, chapter in sorted({one.chapter.name: one.chapter for one in graded}.items()):
+    for name in sorted({one.chapter.name for one in graded}):
         rows = [one for one in graded if one.chapter.name == name]
         students = Counter(one.student for one in rows)
-        lines = [(name, *chapter.exercises, "passed", "")]
+        lines = [(name, *rows[0].chapter.exercises, "passed", "")]
         for one in rows:
             statuses = (status for status, _ in one.verdicts.values())
-            origin = f"({one.file})" if students[one.student] > 1 else ""
-            note = " ".join(filter(None, (one.note, origin)))
-            lines.append((one.student, *statuses, f"{one.passed}/{len(chapter.exercises)}", note))
+            note = f"{one.note} ({one.file})" if students[one.student] > 1 else one.note
+            lines.append((one.student, *statuses, f"{one.passed}/{len(one.verdicts)}", note.strip()))
         missing = ", ".join(_missing(roster, students))
         blocks.append(text_table(lines) + [f"Missing: {missing}"] * bool(missing))
     if strange := [f"{one.file}: {one.stopped or one.remark}" for one in found if not one.chapter]:
@@ -427,10 +401,8 @@ def read_roster(path: Path) -> list[str]:
     """Read the names of a class, one a line."""
     try:
         lines = path.expanduser().read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} does not exist; check the path.") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8; save it as UTF-8 text with one name a line.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read ({reason(error)}); give UTF-8 text with one name a line.") from error
     return [_plain(line) for line in lines if line.strip()]
 
 
