@@ -64,7 +64,7 @@ def broken(tmp_path, images) -> dict[Path, str]:
     return {
         tmp_path / "cut.png": "is damaged (",
         tmp_path / "folder.jpg": "is a folder; name the images in it, for instance ",
-        tmp_path / "missing.jpg": "does not exist as a file; check the path.",
+        tmp_path / "missing.jpg": "does not exist; check the path.",
     }
 
 
@@ -96,7 +96,7 @@ def test_a_palette_with_transparency_is_read_without_a_warning(images, tmp_path)
 
 def test_a_file_that_may_not_be_read_is_said_to_be_that(images, monkeypatch):
     monkeypatch.setattr(folders.Image, "open", mock.Mock(side_effect=PermissionError(13, "Permission denied")))
-    with pytest.raises(ValueError, match=r"0.jpg may not be read; change its permissions\.$"):
+    with pytest.raises(PermissionError, match=r"0.jpg may not be read; change its permissions\.$"):
         read_image(images[0])
 
 
@@ -201,7 +201,7 @@ def test_undecodable_file_names_are_shown(weights, tmp_path, images):
     Path(os.fsdecode(named)).write_bytes(images[1].read_bytes())
     result = invoke("predict", weights, os.fsdecode(named), os.fsdecode(named + b"x"))
     assert result.exit_code == 1 and result.stdout.splitlines()[0].endswith("caf�.png")
-    assert result.stderr.endswith("caf�.pngx does not exist as a file; check the path.\n")
+    assert result.stderr.endswith("caf�.pngx does not exist; check the path.\n")
 
 
 def test_results_are_printed_as_they_come(weights, images, monkeypatch):

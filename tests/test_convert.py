@@ -215,6 +215,13 @@ def test_a_prefix_before_the_names_is_stripped(layout, prefix, num_classes):
     assert convert.layout_of(state) == layout
 
 
+def test_two_models_in_one_state_dict_are_refused():
+    state = convert.to_state_dict(ours(), "timm")
+    both = {f"{prefix}.{name}": value for prefix in ("model", "backbone") for name, value in state.items()}
+    with pytest.raises(ValueError, match="holds several models"):
+        read(both, "timm")
+
+
 # ---- modules that compute something else
 
 

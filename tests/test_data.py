@@ -303,12 +303,12 @@ def test_images_of_formats_not_read_count_as_unreadable(folder, load):
 
 
 UNREADABLE = {
-    "a page": (b"<html>404 not found</html>", "or not an image"),
+    "a page": (b"<html>404 not found</html>", "is not an image"),
     "nothing": (b"", "is empty"),
     "too many pixels": (content_of(Image.new("1", (20_000, 10_000)), "PNG"), "too many pixels"),
     "fractions": (content_of(Image.fromarray(np.ones((8, 8), np.float32)), "TIFF"), "32 bits"),
     "numbers of 32 bits": (content_of(Image.fromarray(np.ones((8, 8), np.int32)), "TIFF"), "32 bits"),
-    "a program, which Pillow hands to Ghostscript": (content_of(Image.new("L", (8, 8)), "EPS"), "or not an image"),
+    "a program, which Pillow hands to Ghostscript": (content_of(Image.new("L", (8, 8)), "EPS"), "is not an image"),
 }
 
 

@@ -149,7 +149,9 @@ def from_state_dict(
         ValueError: listing the entries that are missing or unknown, or naming the first that does not fit.
     """
     _, _, (norm1, *_), (_, hidden, classifier) = _layout(layout)
-    state = {_plain(name): value for name, value in state.items()}
+    given, state = state, {_plain(name): value for name, value in state.items()}
+    if len(state) < len(given):
+        raise ValueError("This state dict holds several models, behind different prefixes; give the entries of one.")
     if layout == "timm":
         state = _without_layer_scale(state)
     head = any(name.startswith(classifier) for name in state)
