@@ -204,6 +204,7 @@ WRONG = {
         "random numbers that the rest of the program draws": split_by(with_pythons_shared_numbers),
         "use a torch.Generator() of your own": split_by(with_numpy),
         "a mask of True and False": lambda count, *_: (torch.arange(count) > 20, torch.arange(count) < 21),
+        "but a set came back": lambda *numbers: [set(part.tolist()) for part in split_well(*numbers)],
         "but float32 [82] came back": lambda *numbers: [part.float() for part in split_well(*numbers)],
         "return training, validation": lambda *numbers: split_well(*numbers)[0],
     },
@@ -229,6 +230,7 @@ WRONG = {
         "do different images give different logits?": changed(
             head=lambda self, x: Small.head(self, x[:1]).expand(len(x), -1)
         ),
+        "give different logits? No; an index": changed(forward=lambda self, x: Small.forward(self, torch.ones_like(x))),
         "is each image on its own? No": changed(encode=across_the_batch),
         "is the first loss that of": started(lambda head: nn.init.normal_(head.weight)),
         "applies the softmax itself": changed(head=lambda self, x: Small.head(self, x).softmax(1)),

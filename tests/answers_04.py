@@ -147,6 +147,7 @@ WRONG = {
         "the encoder is a fresh one": fresh_encoder,
         "in more than its head": another_width,
         "only some of the encoder's tensors": embedding_only,
+        "encoder's state_dict into it": lambda pretrained, num_classes: repaired(pretrained, num_classes).double(),
         "shares tensors": repaired_and(share_encoder),
         "model.config still says": rebuilt,
         "your function changes the model that it is given": new_head_in_place,

@@ -375,6 +375,7 @@ def test_a_wrong_command_is_one_sentence(no_kernel, arguments, said):
         (["%run helpers.py", "%matplotlib inline", "!pip install x", "checks.one(1)"], {0, 3}),
         (["%%writefile a.py\nx = 1", "%%time\ntrain()", "def broken(:", "checks.one(1)"], {0, 2, 3}),
         (["def f(images): return images", "images = load()", "checks.one(f)"], {0, 2}),
+        (["def f(x): 1 / 0", "f(3)", "def g(y): y.train()", "y = 1", "def f(x): return y\nchecks.one(f)"], {3, 4}),
     ],
 )
 def test_needed_cells_are_those_of_the_names(sources, run):

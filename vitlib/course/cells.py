@@ -43,8 +43,11 @@ def names_of(cell: NotebookNode) -> Names:
     has_imports_only = all(isinstance(statement, ast.Import | ast.ImportFrom) for statement in tree.body)
     is_of_parameters = "parameters" in cell.metadata.get("tags", ())
     found = Names(always=has_imports_only or is_of_parameters or bool(OPAQUE.search(source)))
+    own = {symbol.get_name() for symbol in tables[0].get_symbols() if symbol.is_namespace()}
+    for statement in tree.body:
+        if not isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):  # their names are local
+            found.changed |= set().union(*map(_changed, ast.walk(statement)))
     for node in ast.walk(tree):
-        found.changed |= _changed(node)
         match node:
             case ast.Call(func=ast.Attribute(value=ast.Name("checks"), attr=name)):
                 found.calls[name] = ", ".join(map(ast.unparse, [*node.args, *node.keywords]))
@@ -54,7 +57,7 @@ def names_of(cell: NotebookNode) -> Names:
                 name = {symbol.get_name()}
                 found.bound |= name if symbol.is_assigned() or symbol.is_imported() else set()
                 found.imported |= name if symbol.is_imported() else set()
-                found.used |= name if symbol.is_referenced() else set()
+                found.used |= name - own if symbol.is_referenced() else set()
         tables += table.get_children()
     return found
 

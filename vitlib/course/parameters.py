@@ -68,7 +68,8 @@ class Parameter:
         return value if self.rule is None else self.rule(self.name, value)
 
     def _allows(self, value: object) -> bool:
-        if type(value) not in ((int, float) if self.type is float else (self.type,)):  # exactly: True is an int, too
+        kinds = (int, float) if self.type is float else self.type
+        if not isinstance(value, kinds) or isinstance(value, bool) != (self.type is bool):  # True is an int, too
             return False
         if self.type is str:
             return value in self.choices if self.choices else bool(value.strip())

@@ -120,12 +120,15 @@ def tokens(learners: Callable, batch: int, count: int, width: int) -> None:
     # with the others at zero, each input shows where it goes
     patches, cls, positions = inputs
     slips = {
-        "the CLS token was added to the patches; it is a token of its own": cls.expand(batch, count + 1, width),
-        "CLS stands at the end; it belongs in front": torch.cat([no_patches, cls.expand(batch, 1, width)], 1),
+        "the CLS token was added to the patches; it is a token of its own": (
+            lambda given: close(given[:, 1:], cls.expand(batch, count, width))
+        ),
+        "CLS stands at the end; it belongs in front": lambda given: close(given[:, -1:], cls.expand(batch, 1, width)),
     }
-    otherwise = "the first token of each image is not CLS as it came; expand it over the batch, and only add"
-    judge(no_patches, cls, no_positions, slips, otherwise)
-    judge(patches, no_cls, no_positions, {}, "behind CLS the patches should follow unchanged and in their order")
+    not_alone = "the first token of each image is not CLS as it came; expand it over the batch, and only add"
+    judge(no_patches, cls, no_positions, slips, not_alone)
+    slips = {not_alone: lambda given: given[:, 0].any()}
+    judge(patches, no_cls, no_positions, slips, "behind CLS the patches should follow unchanged and in their order")
     all_positions = positions.expand(batch, -1, -1)
     slips = {
         "the positions are not added": 0 * all_positions,

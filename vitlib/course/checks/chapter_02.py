@@ -56,6 +56,8 @@ def split_heads(learners: Callable, batch: int, length: int, heads: int, width: 
     every_hth = x.unflatten(2, (width, heads)).permute(0, 3, 1, 2)
     slips = {
         "well cut, now swap the axes of tokens and heads": right.transpose(1, 2),
+        "the last two axes are swapped; K comes last": right.mT,
+        "the batch is not the first axis; only tokens and heads change places": right.transpose(0, 2),
         "tokens and heads are mixed up, since view never moves a number; cut D into H x K, then swap two axes": (
             x.reshape(right.shape)
         ),
@@ -203,6 +205,7 @@ def block_order(learners: str) -> None:
         learners = answer(learners)
     if learners is None or learners is Ellipsis or learners == "":
         raise NotAttempted
+    expect(isinstance(learners, str | list | tuple), "give the six letters as a text, such as 'ABCDEF'")
     letters = "".join(filter(str.isalpha, str(learners).upper()))
     expect(sorted(letters) == sorted(PRE_NORM_LINES), "give each of the letters A to F exactly once, such as 'ABCDEF'")
     lines = [PRE_NORM_LINES[letter] for letter in letters]

@@ -95,7 +95,7 @@ def sound_model(learners: Callable, num_classes: int) -> None:
     pixels = images.clone().requires_grad_()
     logits = model(pixels).clone()
     logits.square().sum().backward()
-    seen = (pixels.grad != 0).any(1).float().mean().item()
+    seen = 0.0 if pixels.grad is None else (pixels.grad != 0).any(1).float().mean().item()
     changed = torch.cat([3 * torch.randn(1, 3, 32, 32), images[1:]])
     with torch.no_grad():
         faults = {

@@ -57,8 +57,13 @@ def transfer(learners: Callable, old_classes: int, classes: int) -> None:
 
 
 def _changed(model: nn.Module, before: dict[str, Tensor]) -> set[str]:
-    """Return the names of the tensors that are not as ``before``."""
-    return {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    """Return the names of the tensors that are not as ``before``, their type included."""
+    now = model.state_dict()
+    return {
+        name
+        for name, tensor in before.items()
+        if name not in now or now[name].dtype != tensor.dtype or not torch.equal(now[name], tensor)
+    }
 
 
 @exercise("size of the probe")

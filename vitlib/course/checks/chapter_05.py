@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -152,7 +153,9 @@ def without_a_model(learners: Callable) -> None:
 
 
 def _map(learners: Callable, images: Tensor, patch_size: int) -> Tensor:
-    given = torch.as_tensor(answer(learners, images, patch_size))  # an array is as good
+    given = answer(learners, images, patch_size)
+    given = torch.from_numpy(given) if isinstance(given, np.ndarray) else given
+    expect(isinstance(given, Tensor), f"a tensor is wanted, but a {type(given).__name__} came back")
     right = torch.empty(len(images), (images.shape[-1] // patch_size) ** 2)
     expect_shape(given, right, {}, letters="a number for each patch, [B, N]")
     return given.detach().float()

@@ -126,11 +126,14 @@ def expect_grad(function: Callable, *args) -> None:
 
 def as_indices(value) -> Tensor:
     """Return the numbers of images ``[n]``, given as a tensor, an array, a list, a tuple or a range."""
-    numbers = np.asarray(value)
+    try:
+        numbers = np.asarray(value.detach() if isinstance(value, Tensor) else value)
+    except (TypeError, ValueError):  # rows of unequal length
+        numbers = np.asarray(None)
     mask = "a mask of True and False came back; torch.nonzero(mask).flatten() gives the numbers of the images"
     expect(numbers.dtype != bool, mask)
     row = numbers.ndim == 1 and (numbers.dtype.kind in "iu" or not numbers.size)
-    found = f"{numbers.dtype} {list(numbers.shape)}"
+    found = f"{numbers.dtype} {list(numbers.shape)}" if numbers.ndim else f"a {type(value).__name__}"
     expect(row, f"a row of whole numbers is wanted, one for each image, but {found} came back")
     return torch.from_numpy(numbers.astype(int))
 
