@@ -229,6 +229,15 @@ def test_a_contained_notebook_reaches_nothing_and_ends(course, tmp_path, monkeyp
 
 
 @contained
+def test_a_forged_file_beside_the_executed_notebook_is_not_read(course, tmp_path, monkeypatch):
+    monkeypatch.setattr(grade, "_try_solutions", lambda *_: None)
+    forge = "import os\nopen('../executed_.ipynb', 'w').write('{}')\nos.utime('../executed_.ipynb', (4e9, 4e9))"
+    write(tmp_path / "class" / "eve" / "01_first.ipynb", RIGHT[0], f"{forge}\n{RIGHT[1]}")
+    (eve,) = grade_folder(tmp_path / "class", tmp_path / "out", notebooks=course)
+    assert eve.passed == 2 and not eve.note
+
+
+@contained
 def test_what_is_left_of_a_run_that_its_notebook_ended_is_not_read(course, tmp_path, monkeypatch):
     monkeypatch.setattr(grade, "_try_solutions", lambda *_: None)
     end = "import os, time\nos.mkfifo('../executed.ipynb')\nos.kill(os.getppid(), 9)\ntime.sleep(1000)"
@@ -333,6 +342,11 @@ def test_a_broken_file_is_named_with_a_reason(no_kernel, text, said):
     (no_kernel / "class" / "ada" / "01_first.ipynb").write_text(text)
     (one,) = grade_folder("class", "out", notebooks="course")
     assert said in one.note and set(one.verdicts.values()) == {("not reached", "")}
+
+
+@pytest.mark.parametrize("arguments", ["+".join(["1"] * 3000), "0x" + "f" * 9000, "-" * 100_000 + "1"])
+def test_a_call_that_cannot_be_read_off_stops_nobody(arguments):
+    assert "one" in names_of(new_code_cell(f"checks.one({arguments})")).calls
 
 
 @pytest.mark.parametrize("data", ["correct", {VERDICT: "correct"}, {VERDICT: {"status": [], "check": "one"}}])

@@ -4,6 +4,7 @@ import ast
 import re
 import symtable
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from IPython.core.inputtransformer2 import TransformerManager
@@ -38,7 +39,7 @@ def names_of(cell: NotebookNode) -> Names:
     try:
         source = TransformerManager().transform_cell(TIMING.sub("", cell.source))  # without Jupyter's own syntax
         tree, tables = ast.parse(source), [symtable.symtable(source, "cell", "exec")]
-    except (SyntaxError, ValueError, RecursionError):
+    except Exception:  # SyntaxError, but also RecursionError, MemoryError, and RuntimeError of 500 magics
         return Names(calls=dict.fromkeys(CALL.findall(cell.source), ""), always=True)
     has_imports_only = all(isinstance(statement, ast.Import | ast.ImportFrom) for statement in tree.body)
     is_of_parameters = "parameters" in cell.metadata.get("tags", ())
@@ -50,7 +51,9 @@ def names_of(cell: NotebookNode) -> Names:
     for node in ast.walk(tree):
         match node:
             case ast.Call(func=ast.Attribute(value=ast.Name("checks"), attr=name)):
-                found.calls[name] = ", ".join(map(ast.unparse, [*node.args, *node.keywords]))
+                found.calls[name] = ""
+                with suppress(Exception):  # RecursionError of a long sum, ValueError of a long number
+                    found.calls[name] = ", ".join(map(ast.unparse, [*node.args, *node.keywords]))
     for table in tables:  # functions inside are appended on the way
         for symbol in table.get_symbols():
             if table is tables[0] or symbol.is_global():

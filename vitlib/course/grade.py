@@ -1,8 +1,9 @@
 """Grade students' notebooks: run each under limits, and say who passed which exercise.
 
 The verdict on an exercise comes from a cell of the grader's own, which follows the student's: it loads the checks anew
-and hands them what the student handed them. So a notebook that redefines ``checks``, or shows a verdict of its own
-making, gains nothing. It still runs in the student's kernel: a notebook that alters torch itself can deceive it.
+and hands them what the student handed them. So a notebook that redefines ``checks``, or displays a verdict in a cell,
+gains nothing. It still runs in the student's kernel: one that alters torch, imports, IPython's hooks or its own
+executed file can deceive it.
 """
 
 import os
@@ -34,6 +35,7 @@ from vitlib.utils import atomic_write, text_table, write_csv
 CORRECT, NOT_YET, OPEN, MISSING, NOT_REACHED = "correct", "not yet", "open", "missing", "not reached"
 WORDS = {frame.CORRECT: CORRECT, frame.NOT_YET: NOT_YET, frame.NOT_ATTEMPTED: OPEN}  # of a check to those of the table
 COLUMNS = ("student", "file", "chapter", "exercise", "status", "message", "seconds", "note")
+MOST_CODE = 200_000  # letters in a notebook: to read off the names of a long one can take hours
 LISTED = 50  # files that are not graded, each on a line
 # In a file's name beside chapter and student: copies by browsers and Jupyter, versions.
 NOISE = re.compile(
@@ -144,7 +146,7 @@ def grade_folder(
     else:
         say("Notebooks are contained by bwrap: no network, no files but a copy of their own, no other processes.")
     limits, stopped = {"timeout": timeout, "memory": memory}, threading.Event()
-    grade = partial(_grade, found=found, folder=folder, limits=limits, whole=whole, stopped=stopped)
+    grade = partial(_grade, found=found, hidden=(folder, out), limits=limits, whole=whole, stopped=stopped)
     _try_solutions(Path(notebooks).expanduser() / "solutions", graded, grade, say)
     _write_grades(out, [])  # better that it fails now than after the first notebook
     pool = ThreadPoolExecutor(jobs)
@@ -238,6 +240,8 @@ def _read(path: Path) -> NotebookNode:
         tags = [tag for tag in cell.get("metadata", {}).get("tags", ()) if tag in ("parameters", "injected-parameters")]
         create = new_code_cell if cell.cell_type == "code" else new_markdown_cell
         cells.append(create("".join(cell.source), metadata={"tags": tags}))
+    if (count := sum(len(cell.source) for cell in cells if cell.cell_type == "code")) > MOST_CODE:
+        raise ValueError(f"it has {count:,} letters of code, and may have {MOST_CODE:,}")
     return new_notebook(cells=cells)
 
 
@@ -291,8 +295,9 @@ def _prepared(one: Submission, whole: bool) -> NotebookNode:
 
 
 def _grade(
-    one: Submission, found: list[Submission], folder: Path, limits: Mapping, whole: bool, stopped: threading.Event
-) -> None:
+    one: Submission, found: list[Submission], hidden: Sequence[Path], limits: Mapping, whole: bool,
+    stopped: threading.Event,
+) -> None:  # fmt: skip
     """Run one notebook and fill in its verdicts. Nothing is raised: one bad notebook must not stop the rest."""
     start, verdicts = time.monotonic(), dict.fromkeys(one.chapter.exercises, (NOT_REACHED, ""))
     try:
@@ -301,7 +306,7 @@ def _grade(
         if one.notebook:
             beside = {other.student for other in found if other.chapter and one.path.parent in other.path.parents}
             executed, stop = run_apart(
-                _prepared(one, whole), one.path.parent if beside == {one.student} else None, folder,
+                _prepared(one, whole), one.path.parent if beside == {one.student} else None, hidden,
                 one.chapter.parameters, limits, stopped,
             )  # fmt: skip
             one.stopped = _plain(stop)
@@ -324,7 +329,8 @@ def _judge(executed: NotebookNode, exercises: Iterable[str]) -> tuple[dict[str, 
     for cell in (cell for cell in executed.cells if cell.cell_type == "code"):
         if exercise := cell.metadata.get("vitlib", {}).get("exercise"):
             verdict = _verdict(exercise, cell, student)
-            if verdict[0] != OPEN or verdicts[exercise][0] == MISSING:  # a later copy of the stub counts for nothing
+            # a later copy of the stub, or one that was not reached, counts for nothing
+            if verdict[0] not in (OPEN, NOT_REACHED) or verdicts[exercise][0] in (MISSING, OPEN):
                 verdicts[exercise] = verdict
             continue
         student = cell
@@ -361,7 +367,7 @@ def _error(cell: NotebookNode) -> str:
 
 def _plain(text: str) -> str:
     """Return foreign text on one line of printable characters, and not a long one: terminals obey what is in some."""
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())[:300]
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text[:9999]).split())[:300]
 
 
 def _write_grades(out: Path, graded: Iterable[Submission]) -> None:

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def not_contained() -> str:
     if shutil.which("bwrap") is None:
         return "bwrap is not installed"
     with tempfile.TemporaryDirectory() as own:
-        line = [*_bwrap(Path(own), Path(own), ()), sys.executable, "-c", "import encodings"]
+        line = [*_bwrap(Path(own), [Path(own)], ()), sys.executable, "-c", "import encodings"]
         probe = subprocess.run(line, capture_output=True, text=True, env=_environment(Path(own)))
     said = (probe.stderr.strip().splitlines() or [f"exit code {probe.returncode}"])[-1]
     return f"bwrap does not work here: {said}" if probe.returncode else ""
@@ -60,7 +60,7 @@ def not_contained() -> str:
 def run_apart(
     notebook: NotebookNode,
     companions: Path | None,
-    hidden: Path,
+    hidden: Sequence[Path],
     parameters: Mapping[str, object],
     limits: Mapping[str, float],
     stopped: threading.Event,
@@ -69,7 +69,7 @@ def run_apart(
 
     Args:
         companions: folder with the files that it expects beside it; it gets a copy. None for an empty folder.
-        hidden: folder that it must not see, even if Python's packages lie around it.
+        hidden: folders that it must not see, even if Python's packages lie around them.
         parameters: values that papermill injects. A file or folder that one names by its whole path can be read.
         limits: ``timeout`` in seconds, and ``memory`` in GiB of all that it has started.
         stopped: an event that ends it.
@@ -103,16 +103,16 @@ def run_apart(
                 if process.poll() is None:  # the limits are kept inside, unless the notebook has halted papermill
                     kill_tree(process.pid)
                     process.wait()
-            errors.seek(0)
+            errors.seek(max(errors.seek(0, os.SEEK_END) - 10_000, 0))  # the notebook can write there without end
             said = errors.read().decode(errors="replace").strip().splitlines() or ["its process was ended"]
-        # the notebook can write here, too: a link would lead out, a pipe would never end
-        found = [path for path in own.glob(f"{NAME}*.ipynb") if path.is_file() and not path.is_symlink()]
+        # the notebook can write here, too: other names, a link that leads out, a pipe that never ends
+        paths = [own / f"{NAME}{end}.ipynb" for end in ((".partial", ".failed") if process.returncode else ("",))]
+        found = [path for path in paths if path.is_file() and not path.is_symlink()]
         if process.returncode not in (0, 1) or not found:  # not ended by itself
             return None, f"no result: {said[-1]}"
-        executed = max(found, key=os.path.getmtime)
-        if executed.stat().st_size > 5 * LARGEST:
+        if found[0].stat().st_size > 5 * LARGEST:
             return None, f"it has more than {5 * LARGEST >> 20} MiB of output"
-        return nbformat.read(executed, as_version=4), said[-1] if process.returncode else ""
+        return nbformat.read(found[0], as_version=4), said[-1] if process.returncode else ""
 
 
 def _environment(own: Path) -> dict[str, str]:
@@ -120,7 +120,8 @@ def _environment(own: Path) -> dict[str, str]:
     home, temporary, fonts = (own / name for name in ("home", "tmp", "matplotlib"))
     for folder in (home, temporary, fonts):
         folder.mkdir()
-    paths = [*filter(None, [os.environ.get("PYTHONPATH")]), *([str(PACKAGE.parent)] if IN_CHECKOUT else [])]
+    listed = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    paths = [*listed, *([str(PACKAGE.parent)] if IN_CHECKOUT else [])]  # none is the student's folder
     import matplotlib
 
     for known in Path(matplotlib.get_cachedir()).glob("fontlist-*.json"):  # to make another takes seconds
@@ -138,16 +139,20 @@ def _environment(own: Path) -> dict[str, str]:
     }
 
 
-def _bwrap(own: Path, hidden: Path, readable: Iterable[str]) -> list[str]:
+def _bwrap(own: Path, hidden: Sequence[Path], readable: Iterable[str]) -> list[str]:
     """Begin a command line that runs a program contained: it writes below ``own`` and reads what Python needs."""
     line = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
     line += ["--proc", "/proc", "--dev", "/dev", "--bind", str(own / "tmp"), "/tmp"]
     shown = [*_of_python(), str(cache_dir()), *readable]
-    around = [path for path in shown if hidden.is_relative_to(path)]  # first, so that the hidden folder covers them
+    hidden = [folder for folder in hidden if folder.is_dir()]
+    # first, so that the hidden folders cover them
+    around = [path for path in shown if any(folder.is_relative_to(path) for folder in hidden)]
     line += [word for path in around for word in ("--ro-bind-try", path, path)]
-    line += ["--tmpfs", str(hidden)]
+    line += [word for folder in hidden for word in ("--tmpfs", str(folder))]
     line += [word for path in shown if path not in around for word in ("--ro-bind-try", path, path)]
-    return [*line, "--bind", str(own), str(own), "--remount-ro", "/", "--chdir", str(own)]
+    line += ["--bind", str(own), str(own)]
+    line += [word for folder in (*hidden, "/") for word in ("--remount-ro", str(folder))]
+    return [*line, "--chdir", str(own)]
 
 
 def _of_python() -> list[str]:
@@ -187,7 +192,8 @@ def main(job: str) -> None:
     def end() -> str:
         # inside bwrap every process is the notebook's, even one that has cut itself loose
         processes = list(psutil.process_iter()) if given["contained"] else with_children(os.getpid())
-        partial, used = own / f"{NAME}.partial.ipynb", 0.0
+        partial = own / f"{NAME}.partial.ipynb"
+        used = shutil.disk_usage("/dev").used / 2**30 if given["contained"] else 0.0  # files in /dev/shm are memory
         for process in processes:
             with suppress(psutil.Error, OSError):  # it has ended
                 used += process.memory_info().rss / 2**30
