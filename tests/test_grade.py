@@ -176,7 +176,7 @@ def test_the_table_names_files_missing_students_and_totals(graded):
     assert {row["message"] for student in rows.values() for row in student} >= {"'=1 is right"}
 
 
-contained = pytest.mark.skipif(bool(sandbox.not_contained()), reason=sandbox.not_contained() or "contained")
+contained = pytest.mark.skipif(bool(sandbox.why_not_contained()), reason=sandbox.why_not_contained() or "contained")
 ATTEMPTS = """
 import glob, os, signal, socket, subprocess
 def attempt(name, act):
@@ -248,13 +248,13 @@ def test_what_is_left_of_a_run_that_its_notebook_ended_is_not_read(course, tmp_p
 
 def test_without_bwrap_limits_hold_and_one_line_says_so(course, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    sandbox.not_contained.cache_clear()
+    sandbox.why_not_contained.cache_clear()
     write(tmp_path / "class" / "ada" / "01_first.ipynb", "import os", f"{RIGHT[0]}\nprint(os.environ['HOME'])",
           "import time\nchecks.two(1)\ntime.sleep(1000)")  # fmt: skip
     said = []
     monkeypatch.setattr(grade, "_try_solutions", lambda *_: None)
     (one,) = grade_folder(tmp_path / "class", tmp_path / "out", notebooks=course, timeout=8, say=said.append)
-    sandbox.not_contained.cache_clear()
+    sandbox.why_not_contained.cache_clear()
     assert said[0].startswith("Notebooks are NOT contained (bwrap is not installed)") and "\n" not in said[0]
     assert one.stopped.endswith("stopped after 8 s; allow more with --timeout")
     assert one.verdicts["two"][0] != "correct" and os.path.expanduser("~") not in printed_by(one.copy).split()

@@ -63,6 +63,9 @@ def costs(config: Mapping, batch_size: int = 1) -> Costs:
     Args:
         config: ``ViTModel.config``, or :func:`preset_config`.
         batch_size: images per batch.
+
+    Raises:
+        ValueError: for sizes that do not divide.
     """
     S, P, C, L = (config[name] for name in ("image_size", "patch_size", "num_channels", "num_layers"))
     D, H, M, classes = (config[name] for name in ("em_dim", "num_heads", "ff_dim", "num_classes"))

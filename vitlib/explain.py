@@ -87,7 +87,7 @@ def rollout(attention: Tensor) -> Tensor:
 
 
 def patch_relevance(matrix: Tensor, pooling: str = "cls") -> Tensor:
-    """Return how much of the classifier's input comes from each patch.
+    """Return how much of the classifier's input comes from each patch, ``[B, N]``.
 
     Args:
         matrix: ``[B, T, T]``: one layer's attention, averaged over its heads, or a :func:`rollout`.
@@ -100,7 +100,7 @@ def patch_relevance(matrix: Tensor, pooling: str = "cls") -> Tensor:
 def gradient_relevance(model: ViTModel, images: Tensor) -> Tensor:
     """Return gradient times input, its absolute value summed over each patch (Shrikumar et al. 2016, arXiv:1605.01713).
 
-    Attention maps are the same for every class; this is the map of the predicted class.
+    Attention maps are the same for every class; this is the map of the predicted class, ``[B, N]``.
 
     Args:
         model: in eval mode.
@@ -115,13 +115,13 @@ def gradient_relevance(model: ViTModel, images: Tensor) -> Tensor:
 
 
 def contrast_relevance(images: Tensor, patch_size: int) -> Tensor:
-    """Return how much each patch differs from the median patch of its image: squared differences, summed."""
+    """Return each patch's squared difference from the median patch of its image, summed: ``[B, N]``."""
     patches = patchify(images, patch_size)  # [B, N, C * P * P]
     return (patches - patches.median(dim=1, keepdim=True).values).square().sum(dim=2)
 
 
 def middle_relevance(images: Tensor, patch_size: int) -> Tensor:
-    """Return how near each patch is to the middle of the image, in patches; 0 in the corners."""
+    """Return how near each patch is to the middle of the image, ``[B, N]`` in patches; 0 in the corners."""
     grid = images.shape[-1] // patch_size
     along = torch.arange(grid, device=images.device) - (grid - 1) / 2
     distance = torch.cartesian_prod(along, along).norm(dim=1)  # [N]
@@ -135,6 +135,9 @@ def delete_patches(images: Tensor, relevance: Tensor, count: int) -> Tensor:
         images: float ``[B, C, S, S]``, normalised.
         relevance: ``[B, N]``; patches with the largest numbers are deleted first.
         count: from 0 to N.
+
+    Raises:
+        ValueError: for another count.
     """
     if not 0 <= count <= relevance.shape[1]:  # a slice would silently accept it
         raise ValueError(f"count={count} is not possible with {relevance.shape[1]} patches; choose 0 to all of them.")

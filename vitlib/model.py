@@ -106,7 +106,8 @@ class SelfAttention(nn.Module):
         """Map tokens ``[B, T, D]`` to tokens ``[B, T, D]``, and return the attention weights ``[B, H, T, T]`` or None.
 
         Row i of a weight matrix says how much token i takes from each token; each row sums to 1. Without
-        ``need_weights``, PyTorch's fused kernel computes the same output and never stores the weights.
+        ``need_weights``, PyTorch's fused kernel computes the same output and never stores the weights. In bfloat16 on a
+        CPU that kernel is slow and not used.
         """
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # [B, T, 3, H, K]
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, K]

@@ -1,13 +1,14 @@
-"""Six kinds of figure, each a function that returns a matplotlib ``Figure``, and ``show``, which displays it.
+"""Six kinds of figure, each a function that returns a matplotlib ``Figure``, and what displays them::
 
-image_grid(images, titles)              pictures and maps side by side, in rows
-patch_grid(image, patch_size)           one image cut into numbered patches
-heatmap(matrix, rows, columns)          a matrix in colours, with its numbers where there is room; or tiles of maps
-lines(x, series, xlabel, ylabel)        curves by name, with bands, runs, a reference such as chance, a reading
-dots(groups, xlabel)                    a row for each group: a dot for each run, a bar at the mean
-cost_bars(costs_by_name)                what the parts of one or several models cost
-panels(count)                           axes side by side, for the ``ax=`` of heatmap and lines
-show(figure, alt)                       display a figure with its alternative text
+    image_grid(images, titles)              pictures and maps side by side, in rows
+    patch_grid(image, patch_size)           one image cut into numbered patches
+    heatmap(matrix, rows, columns)          a matrix in colours, with its numbers where there is room; or tiles of maps
+    lines(x, series, xlabel, ylabel)        curves by name, with bands, runs, a reference such as chance, a reading
+    dots(groups, xlabel)                    a row for each group: a dot for each run, a bar at the mean
+    cost_bars(models)                       what the parts of one or several models cost
+    panels(count)                           axes side by side, for the ``ax=`` of heatmap and lines
+    show(figure, alt)                       display a figure with its alternative text
+    png(figure, dpi)                        a figure as the bytes of a PNG file
 
 Colours are those of Okabe and Ito, which colour-blind readers can tell apart. Maps of numbers use viridis, or PuOr
 around zero.
@@ -130,7 +131,7 @@ def image_grid(
         title: of the whole figure.
         side: of a picture in inches; smaller if a row would be too wide for the page.
         rows: one name per row.
-        frames: by number of the picture a square to outline: its top, left and side, in pixels or cells.
+        frames: a square to outline, by the number of its picture: top, left and side, in pixels or cells.
     """
     columns = min(columns, len(images))
     side = min(side, (WIDEST - bool(rows)) / columns)
@@ -204,7 +205,7 @@ def heatmap(
     """Draw a matrix in colours: from dark to bright, or with negative numbers from orange to purple.
 
     Args:
-        matrix: ``[R, C]``; or ``[R, C, h, w]``, drawn as R x C tiles with gaps between them.
+        matrix: ``[R, C]``; or ``[R, C, g, g]``, drawn as R x C square tiles with gaps between them.
         rows, columns: names of all rows or columns in turn, or of some by number.
         label: what the colours mean, written beside the scale.
         numbers: the format of the numbers in the cells, written if there are at most 400 cells; "" for none.

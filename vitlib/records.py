@@ -13,7 +13,7 @@ def load_record(name: str) -> dict:
     - ``sweep_labels``, ``sweep_patches``: the sweeps of notebooks/sweeps (``runs``: ``parameters`` and ``figures``).
     - ``vit_against_cnn``: benchmarks/vit_against_cnn.py (``models``, ``trainings``: one per seed).
 
-    Shares are in [0, 1], losses in nats. ``command`` (of weights in ``record``) measures it again;
-    ``published`` has none.
+    Shares are in [0, 1], losses in nats. The command that measures it again is in ``command``, for weights in
+    ``record["command"]``; ``published`` has none.
     """
     return json.loads((PRETRAINED / f"{name}.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What all parts of vitlib share: atomic writes, the cache folder, the progress bar, the import of torchvision."""
+"""Helpers of all parts of vitlib: folders, locks, atomic writes, tables, progress bars, the import of torchvision."""
 
 import csv
 import difflib
@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 _declared: list = []  # keeps the declaration of torchvision's operators, which torch forgets with the object
-SHORT = "{l_bar}{bar:6}| {elapsed}<{remaining}, {rate_fmt}{postfix}"  # fits into one line of a notebook's page
+SHORT_BAR = "{l_bar}{bar:6}| {elapsed}<{remaining}, {rate_fmt}{postfix}"  # fits into one line of a notebook's page
 
 
 def cache_dir(data_dir: str | os.PathLike | None = None) -> Path:
@@ -58,7 +58,14 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def alone_in(folder: str | Path, work: str, option: str) -> Iterator[None]:
-    """Make the folder, and keep other processes that do such work out of it; raise ValueError if one is at it."""
+    """Make a folder, and lock it against other processes until the block ends.
+
+    Args:
+        work, option: words for the error, such as "training" and "--run-dir".
+
+    Raises:
+        ValueError: if another process has locked it.
+    """
     Path(folder).mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(Path(folder) / ".lock").acquire(timeout=0)
@@ -68,7 +75,9 @@ def alone_in(folder: str | Path, work: str, option: str) -> Iterator[None]:
         yield
 
 
-def progress_bar(iterable=None, *, description: str, total: int | None = None, unit: str = "it", show: bool = True):
+def progress_bar(
+    iterable: Iterable | None = None, *, description: str, total: int | None = None, unit: str = "it", show: bool = True
+) -> tqdm:
     """Return a tqdm bar that is written as text to stdout.
 
     A widget would be lost in papermill's logs, and its saved state makes notebooks invalid on GitHub. Notebooks paint
@@ -76,7 +85,7 @@ def progress_bar(iterable=None, *, description: str, total: int | None = None, u
     """
     return tqdm(
         iterable, description, total, file=sys.stdout, mininterval=0.5, disable=not show, unit=unit,
-        bar_format=SHORT if "images" in unit else None,
+        bar_format=SHORT_BAR if "images" in unit else None,
     )  # fmt: skip
 
 

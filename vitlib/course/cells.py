@@ -11,7 +11,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 from nbformat import NotebookNode
 
 CALL = re.compile(r"^[ \t]*checks\.(\w+)\(", re.MULTILINE)
-# In cells whose names cannot be read off.
+# A cell with one of these uses names that cannot be read off it.
 OPAQUE = re.compile(r"run_cell_magic|run_line_magic\('run'|import \*|\bexec\(|\bglobals\(\)\[|\bsys\.path\b")
 TIMING = re.compile(r"\A\s*%%(?:time|capture)\b.*\n|%time (?=\w)", re.MULTILINE)
 
@@ -29,7 +29,7 @@ class Names:
 
 
 def names_of(cell: NotebookNode) -> Names:
-    """Read off a cell's names; none of a cell of text.
+    """Read off a cell's names; a cell of text has none.
 
     A cell always runs if it sets parameters, if its names cannot be read off, if it has a syntax error (it stops at
     once), or if it holds only imports: these take no time, and one that fails explains the errors after it.
@@ -80,7 +80,10 @@ def _changed(node: ast.AST) -> set[str]:
 
 
 def needed_cells(names: Sequence[Names], checks: set[int]) -> set[int]:
-    """Return the numbers of the cells with checks, of those that always run, and of those that make what these use."""
+    """Return the numbers of the cells with checks, of those that always run, and of those that make what these use.
+
+    A cell that changes a value only inside a function or through a module, as ``nn.init`` does, is not found.
+    """
     modules = set().union(*(cell.imported for cell in names))  # plt.show() makes no plt
     needed, todo = {number for number, cell in enumerate(names) if cell.always}, set(checks)
     while todo:

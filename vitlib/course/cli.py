@@ -163,7 +163,7 @@ class TrainingCommand(click.Command):
     """A command whose options are parameters of the course, checked as the notebooks check them.
 
     Args:
-        defaults: by the name of the parameter; None for a value that the command finds itself, if it is not optional.
+        defaults: the default of each parameter. None for one that is not optional: the command chooses its value.
     """
 
     def __init__(self, *args, defaults: dict[str, object], **kwargs):

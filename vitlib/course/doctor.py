@@ -187,6 +187,7 @@ def _numbers(version: str) -> list[int]:
 
 
 def can_run(facts: Facts) -> bool:
+    """Return whether the course can run: no problem is essential."""
     return not any(essential for essential, _ in problems(facts))
 
 

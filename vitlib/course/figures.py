@@ -31,11 +31,11 @@ def record_figures(**figures: float | int | str | None) -> None:
             raise ValueError(f"The figure {name}={value!r} is not a number, a text or None; record one value per name.")
         rows.append((name, _format(value)))
         stored.append([name, None if isinstance(value, float) and not math.isfinite(value) else value])
-    show("\n".join(text_table(rows)), MIME_TYPE, stored)
+    print_and_store("\n".join(text_table(rows)), MIME_TYPE, stored)
 
 
-def show(text: str, mime_type: str, stored: object) -> None:
-    """Print a text; a notebook stores ``stored`` beside it."""
+def print_and_store(text: str, mime_type: str, stored: object) -> None:
+    """Print a text; in a notebook, the output also holds ``stored``, JSON under ``mime_type``."""
     if "IPython" not in sys.modules or sys.modules["IPython"].get_ipython() is None:
         print(text)
     else:

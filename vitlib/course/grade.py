@@ -28,16 +28,16 @@ from vitlib.course.checks import frame
 from vitlib.course.kernels import reason
 from vitlib.course.parameters import PARAMETERS
 from vitlib.course.runner import COURSE_FOLDER, checked_values, parameters_from_file, read_lessons
-from vitlib.course.sandbox import not_contained, run_apart
+from vitlib.course.sandbox import run_apart, why_not_contained
 from vitlib.data.folders import SYSTEM_NAME
 from vitlib.utils import atomic_write, text_table, write_csv
 
 CORRECT, NOT_YET, OPEN, MISSING, NOT_REACHED = "correct", "not yet", "open", "missing", "not reached"
-WORDS = {frame.CORRECT: CORRECT, frame.NOT_YET: NOT_YET, frame.NOT_ATTEMPTED: OPEN}  # of a check to those of the table
+WORDS = {frame.CORRECT: CORRECT, frame.NOT_YET: NOT_YET, frame.NOT_ATTEMPTED: OPEN}  # the table's word for a check's
 COLUMNS = ("student", "file", "chapter", "exercise", "status", "message", "seconds", "note")
 MOST_CODE = 200_000  # letters in a notebook: to read off the names of a long one can take hours
 LISTED = 50  # files that are not graded, each on a line
-# In a file's name beside chapter and student: copies by browsers and Jupyter, versions.
+# Words of a file's name that are neither chapter nor student: marks of copies and of versions.
 NOISE = re.compile(
     r"(?<![^\W_])(copy( of)?|copy\d+|final|fixed|new|version|v\d+|submission|homework|hw\d*|assignment\d*|solutions?|"
     r"backup|old|draft|done|solved|executed|checkpoint|notebook|untitled\d*)(?![^\W_])([_ -]\d{1,2}$)?|\(\d+\)",
@@ -63,7 +63,7 @@ class Chapter:
 
     @property
     def pattern(self) -> re.Pattern:
-        """What stands for the chapter in a path, with the number that a system gives to a copy."""
+        """The chapter's name as paths have it, with the number that a system gives to a copy."""
         return re.compile(re.sub("_", "[ _-]*", re.escape(self.name)) + r"([ _-]+\d{1,2}$)?", re.IGNORECASE)
 
 
@@ -120,7 +120,7 @@ def grade_folder(
         say: gets one line on containment, then one line for each notebook that is done.
 
     Returns:
-        all files; those that were not graded have no chapter.
+        All files; those that were not graded have no chapter.
 
     Raises:
         ValueError: for unknown or wrong parameters, an ``out`` that would overwrite originals, a folder without
@@ -138,7 +138,7 @@ def grade_folder(
     if not graded:
         names = ", ".join(chapter.name for chapter in chapters)
         raise ValueError(f"No notebook in {folder} belongs to the course, which has {names}.")
-    if why := not_contained():
+    if why := why_not_contained():
         say(
             f"Notebooks are NOT contained ({why}): they can use the network, read and change your files, and leave "
             "programs running; see Grading in docs/teaching.md."
@@ -413,7 +413,10 @@ def read_roster(path: Path) -> list[str]:
 
 
 def _missing(roster: Sequence[str], students: Iterable[str]) -> list[str]:
-    """Return names of which no student has all words, in any order; each student counts for the longest name only."""
+    """Return the names on the roster that no student has.
+
+    A student has a name if its words are all in the student's own, in any order; of several such names, the longest.
+    """
 
     def words(name: str) -> list[str]:
         return re.findall(r"[^\W_]+", unicodedata.normalize("NFC", name).casefold())

@@ -1,6 +1,6 @@
 """Run one notebook through papermill in a kernel of its own, watch it, and say why it stopped.
 
-This module does without torch, since processes that only start kernels are to start quickly.
+This module does without torch, since processes that only start kernels have to start quickly.
 """
 
 import logging

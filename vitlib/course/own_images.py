@@ -9,7 +9,7 @@ from vitlib.classify import confident_mistakes
 from vitlib.data import LabelledImages
 from vitlib.utils import write_csv
 
-STEPS = 16  # a new head and its encoder get at least as many
+STEPS = 16  # the fewest optimiser steps of a fine-tuning
 
 
 def batch_size_for(images: int) -> int:

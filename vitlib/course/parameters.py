@@ -91,6 +91,9 @@ class Parameter:
             return text
 
 
+# Rules, see Parameter.rule: they take the name and the text of a parameter.
+
+
 def path(name: str, value: str) -> str:
     return os.path.expanduser(value)
 

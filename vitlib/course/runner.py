@@ -48,8 +48,7 @@ def run_course(
 ) -> dict[str, RunResult]:
     """Run notebooks in order into the folder ``out``; a failure stops only the notebooks that need it.
 
-    Kernels start in the current folder, so relative paths mean the same as on the command line. Returns one result per
-    selected notebook, in order.
+    Kernels start in the current folder, so relative paths mean the same as on the command line.
 
     Args:
         out: folder of the run; notebooks with a parameter ``run_dir`` get it.
@@ -59,8 +58,12 @@ def run_course(
         given: values that a selected notebook must take; they win over ``shared``. Texts are parsed.
         timeout: longest time for one notebook, in seconds; None for no limit.
 
+    Returns:
+        One result for each selected notebook, by its name, in order.
+
     Raises:
-        ValueError: for an unknown notebook or parameter or a value that is not allowed, before any kernel starts.
+        ValueError: for an unknown notebook or parameter, a value that is not allowed, or a folder in which another run
+            is at work, before any kernel starts.
         FileNotFoundError: if there is no notebook.
     """
     out = Path(out).expanduser().resolve()

@@ -3,7 +3,8 @@
 ``bwrap`` (https://github.com/containers/bubblewrap, a package of most Linux systems) gives the notebook a network, a
 process table and a file tree of its own. Where it is missing, the limits and the scratch copy remain.
 
-As a program this module is the inside: papermill and its kernel. It does without torch, so that it starts quickly.
+Run as a program, this module is the part inside: it runs papermill, which starts the kernel. It does without torch, so
+that it starts quickly.
 """
 
 import functools
@@ -46,7 +47,7 @@ GRACE = 30  # seconds after the time limit in which papermill can still write
 
 
 @functools.cache
-def not_contained() -> str:
+def why_not_contained() -> str:
     """Return why notebooks are not contained on this machine, "" if they are. Tries to start Python in bwrap."""
     if shutil.which("bwrap") is None:
         return "bwrap is not installed"
@@ -75,7 +76,7 @@ def run_apart(
         stopped: an event that ends it.
 
     Returns:
-        the executed notebook up to the cell it reached, and what stopped it, or "". None if it did not start, or if
+        The executed notebook up to the cell it reached, and what stopped it, or "". None if it did not start, or if
         it has ended papermill: then what is there may be forged.
     """
     with tempfile.TemporaryDirectory(prefix="vitlib-grade-", ignore_cleanup_errors=True) as scratch:
@@ -85,7 +86,7 @@ def run_apart(
         if companions:
             _copy(companions, own / "folder")
         nbformat.write(notebook, own / "notebook.ipynb")
-        contained = not not_contained()
+        contained = not why_not_contained()
         readable = [value for value in parameters.values() if isinstance(value, str) and os.path.isabs(value)]
         job = {"own": str(own), "parameters": parameters, "contained": contained, "grader": os.getpid(), **limits}
         line = _bwrap(own, hidden, readable) if contained else []
@@ -180,7 +181,7 @@ def _copy(source: Path, target: Path) -> None:
 def main(job: str) -> None:
     """Run the notebook of a job, which :func:`run_apart` writes as JSON, to ``executed*.ipynb``.
 
-    It exits with what stopped it, or 0.
+    It exits with 0, or with 1 and, on stderr, a sentence about what stopped the notebook.
     """
     given = json.loads(job)
     own = Path(given["own"])

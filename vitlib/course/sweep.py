@@ -91,7 +91,7 @@ def run_sweep(
         command: the command as typed, for the record.
 
     Returns:
-        the content of results.json. A run is ok or failed.
+        The content of results.json. A run is ok or failed.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C; in results.json the missing runs are "not run".

@@ -155,7 +155,7 @@ def _score(trained: Trained, test: LabelledImages, source: str, checkpoint: Path
     """Score the last weights, write the result into their file, print it, and leave the other processes.
 
     Returns:
-        the weights with the score in their card.
+        The weights with the score in their card.
     """
     if trained.history.interrupted:
         end_distributed()

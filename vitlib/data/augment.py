@@ -58,6 +58,9 @@ def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flipped: Tensor, pa
         top, left: ``[B]`` int64, the window's corner in the padded image, from 0 to ``2 * padding``.
         flipped: ``[B]`` bool.
         padding: pixels added on each side, less than ``min(H, W)``.
+
+    Raises:
+        ValueError: for a larger padding.
     """
     height, width = images.shape[-2:]
     if padding >= min(height, width):
@@ -88,7 +91,7 @@ def in_rectangle(images: Tensor, rectangle: Tensor) -> Tensor:
 
 
 def neighbours(batch: int, device: torch.device | str = "cpu") -> Tensor:
-    """Return with which image each of a batch is mixed: int64 ``[batch]``; 0 with 1, 2 with 3 and so on.
+    """Return the partner of each of ``batch`` images for mixing, int64 ``[batch]``: 0 with 1, 2 with 3 and so on.
 
     The order of the images is random, so neighbours are random partners. A last odd image is its own partner.
     """
@@ -129,6 +132,9 @@ class Augmentation:
 
         Returns:
             Numbers by name, each ``[count]``, for RandAugment ``[count, randaugment]``, for rectangles ``[count, 4]``.
+
+        Raises:
+            ValueError: if ``cutout`` is larger than the images.
         """
         if self.cutout > min(height, width):
             raise ValueError(
@@ -136,16 +142,16 @@ class Augmentation:
                 f"it must be at most {min(height, width)}."
             )
 
-        def draw(end: int) -> Tensor:  # whole numbers from 0 to end, the latter included
+        def up_to(end: int) -> Tensor:  # whole numbers from 0 to end, both included
             return torch.randint(end + 1, (count,), generator=generator)
 
         # in this order, so that turning on a later option leaves the numbers of earlier ones as they are
         drawn = {}
         if self.padding or self.flip:
             drawn["flipped"] = torch.rand(count, generator=generator) < self.flip
-            drawn["top"], drawn["left"] = draw(2 * self.padding), draw(2 * self.padding)
+            drawn["top"], drawn["left"] = up_to(2 * self.padding), up_to(2 * self.padding)
         if self.cutout:
-            top, left = draw(height - self.cutout), draw(width - self.cutout)
+            top, left = up_to(height - self.cutout), up_to(width - self.cutout)
             drawn["cutout"] = torch.stack((top, left, *[torch.full_like(top, self.cutout)] * 2), dim=1)
         if self.randaugment:
             drawn["operation"], drawn["strength"] = draw_operations(
@@ -182,7 +188,10 @@ class Augmentation:
     def apply(
         self, images: Tensor, drawn: dict[str, Tensor], mean: tuple[float, ...], std: tuple[float, ...]
     ) -> Tensor:
-        """Augment and normalise uint8 ``[B, C, H, W]`` to float32, with ``B`` drawn numbers of each on its device."""
+        """Augment and normalise uint8 ``[B, C, H, W]`` to float32.
+
+        ``drawn`` comes from :meth:`draw`, with ``B`` numbers under each name, on the device of the images.
+        """
         if "top" in drawn:
             images = crop_and_flip(images, drawn["top"], drawn["left"], drawn["flipped"], self.padding)
         for step in range(self.randaugment):
@@ -197,8 +206,8 @@ class Augmentation:
         """Mix every normalised image of ``[B, C, H, W]`` with its partner from :func:`neighbours`, by drawn numbers.
 
         Returns:
-            The mixed images, and float32 ``[B]`` the share of its own content in each, which is the weight of its own
-            label; the rest is that of its partner's label. A last odd image stays as it is.
+            The mixed images, and float32 ``[B]``, how much of each is its own content. This share is the weight of its
+            own label, the rest that of its partner's. A last odd image stays as it is.
         """
         if "mix_share" not in drawn:
             return images, torch.ones(len(images), device=images.device)
@@ -218,7 +227,7 @@ class Augmentation:
 
 
 def mixed_cross_entropy(logits: Tensor, labels: Tensor, own_share: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Return the cross-entropy of each image ``[B]``; of a mixed one, the mixture of those of its two labels.
+    """Return the cross-entropy of each image, ``[B]``; for a mixed one the mean over its two labels, by their shares.
 
     Args:
         logits: ``[B, classes]``.

@@ -97,7 +97,7 @@ def _download(dataset: type, name: str, folder: Path, progress: bool) -> None:
 
 @cache
 def flagged_by_cifair() -> dict[str, dict[str, dict[str, int]]]:
-    """Return the test images of CIFAR that ciFAIR flags as near-duplicates: data set, class, file stem, test index.
+    """Return the test indices of near-duplicates in CIFAR that ciFAIR flags, by data set, class and file stem.
 
     They are 959 of CIFAR-100 and 329 of CIFAR-10. The others are the same images in CIFAR and in ciFAIR.
     """
@@ -106,13 +106,13 @@ def flagged_by_cifair() -> dict[str, dict[str, dict[str, int]]]:
 
 
 def kept_by_index(name: str, count: int) -> Tensor:
-    """Return which of the first ``count`` test images of CIFAR ciFAIR kept, bool [count]."""
+    """Return whether ciFAIR kept each of the first ``count`` test images of CIFAR: bool [count]."""
     flagged = {index for stems in flagged_by_cifair()[name].values() for index in stems.values()}
     return torch.tensor([index not in flagged for index in range(count)])
 
 
 def kept_by_file(paths: Sequence[Path], labels: Tensor, classes: tuple[str, ...]) -> Tensor | None:
-    """Return which test images of a folder of CIFAR ciFAIR kept, bool [N]; None for any other folder."""
+    """Return whether ciFAIR kept each test image of a folder of CIFAR: bool [N]; None for any other folder."""
     for flagged in flagged_by_cifair().values():
         if set(classes) == set(flagged):
             named = zip(paths, labels.tolist(), strict=True)

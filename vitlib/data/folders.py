@@ -37,9 +37,9 @@ IMAGE_NAME = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 SYSTEM_NAME = re.compile(  # of hidden files, and of what systems and network disks leave in folders
-    r"\..*|__macosx|@eadir|.*@syno\w+|@recycle|@recently-snapshot|@__thumb|@tmp|#recycle|#snapshot|\$recycle\.bin|recycle[rd]|"
-    r"system volume information|network trash folder|temporary items|lost\+found|found\.\d{3}|icon\r|desktop\.ini|"
-    r"(eh)?thumbs(_vista)?\.db|__pycache__",
+    r"\..*|__macosx|@eadir|.*@syno\w+|@recycle|@recently-snapshot|@__thumb|@tmp|#recycle|#snapshot|\$recycle\.bin|"
+    r"recycle[rd]|system volume information|network trash folder|temporary items|lost\+found|found\.\d{3}|icon\r|"
+    r"desktop\.ini|(eh)?thumbs(_vista)?\.db|__pycache__",
     re.IGNORECASE | re.DOTALL,
 )
 SPLIT_NAMES = {"train": ("train", "training"), "test": ("test", "testing", "val", "valid", "validation")}
@@ -103,7 +103,7 @@ def _pixels(picture: Image.Image, image_size: int | None, num_channels: int) -> 
 
 
 def refit(images: Tensor, image_size: int | None, num_channels: int) -> Tensor:
-    """Return RGB images of a named source in another size or in grey, as images of a folder would be."""
+    """Return RGB images uint8 [N, 3, H, W] in another size or in grey, as ``read_image`` gives those of a folder."""
     if num_channels == 3 and image_size in (None, images.shape[-1]):
         return images
     pictures = map(Image.fromarray, images.permute(0, 2, 3, 1).numpy())
@@ -165,6 +165,7 @@ def list_files(place: Path, train: Path) -> tuple[list[Path], Tensor, tuple[str,
 
 
 def _check_classes(place: Path, classes: tuple[str, ...], labels: Tensor, all_needed: bool) -> None:
+    """Raise ValueError if no class has images, or with ``all_needed`` if one has none."""
     empty = sorted(set(classes) - {classes[label] for label in labels})
     if len(empty) == len(classes) or (empty and all_needed):
         raise ValueError(f"{printable(place)} holds no images of {_named(empty)}; add some, or remove the class.")
@@ -208,7 +209,10 @@ def _files(folder: Path, place: Path) -> list[Path]:
 
 
 def _folders_instead_of_images(folders: list[Path], files: list[Path]) -> set[str]:
-    """Return the folders with files in the folders of a class, if there are no images beside them."""
+    """Return the names of the folders that hold a class's files one level too deep.
+
+    A class with images in the right place has none.
+    """
     if any(file.parent in folders and IMAGE_NAME.fullmatch(file.name) for file in files):
         return set()
     depth = len(folders[0].parts)

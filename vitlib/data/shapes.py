@@ -1,7 +1,7 @@
 """The course's embedded data sets, drawn by code from a seed: nothing to download or store.
 
-`shapes100` (upstream): 10 shapes x 10 colours on calm backgrounds; the class is shape and colour.
-`shapes10` (downstream): the same 10 shapes in any colour on busy backgrounds; the class is the shape alone.
+``shapes100`` (upstream): 10 shapes x 10 colours on calm backgrounds; the class is shape and colour.
+``shapes10`` (downstream): the same 10 shapes in any colour on busy backgrounds; the class is the shape alone.
 
 The same seed gives the same bytes on every machine, so that a class can compare results. Floating point does not
 promise that: compilers reorder operations, and maths libraries differ in the last bit, which can move an edge. So:
@@ -9,7 +9,7 @@ promise that: compilers reorder operations, and maths libraries differ in the la
 - everything is drawn in whole numbers (fixed point), in NumPy, which defines each integer operation exactly;
 - every shape is rasterised once, into a stencil of 256 x 256 cells, by comparisons of whole numbers. An image
   looks its pixels up in the turned, scaled and shifted stencil;
-- random numbers are raw 32-bit outputs of `numpy.random.RandomState`, whose streams NumPy has frozen (NEP 19);
+- random numbers are raw 32-bit outputs of ``numpy.random.RandomState``, whose streams NumPy has frozen (NEP 19);
 - every image takes one row of those numbers, so image i is the same picture however many are drawn.
 """
 
@@ -49,11 +49,14 @@ class Shapes(NamedTuple):
 
 
 def draw_shapes(name: str, split: str = "train", count: int | None = None, seed: int = 0) -> Shapes:
-    """Draw the first `count` images of the embedded data set `name` ("shapes100" or "shapes10").
+    """Draw the first ``count`` images of the embedded data set ``name`` ("shapes100" or "shapes10").
 
     Classes are balanced (in every run of 100 or 10 images each occurs once) and shuffled. The splits "train" and
-    "test" come from different random streams. `count=None` gives 10,000 and 2,000 images of shapes100, 2,000 and
-    2,000 of shapes10. `seed` has 32 bits, from 0.
+    "test" come from different random streams. ``count=None`` gives 10,000 and 2,000 images of shapes100, 2,000 and
+    2,000 of shapes10. ``seed`` has 32 bits, from 0.
+
+    Raises:
+        KeyError, ValueError: for another name or split.
     """
     count = DEFAULT_COUNTS[name][split] if count is None else count
     draw = {"shapes100": _draw_calm, "shapes10": _draw_busy}[name]
@@ -65,7 +68,7 @@ def draw_shapes(name: str, split: str = "train", count: int | None = None, seed:
     for start in range(0, count, _CHUNK):
         chunk = slice(start, min(start + _CHUNK, count))
         wanted = chunk.stop - chunk.start
-        rows = _Rows(random, _CHUNK)  # a whole chunk, or the last labels would depend on `count`
+        rows = _Rows(random, _CHUNK)  # a whole chunk, or the last labels would depend on count
         chunk_labels = np.argsort(rows.bits(1).reshape(-1, len(classes)), axis=1, kind="stable").reshape(-1)
         chunk_images, coverage = draw(chunk_labels, rows)
         images[chunk], labels[chunk] = chunk_images[:wanted], chunk_labels[:wanted]
@@ -181,7 +184,7 @@ def _coverage(stencils, x, y, radius, angle) -> np.ndarray:
 
 
 def _ramp(angle, slope) -> np.ndarray:
-    """Return a plane through the centre that rises by `slope` per pixel along `angle`; int32 [n, 32, 32]."""
+    """Return a plane through the centre that rises by ``slope`` per pixel along ``angle``; int32 [n, 32, 32]."""
     centred = 2 * np.arange(SIZE, dtype=np.int32) - (SIZE - 1)
     cos, sin = (table[angle % _TURN] * slope // 2 for table in (_COS, _SIN))
     return ((cos * centred)[:, None, :] + (sin * centred)[:, :, None]) // _ONE
@@ -197,7 +200,7 @@ def _mix(first, second, weight, top) -> np.ndarray:
 
 
 def _place(stencils, rows, radii, turn) -> np.ndarray:
-    """Put each stencil at a random place, wholly inside the picture, with a radius from `radii` in pixels."""
+    """Put each stencil at a random place, wholly inside the picture, with a radius from ``radii`` in pixels."""
     radius = rows.draw(radii[0] * _UNIT, radii[1] * _UNIT)
     free = (SIZE - 2) * _UNIT - 2 * radius  # a pixel of background stays on every side
     x, y = (_UNIT + radius + rows.draw(0, 2**12) * free // 2**12 for _ in range(2))

@@ -57,6 +57,7 @@ def compiled(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
 
 
 def random_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """Return the states of the global random generators of the CPU and of ``device``, for a resume file."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
@@ -66,6 +67,7 @@ def random_states(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def set_random_states(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Put back what :func:`random_states` has returned for the same device."""
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states["cuda"], device)

@@ -39,7 +39,7 @@ class DistributedContext:
         return tensor
 
     def gather(self, value: object) -> list:
-        """Return the values of all processes, by rank."""
+        """Return the values of all processes, by rank (all-gather); every process must call this."""
         values = [value]
         if self.world_size > 1:
             values = [None] * self.world_size
@@ -65,11 +65,11 @@ class DistributedContext:
         return result
 
     def parallel(self, model: nn.Module) -> nn.Module:
-        """Wrap the model so that ``backward`` averages the gradients of all processes."""
+        """Wrap the model in DDP, which averages the gradients of all processes; return it as it is for one process."""
         return model if self.world_size == 1 else nn.parallel.DistributedDataParallel(model)
 
     def backward(self, loss: Tensor) -> None:
-        """Backpropagate. The processes' losses add up to that of the batch, but DDP averages their gradients."""
+        """Backpropagate. Each loss is a share of the batch's, so the gradients must add up, but DDP averages them."""
         (loss * self.world_size).backward()
 
 
@@ -79,7 +79,7 @@ def init_distributed(device: str = "auto") -> str:
     Each process of a machine takes one of its GPUs, and they exchange gradients over NCCL; without GPUs, over gloo.
 
     Returns:
-        ``device``, or ``cuda:i`` with the number of this process on its machine.
+        ``cpu``, or ``cuda:i`` with the number of this process on its machine; ``device`` itself without torchrun.
 
     Raises:
         ValueError: if one GPU is named for several processes, or a machine has fewer GPUs than processes.

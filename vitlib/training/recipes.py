@@ -35,9 +35,10 @@ class Recipe:
         augmentation: what is done to training images.
         mix_until: share of the training after which images are no longer mixed with each other. Here and in
             ``keep_patches`` an epoch counts by its end.
-        keep_patches: pairs (until, share): up to this share of the training, every training image keeps this share of
-            its patches, drawn at random; after the last pair all. A step with half of the patches takes half the time
-            (PatchDropout, Liu et al. 2023, arXiv:2208.07220; FLIP, Li et al. 2023, arXiv:2212.00794).
+        keep_patches: pairs (until, share), both shares: while at most ``until`` of the training is over, every training
+            image keeps ``share`` of its patches, drawn at random; after the last pair all. A step with half of the
+            patches takes half the time (PatchDropout, Liu et al. 2023, arXiv:2208.07220; FLIP, Li et al. 2023,
+            arXiv:2212.00794).
         statistics: (mean, std) to normalise with; None measures them on the training images.
     """
 
@@ -67,14 +68,14 @@ class Recipe:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; choose one of {', '.join(known)}.")
 
     def share_of_patches(self, progress: float) -> float:
-        """Return the share of its patches that an image keeps after this share of the training."""
+        """Return the share of its patches that an image keeps when the share ``progress`` of the training is over."""
         return next((share for until, share in self.keep_patches if progress <= until), 1.0)
 
 
 # Above a recipe: what it is for and, if measured, its command, time on two CPU cores and result (more in RESULTS.md).
 
 # The recipe of the published small system (FastEstimator's ViT example). Not the same: post-norm is the model's
-# norm_first=False; the first weights are vitlib's; some training images are held out (there none was, and the test
+# norm_first=False; the first weights are vitlib's; some training images are held out (there none were, and the test
 # images were scored after every epoch); the head of fine-tuning is 10 rows of zeros (there 100 random ones).
 #   python -m vitlib pretrain --recipe published --norm-first false: not yet run for 100 epochs here; its own record is
 #   51.54 % on ciFAIR-100, 2,576 s on a GTX 1080 Ti

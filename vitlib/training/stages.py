@@ -46,6 +46,7 @@ def pretrain(
         preset: a key of ``vitlib.model.PRESETS``.
         recipe: a key of ``RECIPES``, or a recipe of your own.
         norm_first, pooling: see :class:`vitlib.model.ViTModel`.
+        pretrain_epochs: passes over the training images.
         source: name of the data set, for the record.
         options: see :func:`train_stage`, and the fields of :class:`vitlib.training.trainer.TrainingOptions`.
 
@@ -89,6 +90,7 @@ def finetune(
             positions are interpolated (:func:`vitlib.model.interpolate_positions`).
         recipe: a key of ``FINETUNING``, or a recipe of your own.
         freeze_encoder: True trains the head alone (a linear probe).
+        finetune_epochs: passes over the training images.
         source: name of the data set, for the record.
         options: see :func:`train_stage`, and the fields of :class:`vitlib.training.trainer.TrainingOptions`.
 
@@ -108,7 +110,7 @@ def finetune(
 
 
 def record_test(trained: Trained, test: LabelledImages, source: str, checkpoint: str | Path | None = None) -> Trained:
-    """Evaluate the final weights on the test split, once, in training's batches, and write the result into their card.
+    """Score the final weights on the test split, once, with the training's batch size, and store that in their card.
 
     Args:
         source: name of the test set, for the record; CIFAR and ciFAIR differ by some points.

@@ -176,12 +176,13 @@ class Trainer:
         if len(self.losses) == self.steps_per_epoch:
             self._total_losses()  # waits for the device, so that the epoch's time is whole
         self.seconds = time.perf_counter() - self._started
-        if self._bar.update(batch.size):  # it was drawn, twice a second at most: reading a loss waits for the device
-            recent = self.losses[-1].item() * self.context.world_size  # of several processes each has a share
+        # reading a loss waits for the device, so only when tqdm has drawn the bar, at most twice a second
+        if self._bar.update(batch.size):
+            recent = self.losses[-1].item() * self.context.world_size  # each process has only its share of the loss
             self._check_finite([recent])
             accuracy = self.hits.item() / max(1, self._seen)
             self._bar.set_postfix_str(f"loss {recent:.3f}, accuracy {accuracy:.1%}", refresh=False)
-        # several processes agree on it every 20 steps only, since they wait for each other
+        # several processes ask only every 20 steps, since all wait for the first one's answer
         asks = self.context.world_size == 1 or len(self.losses) % 20 == 1
         if self.resume is not None and asks and self.context.from_first(lambda: self.resume.is_due):
             self.save()

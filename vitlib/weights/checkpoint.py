@@ -67,7 +67,7 @@ def load_checkpoint(path: str | Path) -> tuple[ViTModel, ModelCard]:
         ValueError: if the file is damaged, or holds weights of another library.
     """
     path = Path(path).expanduser()
-    if not path.is_file():  # a folder with checkpoints is none
+    if not path.is_file():  # a folder is refused too, even one that holds checkpoints
         raise FileNotFoundError(
             f"There is no checkpoint at {printable(path)}; name a .safetensors file, or train one first (notebook 03)."
         )
@@ -133,7 +133,7 @@ def with_image_size(model: ViTModel, image_size: int) -> ViTModel:
     weights, name = model.state_dict(), "vit_encoder.embedding.position_embedding"
     weights[name] = interpolate_positions(weights[name], image_size // model.config["patch_size"])
     other.load_state_dict(weights)
-    return other.train(model.training)
+    return other.to(weights[name].device).train(model.training)
 
 
 def transfer_encoder(pretrained: nn.Module, num_classes: int, **overrides) -> ViTModel:

@@ -4,7 +4,7 @@ They compute the same function of the same numbers, except that Google's own cod
 moves logits by about 0.001. They differ in names, in whether queries, keys and values share a matrix, and in the order
 of axes. So a conversion is a table of names, read in either direction.
 
-``from_...`` converts a module and raises ValueError for entries that do not fit, or if both models give different
+``from_...`` converts a module and raises ValueError for entries that do not fit, or if the two models differ in their
 outputs for two random images. ``to_...`` builds a module and raises ValueError for an option of :class:`ViTModel` that
 the library lacks.
 
@@ -85,8 +85,8 @@ def names(layout: str, num_layers: int = 12, *, head: bool = True, pre_logits: b
         pre_logits: whether the model has the hidden layer before the classifier.
 
     Returns:
-        Pairs ``(theirs, ours)``. Three of theirs with one of ours are its queries, keys and values, thirds along the
-        first axis.
+        Pairs ``(theirs, ours)``. Where three of theirs go with the same one of ours, they are its queries, keys and
+        values: its thirds along the first axis.
 
     Raises:
         ValueError: for an unknown layout.
@@ -128,7 +128,7 @@ def _leaves(theirs: str, ours: str) -> list[tuple[str, str]]:
 
 
 def _has_pre_logits(layout: str, head: bool) -> bool:
-    """Tell whether the layout has the layer: timm has none; Hugging Face's, the pooler, excludes a classifier."""
+    """Return whether the layout has pre-logits: timm has none; Hugging Face has them only without a classifier."""
     return layout in ("torchvision", "npz") or (layout == "huggingface" and not head)
 
 
@@ -189,7 +189,7 @@ def from_state_dict(
 
 
 def _plain(name: str) -> str:
-    """Return a name without what wrappers and models around the encoder put before it, as it is written today."""
+    """Return a name as it is written today, without the prefixes of wrappers and of models around the encoder."""
     name = re.sub(r"^((module|_orig_mod|model|net|backbone|vit)\.)+", "", name)
     for before, today in _TODAY.items():
         name = name.replace(before, today)

@@ -14,7 +14,7 @@ from vitlib.weights.checkpoint import ModelCard
 from vitlib.weights.convert import from_state_dict, layout_of
 
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # of the published ViTs, by width
-_META = "https://dl.fbaipublicfiles.com"
+_META = "https://dl.fbaipublicfiles.com"  # the company's host
 # addresses by name; None: torchvision knows its own
 OFFICIAL: dict[str, str | None] = {
     **dict.fromkeys(("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14")),

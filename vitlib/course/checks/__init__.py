@@ -4,6 +4,7 @@ A check shows one line. It never stops the notebook: an exercise that was not at
 like any other.
 
 There is a module for each chapter; notebooks import ``checks`` and call, for instance, ``checks.patchify(patchify)``.
+The docstring of a check has the signature of the learner's function, under its name in the notebook.
 """
 
 from .chapter_00 import model_input

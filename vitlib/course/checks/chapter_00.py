@@ -10,7 +10,7 @@ from .frame import compare, exercise, expect, tensor_answer
 # a square first, so that fixed sizes get as far as a verdict on the numbers; then a picture wider than high
 @exercise("model input", (32, 32, 3), (5, 7, 3), (9, 4, 1))
 def model_input(learners: Callable, height: int, width: int, channels: int) -> None:
-    """Of ``model_input(image)``: uint8 ``[H, W, C]``, as a file has it, to float32 ``[1, C, H, W]`` from 0 to 1."""
+    """Check ``model_input(image)``: uint8 ``[H, W, C]``, as a file has it, to float32 ``[1, C, H, W]`` from 0 to 1."""
     image = torch.randint(0, 240, (height, width, channels), dtype=torch.uint8)
     given = tensor_answer(learners, image)
     numbers = str(given.dtype).removeprefix("torch.")

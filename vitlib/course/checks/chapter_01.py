@@ -11,11 +11,11 @@ from .frame import answer, as_number, close, compare, exercise, expect, expect_g
 
 @exercise("patch numbers", (10,), (2,), (1,))
 def patch_numbers(learners: Callable, channels: int) -> None:
-    """Of ``patch_numbers(height, width, channels, patch_size) -> (N, C * P * P)``."""
+    """Check ``patch_numbers(height, width, channels, patch_size) -> (N, C * P * P)``."""
     patch_size, rows = torch.randint(4, 9, (2,)).tolist()
     columns = rows + 2  # a picture wider than high tells the two sides apart
     height, width = rows * patch_size, columns * patch_size
-    call = f"for {height} x {width} pixels, {channels} channel(s) and patches of {patch_size}"
+    case = f"for {height} x {width} pixels, {channels} channel(s) and patches of {patch_size}"
     given = answer(learners, height, width, channels, patch_size)
     pair = isinstance(given, tuple | list) or getattr(given, "shape", ()) == (2,)
     expect(pair and len(given) == 2, "two numbers are wanted: return N, patch_dim")
@@ -33,19 +33,19 @@ def patch_numbers(learners: Callable, channels: int) -> None:
         patches * patch_size: "you divided by the patch size once; both sides are cut, so divide twice",
         patches + 1: "the CLS token is no patch: leave the 1 out",
     }.get(found, "that is not the number of rows times the number of columns of patches")
-    expect(found == patches, f"N is {found} {call}: {hint}")
+    expect(found == patches, f"N is {found} {case}: {hint}")
     hint = {
         patch_size**2: "you forgot the channels; every pixel has one number per channel",
         channels * patch_size: "you forgot to square the patch size; a patch has P rows of P pixels",
         patch_size: "you counted one row of pixels in one channel; a patch has P rows of P pixels, in C channels",
     }.get(found_dim, "that is not the number of pixels in a patch times the number of channels")
-    expect(found_dim == patch_dim, f"the patch dimension is {found_dim} {call}: {hint}")
+    expect(found_dim == patch_dim, f"the patch dimension is {found_dim} {case}: {hint}")
 
 
 # all sizes differ, so that no mix-up goes unseen
 @exercise("patchify", (2, 3, 5, 6, 4), (3, 1, 2, 4, 5), (1, 4, 3, 2, 3), (1, 2, 9, 8, 2))
 def patchify(learners: Callable, batch: int, channels: int, rows: int, columns: int, size: int) -> None:
-    """Of ``patchify(images [B, C, H, W], patch_size) -> [B, N, C * P * P]``."""
+    """Check ``patchify(images [B, C, H, W], patch_size) -> [B, N, C * P * P]``."""
     images = torch.randn(batch, channels, rows * size, columns * size)
     # an independent way there: unfold gives [B, C * P * P, N] in the order in which a convolution reads its input
     right = F.unfold(images, size, stride=size).mT
@@ -75,7 +75,7 @@ def patchify(learners: Callable, batch: int, channels: int, rows: int, columns: 
 
 @exercise("patch embedding", (3, 10, 4, False), (3, 10, 4, True), (1, 6, 5, False), (2, 9, 3, True))
 def patch_embedding(learners: Callable, channels: int, width: int, size: int, bias: bool) -> None:
-    """Of ``conv_to_linear(conv) -> nn.Linear``: on patches, the numbers that ``conv`` gives on images, to 1e-5.
+    """Check ``conv_to_linear(conv) -> nn.Linear``: on patches, the numbers that ``conv`` gives on images, to 1e-5.
 
     Whether the layer shares memory with the convolution or has a copy of its weights is left to the learner.
     """
@@ -107,7 +107,7 @@ def patch_embedding(learners: Callable, channels: int, width: int, size: int, bi
 
 @exercise("tokens", (3, 6, 5), (2, 11, 3))
 def tokens(learners: Callable, batch: int, count: int, width: int) -> None:
-    """Of ``tokens(patches [B, N, D], cls_token [1, 1, D], positions [1, N + 1, D]) -> [B, N + 1, D]``."""
+    """Check ``tokens(patches [B, N, D], cls_token [1, 1, D], positions [1, N + 1, D]) -> [B, N + 1, D]``."""
     inputs = torch.randn(batch, count, width), torch.randn(1, 1, width), torch.randn(1, count + 1, width)
     no_patches, no_cls, no_positions = map(torch.zeros_like, inputs)
 
@@ -147,7 +147,7 @@ def tokens(learners: Callable, batch: int, count: int, width: int) -> None:
 
 @exercise("position interpolation", (5, 8, 7), (6, 4, 5), (3, 7, 12))
 def interpolation(learners: Callable, old: int, new: int, width: int) -> None:
-    """Of ``stretch_positions(positions [1, 1 + g * g, D], grid) -> [1, 1 + grid * grid, D]``, CLS first."""
+    """Check ``stretch_positions(positions [1, 1 + g * g, D], grid) -> [1, 1 + grid * grid, D]``, CLS first."""
 
     def given(cls: Tensor, patches: Tensor, grid: int = new) -> Tensor:
         positions, right = torch.cat([cls, patches], 1), torch.empty(1, 1 + grid**2, width)

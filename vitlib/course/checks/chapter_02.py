@@ -13,7 +13,7 @@ from .frame import NotAttempted, answer, close, compare, exercise, expect, expec
 
 @exercise("attention", (2, 3, 5, 6), (7, 10), (3, 5, 13), (2, 1, 3, 4, 9), (1, 2, 30, 18))
 def attention(learners: Callable, *shape: int) -> None:
-    """Of ``attention(query, key, value)``, each ``[..., T, K]``, ``-> [..., T, K]``."""
+    """Check ``attention(query, key, value)``, each ``[..., T, K]``, ``-> [..., T, K]``."""
     length, width = shape[-2:]
     dtype = torch.float32 if width == 6 else torch.float64
     query, key, value = 1.5 * torch.randn(3, *shape, dtype=dtype)  # larger than usual
@@ -50,7 +50,7 @@ def attention(learners: Callable, *shape: int) -> None:
 
 @exercise("split heads", (2, 5, 3, 4, torch.float32), (3, 7, 2, 6, torch.float64))
 def split_heads(learners: Callable, batch: int, length: int, heads: int, width: int, dtype: torch.dtype) -> None:
-    """Of ``split_heads(x [B, T, D], num_heads) -> [B, H, T, K]``."""
+    """Check ``split_heads(x [B, T, D], num_heads) -> [B, H, T, K]``."""
     x = torch.randn(batch, length, heads * width, dtype=dtype)
     right = torch.stack(x.split(width, dim=2), dim=1)
     every_hth = x.unflatten(2, (width, heads)).permute(0, 3, 1, 2)
@@ -70,7 +70,7 @@ def split_heads(learners: Callable, batch: int, length: int, heads: int, width: 
 
 @exercise("equivariance")
 def equivariance(learners: Callable) -> None:
-    """Of ``is_equivariant(layer, tokens) -> bool``; ``layer`` turns ``[B, T, D]`` into ``[B, T, D]``."""
+    """Check ``is_equivariant(layer, tokens) -> bool``; ``layer`` turns ``[B, T, D]`` into ``[B, T, D]``."""
     batch, length, width = 3, 50, 28  # neither the number of tokens nor the width is one of the notebook's
     tokens, positions = torch.randn(batch, length, width), torch.randn(length, width)
     attention, block = SelfAttention(width, 4), EncoderBlock(width, 4, 2 * width)
@@ -113,10 +113,10 @@ def equivariance(learners: Callable) -> None:
     faults = {
         "your tester never calls the layer; compare its outputs for the tokens and the shuffled tokens": not inputs,
         "the layer only ever saw the tokens in their own order; shuffle them with torch.randperm": not shuffled,
-        "you shuffled the images of the batch; the tokens are axis 1": _same_numbers(shuffled, tokens, 0),
-        "you shuffled the features of each token; the tokens are axis 1": _same_numbers(shuffled, tokens, 2),
+        "you shuffled the images of the batch; the tokens are axis 1": _only_reordered(shuffled, tokens, 0),
+        "you shuffled the features of each token; the tokens are axis 1": _only_reordered(shuffled, tokens, 2),
         "what you gave the layer is not the same tokens in another order; torch.randperm has each number exactly "
-        "once": not _same_numbers(shuffled, tokens, 1),
+        "once": not _only_reordered(shuffled, tokens, 1),
         "your answers are the wrong way round: True means that the output is shuffled along": (
             every_accepted and len(refused) == len(equivariant)
         ),
@@ -144,7 +144,7 @@ def _yes_or_no(given) -> bool:
     return given
 
 
-def _same_numbers(shuffled: list[Tensor], tokens: Tensor, axis: int) -> bool:
+def _only_reordered(shuffled: list[Tensor], tokens: Tensor, axis: int) -> bool:
     """Return whether each of ``shuffled`` holds the numbers of ``tokens``, reordered along that axis only."""
     right = tokens.sort(axis).values
     return all(given.shape == right.shape and torch.equal(given.sort(axis).values, right) for given in shuffled)
@@ -152,7 +152,7 @@ def _same_numbers(shuffled: list[Tensor], tokens: Tensor, axis: int) -> bool:
 
 @exercise("attention within each image", (3, 5, 2, 8, torch.float32), (2, 7, 3, 12, torch.float64))
 def attend(learners: Callable, batch: int, length: int, heads: int, width: int, dtype: torch.dtype) -> None:
-    """Of ``attend(tokens [B, T, D], to_qkv [D, 3 * D], num_heads) -> [B, T, D]``, every image on its own."""
+    """Check ``attend(tokens [B, T, D], to_qkv [D, 3 * D], num_heads) -> [B, T, D]``, every image on its own."""
     tokens = torch.randn(batch, length, width, dtype=dtype)
     to_qkv = torch.randn(width, 3 * width, dtype=dtype) / width**0.5  # moderate scores, or rounding errors grow
 
@@ -200,7 +200,7 @@ PRE_NORM_LINES = {
 
 @exercise("the lines of the block")
 def block_order(learners: str) -> None:
-    """Of the letters of ``PRE_NORM_LINES`` in the order of a pre-norm block: text, list, tuple, or a function."""
+    """Check the letters of ``PRE_NORM_LINES`` in the order of a pre-norm block: text, list, tuple, or a function."""
     if callable(learners):
         learners = answer(learners)
     if learners is None or learners is Ellipsis or learners == "":

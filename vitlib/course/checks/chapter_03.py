@@ -17,7 +17,7 @@ from .frame import answer, as_indices, close, compare, exercise, expect, number_
 # a size that has to be rounded, and one that has not
 @exercise("split", (103, 0.2), (60, 0.15))
 def split(learners: Callable, count: int, fraction: float) -> None:
-    """Of ``split(count, fraction, seed) -> (training, validation)``: indices, together 0 to count - 1."""
+    """Check ``split(count, fraction, seed) -> (training, validation)``: indices, together 0 to count - 1."""
     seed, *other_seeds = torch.randperm(1000)[:3].tolist()
 
     def parts(seed: int) -> tuple[list[int], ...]:
@@ -63,7 +63,7 @@ def _shared_generators() -> tuple:
 
 @exercise("first loss")
 def first_loss(learners: Callable) -> None:
-    """Of ``first_loss(num_classes)``: the cross-entropy, in nats, of a model that gives all classes the same share."""
+    """Check ``first_loss(num_classes)``: the cross-entropy in nats of a model that gives all classes the same share."""
     for num_classes in (*torch.randint(20, 1000, (3,)).tolist(), 2):
         given, right = number_answer(learners, num_classes), math.log(num_classes)
         slips = {
@@ -82,7 +82,7 @@ def first_loss(learners: Callable) -> None:
 
 @exercise("sound model", (13,), (18,))
 def sound_model(learners: Callable, num_classes: int) -> None:
-    """Of ``build(num_classes) -> nn.Module``, images ``[B, 3, 32, 32]`` to logits ``[B, num_classes]``, untrained."""
+    """Check ``build(num_classes) -> nn.Module``, untrained: images ``[B, 3, 32, 32]`` to logits ``[B, classes]``."""
     model = answer(learners, num_classes)
     expect(isinstance(model, nn.Module), f"build should return a model, but a {type(model).__name__} came back")
     images, labels = torch.randn(num_classes, 3, 32, 32), torch.arange(num_classes)
@@ -148,7 +148,7 @@ def _expect_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> None:
 # as many classes as images first, so that an argmax over the wrong axis has an answer
 @exercise("top-1 accuracy", (60, 60), (60, 7), (53, 130))
 def top1(learners: Callable, batch: int, num_classes: int) -> None:
-    """Of ``top1(logits [B, classes], labels [B])``: the share of images with the highest logit at their class."""
+    """Check ``top1(logits [B, classes], labels [B])``: the share of images with the highest logit at their class."""
     hits = torch.randint(35, 49, ()).item()
     labels = torch.randint(num_classes, (batch,))
     winners = torch.where(torch.arange(batch) < hits, labels, (labels + 1) % num_classes)
@@ -176,7 +176,7 @@ def top1(learners: Callable, batch: int, num_classes: int) -> None:
 
 @exercise("evaluation", (16, 8, 3), (9, 5, 7))
 def evaluation(learners: Callable, batch: int, width: int, classes: int) -> None:
-    """Of ``evaluate_model(model, images)``: logits in eval mode, without gradients; the model as it was before."""
+    """Check ``evaluate_model(model, images)``: logits in eval mode, without gradients; the model as it was before."""
     images = torch.randn(batch, width)
     layers = nn.Linear(width, 8), nn.Dropout(0.5), nn.Linear(8, classes)
     model = nn.Sequential(*layers, nn.BatchNorm1d(classes))  # in train mode it would move its statistics

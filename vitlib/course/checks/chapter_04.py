@@ -16,7 +16,7 @@ from .frame import answer, as_number, call, compare, exercise, expect, number_an
 
 @exercise("transfer", (100, 10), (12, 7), (5, 20))
 def transfer(learners: Callable, old_classes: int, classes: int) -> None:
-    """Of ``transfer(pretrained, num_classes)``: a new model with the pretrained encoder and a new head."""
+    """Check ``transfer(pretrained, num_classes)``: a new model with the pretrained encoder and a new head."""
     pretrained = _tiny_vit(old_classes)
     config, before = dict(pretrained.config), copy.deepcopy(pretrained.state_dict())
     model = answer(learners, pretrained, classes)
@@ -68,7 +68,7 @@ def _changed(model: nn.Module, before: dict[str, Tensor]) -> set[str]:
 
 @exercise("size of the probe")
 def probe_size(learners: Callable) -> None:
-    """Of ``probe_size(width, classes)``: how many numbers a linear probe on the CLS token trains."""
+    """Check ``probe_size(width, classes)``: how many numbers a linear probe on the CLS token trains."""
     for width, classes in ((96, 10), (256, 3), *torch.randint(20, 900, (2, 2)).tolist()):
         given = number_answer(learners, width, classes)
         right = width * classes + classes
@@ -86,7 +86,7 @@ def probe_size(learners: Callable) -> None:
 
 @exercise("linear probe")
 def linear_probe(learners: Callable) -> None:
-    """Of ``linear_probe(model)``: set the model up so that training changes the head alone."""
+    """Check ``linear_probe(model)``: set the model up so that training changes the head alone."""
     model = _tiny_vit(num_classes=3).train()
     before = copy.deepcopy(model.state_dict())
     result = call(learners, model)
@@ -155,7 +155,7 @@ _RULES: dict[str, Callable] = {
 
 @exercise("fair comparison")
 def fair_comparison(learners: Callable) -> None:
-    """Of ``compare_arms(ours, control)``, lists of accuracies, one per seed: the gain in mean accuracy, and whether
+    """Check ``compare_arms(ours, control)``, lists of accuracies, one per seed: the gain in mean accuracy, and whether
     every run beats every run of the control."""
     scale, shift = torch.rand(2).tolist()
     runs = [
@@ -192,7 +192,7 @@ def _judge_gains(gains: Sequence[float], runs: Sequence) -> None:
 
 @exercise("normalisation", (4, 8), (2, 5), (1, 6))
 def normalisation(learners: Callable, batch: int, side: int) -> None:
-    """Of ``normalisation(images, card)``: downstream images as the encoder with this card expects them."""
+    """Check ``normalisation(images, card)``: downstream images as the encoder with this card expects them."""
     images = torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8)
     mean, std = (0.3 + 0.3 * torch.rand(2, 3)).tolist()
     card = ModelCard(("a", "b"), mean=tuple(mean), std=tuple(std))

@@ -18,7 +18,7 @@ from .frame import answer, close, compare, exercise, expect, expect_shape, numbe
 
 @exercise("attention distance", (3, 4), (4, 5), (2, 7))
 def distance(learners: Callable, grid: int, patch_size: int) -> None:
-    """Of ``distance(weights [N + 1, N + 1], patch_size) -> float``, in pixels, CLS left out."""
+    """Check ``distance(weights [N + 1, N + 1], patch_size) -> float``, in pixels, CLS left out."""
     weights = torch.randn(grid**2 + 1, grid**2 + 1).softmax(dim=1)
     weights[:, 0] = 0.3 * torch.rand(grid**2 + 1) + 0.2  # a share for CLS that differs from row to row
     weights[:, 1:] *= ((1 - weights[:, 0]) / weights[:, 1:].sum(1))[:, None]
@@ -47,7 +47,7 @@ def distance(learners: Callable, grid: int, patch_size: int) -> None:
 
 @exercise("rollout")
 def rollout(learners: Callable) -> None:
-    """Of ``rollout(attention [L, H, T, T]) -> [T, T]``, for one image; rows sum to 1."""
+    """Check ``rollout(attention [L, H, T, T]) -> [T, T]``, for one image; rows sum to 1."""
     layers, heads, tokens = torch.randint(2, 5, (3,)).tolist()
     tokens += 2
     attention = (2 * torch.randn(layers, heads, tokens, tokens)).softmax(dim=-1)
@@ -91,14 +91,14 @@ def rollout(learners: Callable) -> None:
     ((0.0, 1.0), 3, 2, 0),  # none
 )
 def deletion(learners: Callable, cls: tuple[float, ...], grid: int, patch_size: int, count: int) -> None:
-    """Of ``delete(images [B, C, S, S], relevance [B, N + 1], count, patch_size)``: the most relevant patches set to 0.
+    """Check ``delete(images [B, C, S, S], relevance [B, N + 1], count, patch_size) -> [B, C, S, S]``.
 
-    ``relevance`` has CLS in front, as a row of the attention has it.
+    The ``count`` most relevant patches become 0; ``relevance`` has CLS in front, as a row of the attention has it.
     """
     relevance = torch.rand(len(cls), grid**2 + 1)
-    order = relevance[:, 1:].sort(dim=1).values
-    ends = order[:, 0] - 0.1, order[:, -1] + 0.1
-    middle = order[:, -2:].mean(dim=1)
+    ascending = relevance[:, 1:].sort(dim=1).values
+    ends = ascending[:, 0] - 0.1, ascending[:, -1] + 0.1
+    middle = ascending[:, -2:].mean(dim=1)
     relevance[:, 0] = torch.where(torch.tensor(cls) == 0.5, middle, ends[0].lerp(ends[1], torch.tensor(cls)))
     images = torch.randn(len(cls), 2, grid * patch_size, grid * patch_size) + 5  # no zero among the pixels
     batch, N = len(cls), grid**2
@@ -139,8 +139,8 @@ def deletion(learners: Callable, cls: tuple[float, ...], grid: int, patch_size: 
 
 @exercise("a map without a model")
 def without_a_model(learners: Callable) -> None:
-    """Of ``without_a_model(images [B, C, S, S], patch_size) -> [B, N]``: any map that, used for deletion, destroys the
-    predictions of the shipped model faster than rollout does."""
+    """Check ``without_a_model(images [B, C, S, S], patch_size) -> [B, N]``: any map that, used for deletion, destroys
+    the predictions of the shipped model faster than rollout does."""
     model, images, goal = _rollout_on_drawn_images()
     _map(learners, torch.randn(2, 3, 24, 24), patch_size=6)
     given = _map(learners, images, patch_size=4)
@@ -177,7 +177,7 @@ def _area(model: ViTModel, images: Tensor, relevance: Tensor) -> float:
 
 @exercise("share on the object", (4, 3), (3, 4), (5, 2))
 def share_on_object(learners: Callable, grid: int, patch_size: int) -> None:
-    """Of ``share(relevance [N], mask bool [S, S], patch_size) -> float``: the relevance on the object, of 1."""
+    """Check ``share(relevance [N], mask bool [S, S], patch_size) -> float``: the relevance on the object, of 1."""
     relevance = torch.rand(grid**2) + 0.1  # does not sum to 1
     mask = _object(grid, patch_size)
     given = torch.tensor(number_answer(learners, relevance, mask, patch_size))

@@ -10,7 +10,7 @@ from .frame import answer, as_indices, compare, exercise, expect, number_answer,
 
 @exercise("parameters by hand")
 def parameters(learners: Callable) -> None:
-    """Of ``parameters(image_size, patch_size, num_layers, em_dim, ff_dim, num_classes) -> int``, for RGB images."""
+    """Check ``parameters(image_size, patch_size, num_layers, em_dim, ff_dim, num_classes) -> int``, for RGB images."""
     sizes, right, slips = _sizes()
     given = number_answer(learners, *sizes.values())
     named = ", ".join(f"{name} {size}" for name, size in sizes.items())
@@ -21,10 +21,10 @@ def _sizes() -> tuple[dict[str, int], int, dict[int, str]]:
     """Return a random configuration, its number of parameters, and the mistakes by their numbers, no two the same."""
     while True:
         P, L, rows = torch.randint(2, 6, (3,)).tolist()
-        S, C = P * (rows + 1), torch.randint(11, 100, ()).item()
+        S, classes = P * (rows + 1), torch.randint(11, 100, ()).item()
         D, M = 8 * torch.randint(3, 10, ()).item(), 8 * torch.randint(20, 31, ()).item()
-        N, right = (S // P) ** 2, _parameters(S, P, L, D, M, C)
-        block = right - _parameters(S, P, L - 1, D, M, C)
+        N, right = (S // P) ** 2, _parameters(S, P, L, D, M, classes)
+        block = right - _parameters(S, P, L - 1, D, M, classes)
         missing = {
             "D are missing: the CLS token, its row of the positions, or the bias of the patch embedding": D,
             "2 D are missing: the final layer norm, or two of CLS token, its position and the patch bias": 2 * D,
@@ -44,29 +44,29 @@ def _sizes() -> tuple[dict[str, int], int, dict[int, str]]:
             "the patch embedding is missing: from 3 P P numbers to D": 3 * P * P * D + D,
             "the output projection of the attention is missing, D x D and a bias": L * (D * D + D),
             "the linear layers of a block have biases: 4 D in the attention, M + D in the MLP": L * (5 * D + M),
-            "no linear layer has its bias yet, nor has the patch embedding": L * (5 * D + M) + C + D,
+            "no linear layer has its bias yet, nor has the patch embedding": L * (5 * D + M) + classes + D,
             "the MLP has two layers: from D to M and from M back to D": L * (D * M + D),
-            "the classifier has a bias, one number for each class": C,
-            "the classifier is missing: C rows of D numbers, and C biases": C * D + C,
+            "the classifier has a bias, one number for each class": classes,
+            "the classifier is missing: D weights and a bias for each class": classes * D + classes,
             "a patch has three colours: 3 P P numbers go into the patch embedding": 2 * P * P * D,
             "that is one block; there are num_layers of them": (L - 1) * block,
         }
         if len(set(missing.values())) == len(missing):
             names = ("image_size", "patch_size", "num_layers", "em_dim", "ff_dim", "num_classes")
-            sizes = dict(zip(names, (S, P, L, D, M, C), strict=True))
+            sizes = dict(zip(names, (S, P, L, D, M, classes), strict=True))
             return sizes, right, {right - number: mistake for mistake, number in missing.items()}
 
 
-def _parameters(S: int, P: int, L: int, D: int, M: int, C: int) -> int:
+def _parameters(S: int, P: int, L: int, D: int, M: int, classes: int) -> int:
     """Return the number of parameters, part by part: independent of vitlib.costs."""
     embedding = 3 * P * P * D + D + D + ((S // P) ** 2 + 1) * D  # patches, their bias, CLS, positions
     block = 3 * (D * D + D) + (D * D + D) + (D * M + M) + (M * D + D) + 2 * 2 * D
-    return embedding + L * block + 2 * D + D * C + C
+    return embedding + L * block + 2 * D + D * classes + classes
 
 
 @exercise("FLOPs of attention")
 def attention_flops(learners: Callable) -> None:
-    """Of ``attention_flops(tokens, em_dim) -> int``: both products among the tokens, of one layer and one image."""
+    """Check ``attention_flops(tokens, em_dim) -> int``: both products among the tokens, of one layer and one image."""
     half, eighth = torch.randint(50, 100, (2,)).tolist()
     T, D = 2 * half + 1, 8 * eighth  # T is odd: no two mistakes give one number
     given, right = number_answer(learners, T, D), 4 * T * T * D
@@ -87,7 +87,7 @@ def attention_flops(learners: Callable) -> None:
 
 @exercise("a kernel of Google's", (3, 4), (2, 5), (5, 3), (4, 2))
 def google_kernel(learners: Callable, heads: int, width: int) -> None:
-    """Of ``google_kernel(kernel [D, H, K]) -> [D, D]``: the weight of an ``nn.Linear`` that does the same."""
+    """Check ``google_kernel(kernel [D, H, K]) -> [D, D]``: the weight of an ``nn.Linear`` that does the same."""
     size = heads * width
     kernel = torch.randn(size, heads, width)
     given = tensor_answer(learners, kernel)
@@ -105,7 +105,7 @@ def google_kernel(learners: Callable, heads: int, width: int) -> None:
 
 @exercise("confident mistakes", (4, 4), (7, 10), (5, 7))
 def confident_mistakes(learners: Callable, count: int, classes: int) -> None:
-    """Of ``confident_mistakes(logits [N, C], labels [N], count) -> [count]``: numbers of the images, surest first."""
+    """Check ``confident_mistakes(logits [B, classes], labels [B], count) -> [count]``: image numbers, surest first."""
     logits, labels, right, slips = _opinions(count, classes)
 
     def numbers(labels: Tensor, count: int) -> Tensor:

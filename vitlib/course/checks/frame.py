@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitlib.course.figures import show
+from vitlib.course.figures import print_and_store
 
 VERDICT = "application/vnd.vitlib.verdict+json"  # what `python -m vitlib grade` reads
 CORRECT, NOT_YET, NOT_ATTEMPTED = "correct", "not yet", "not attempted yet"
@@ -24,7 +24,7 @@ ALL: dict[str, Callable] = {}  # every check of the course by its name, in the o
 
 
 class Mistake(Exception):
-    """What is wrong with an answer, in a sentence that starts in lower case and names the likely cause."""
+    """An answer is wrong; the text is a sentence that starts in lower case and names the likely cause."""
 
 
 class NotAttempted(Exception):
@@ -112,7 +112,7 @@ def tensor_answer(function: Callable, *args, may_change: bool = False) -> Tensor
 
 
 def expect_grad(function: Callable, *args) -> None:
-    """Raise :class:`Mistake` unless a gradient comes back from the result to each tensor of ``args``, all of floats."""
+    """Raise :class:`Mistake` unless a gradient reaches each tensor of ``args`` from the result; all hold floats."""
     args = [arg.detach().clone().requires_grad_() if isinstance(arg, Tensor) else arg for arg in args]
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     result = tensor_answer(function, *args)
@@ -195,7 +195,8 @@ def compare(given, right, slips: dict[str, Any], otherwise: str, *, letters: str
 def exercise(title: str, *cases: tuple):
     """Turn a function that raises :class:`Mistake` into a check, which shows its verdict in one line.
 
-    The function gets the learner's answer and the numbers of a case, such as sizes, for each of ``cases`` in turn.
+    For each of ``cases`` in turn the function gets ``learners``, which is the learner's answer, and the numbers of the
+    case, such as sizes.
     """
 
     def decorate(body: Callable):
@@ -203,7 +204,7 @@ def exercise(title: str, *cases: tuple):
         def check(learners) -> None:
             status, message = _judge(body, learners, cases or ((),))
             line = f"{title}: {status}: {message}" if message else f"{title}: {status}"
-            show(line, VERDICT, {"check": body.__name__, "status": status, "message": message})
+            print_and_store(line, VERDICT, {"check": body.__name__, "status": status, "message": message})
 
         ALL[body.__name__] = check
         return check
@@ -216,7 +217,7 @@ def _judge(body: Callable, learners, cases: tuple) -> tuple[str, str]:
     try:
         # fresh numbers every time, none taken from the notebook's own random state, and gradients as usual
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.seed()
+            torch.default_generator.seed()  # torch.seed would seed the GPUs anew as well
             for case in DRAWS * cases:
                 body(learners, *case)
     except NotAttempted:
