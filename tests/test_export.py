@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, invoke
+from conftest import TINY, invoke, refusal
 from PIL import Image
 
 from vitlib import export
@@ -39,25 +39,6 @@ def trained(**options) -> tuple[ViTModel, ModelCard]:
     return model.train(), ModelCard(CLASSES, (0.3, 0.4, 0.5)[:channels], (0.2, 0.0, 0.3)[:channels])
 
 
-def random_images(model: ViTModel, count: int) -> torch.Tensor:
-    channels, side = model.config["num_channels"], model.config["image_size"]
-    return torch.randint(256, (count, channels, side, side), dtype=torch.uint8)
-
-
-def run_onnx(path: Path, images: torch.Tensor) -> torch.Tensor:
-    import onnxruntime
-
-    (logits,) = onnxruntime.InferenceSession(path).run(None, {"images": images.numpy()})
-    return torch.from_numpy(logits)
-
-
-def run_pt2(path: Path, images: torch.Tensor) -> torch.Tensor:
-    return torch.export.load(path).module()(images)
-
-
-RUN = {".onnx": run_onnx, ".pt2": run_pt2}
-
-
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """``exported(suffix)``: a model, its card, the file that was written of it, and the difference."""
@@ -71,32 +52,33 @@ def exported(tmp_path_factory):
     return write
 
 
+def opened(path: Path):
+    """A function that gives the logits of images by a file, and the JSON in the file, without vitlib."""
+    if path.suffix == ".onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(path)
+        about = session.get_modelmeta().custom_metadata_map
+        return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), about
+    about = dict.fromkeys(("classes", "mean", "std", "image_size", "num_channels"), "")
+    return torch.export.load(path, extra_files=about).module(), about
+
+
 # --- what is in the file -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", RUN)
-def test_logits_are_equal_for_any_batch_size(exported, suffix):
+@pytest.mark.parametrize("suffix", OPTIONS)
+def test_a_file_alone_gives_equal_logits_for_any_batch_size_and_its_card_as_json(exported, suffix):
     model, card, path, difference = exported(suffix)
     assert 0 <= difference <= TOLERANCE <= 1e-4
     assert model.training and all(parameter.requires_grad for parameter in model.parameters()), "it does not change"
     assert [file.name for file in path.parent.iterdir()] == [path.name], "the file stands alone"
+    logits_of, about = opened(path)
     for count in (1, 2, 17):
-        images = random_images(model, count)
-        logits = RUN[suffix](path, images)
+        images = torch.randint(256, (count, len(card.mean), 8, 8), dtype=torch.uint8)
+        logits = logits_of(images)
         assert logits.dtype == torch.float32 and logits.shape == (count, len(CLASSES))
         torch.testing.assert_close(logits, predict(model, images, card), rtol=0, atol=TOLERANCE)
-
-
-@pytest.mark.parametrize("suffix", RUN)
-def test_the_file_holds_its_card_as_json(exported, suffix):
-    _, card, path, _ = exported(suffix)
-    about = {"classes": "", "mean": "", "std": "", "image_size": "", "num_channels": ""}
-    if suffix == ".onnx":
-        import onnxruntime
-
-        about = onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map
-    else:
-        torch.export.load(path, extra_files=about)
     assert {name: json.loads(text) for name, text in about.items()} == {
         "classes": list(CLASSES), "mean": [*card.mean], "std": [*card.std], "image_size": 8,
         "num_channels": len(card.mean),
@@ -141,59 +123,37 @@ def test_the_docstrings_example_prepares_files_as_predict(tmp_path, num_channels
 # --- nothing half done ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def former(tmp_path) -> Path:
-    """A file that a former export has left, alone in its folder."""
-    path = tmp_path / "model.pt2"
-    path.write_text("a former export")
-    return path
-
-
-def assert_untouched(former: Path) -> None:
-    assert list(former.parent.iterdir()) == [former] and former.read_text() == "a former export"
-
-
-@pytest.mark.parametrize("wrong", ["nan", "one batch size"])
-def test_a_file_that_gives_other_logits_is_not_kept(former, monkeypatch, wrong):
+@pytest.mark.parametrize(
+    ("bias", "added", "said"),
+    [
+        (torch.inf, 0, "logits are not finite"),
+        (0, torch.nan, "logits differ from the model's by nan, more than 0.0001, so model.pt2 is not written;"),
+        (0, 2 * TOLERANCE, "logits differ from the model's by 0.0002, more than 0.0001, so model.pt2 is not written;"),
+    ],
+)
+def test_a_file_with_wrong_logits_does_not_replace_a_former_one(tmp_path, monkeypatch, bias, added, said):
+    (former := tmp_path / "model.pt2").write_text("a former export")
     model, card = trained()
+    torch.nn.init.constant_(model.linear_classifier.bias, bias)
     right = Deployable(model, card)
-    given = {
-        "nan": lambda images: right(images) * (torch.nan if len(images) == 5 else 1),
-        "one batch size": lambda images: right(images) + (2 * TOLERANCE if len(images) == 5 else 0),
-    }
 
     def write(deployable, example, path, about):  # in place of PyTorch's exporter, which takes seconds
         path.write_text("a new export")
 
-    monkeypatch.setitem(export.FORMATS, ".pt2", (write, lambda path: given[wrong]))
-    with pytest.raises(ValueError, match=r"logits differ .* more than 0.0001, so model.pt2 is not written"):
-        export_model(model, card, former)
-    assert_untouched(former)
+    def load(path):  # wrong for one batch size only
+        return lambda images: right(images) + (added if len(images) == 5 else 0)
+
+    monkeypatch.setitem(export.FORMATS, ".pt2", (write, load))
+    assert said in refusal(export_model, model, card, former)
+    assert list(tmp_path.iterdir()) == [former] and former.read_text() == "a former export"
 
 
 @pytest.mark.parametrize("name", ["model.onnx.txt", "folder.pt2"])
 def test_another_ending_or_a_folder_is_refused(tmp_path, name):
     (tmp_path / "folder.pt2").mkdir()
-    with pytest.raises(ValueError, match=r"cannot be written; name a file that ends in .onnx or .pt2\."):
-        export_model(*trained(), tmp_path / name)
+    said = refusal(export_model, *trained(), tmp_path / name)
+    assert said.endswith("cannot be written; name a file that ends in .onnx or .pt2.")
     assert [path.name for path in tmp_path.iterdir()] == ["folder.pt2"]
-
-
-def test_logits_that_are_not_finite_are_refused(former):
-    model, card = trained()
-    torch.nn.init.constant_(model.linear_classifier.bias, torch.inf)
-    with pytest.raises(ValueError, match="logits are not finite"):
-        export_model(model, card, former)
-    assert_untouched(former)
-
-
-def test_a_missing_package_is_one_line_with_its_command(weights, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
-    result = invoke("export", weights, tmp_path / "model.onnx")
-    assert result.exit_code == 2 and list(tmp_path.iterdir()) == []
-    assert result.stderr == (
-        'Error: onnxscript is not installed; install it with `pip install "vitlib[export]"`, or export to .pt2.\n'
-    )
 
 
 # --- the command ---------------------------------------------------------------------------------------------------
@@ -204,6 +164,15 @@ def weights(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "model.safetensors"
     save_checkpoint(path, *trained())
     return path
+
+
+def test_a_missing_package_is_one_line_with_its_command(weights, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    result = invoke("export", weights, tmp_path / "model.onnx")
+    assert result.exit_code == 2 and list(tmp_path.iterdir()) == []
+    assert result.stderr == (
+        'Error: onnxscript is not installed; install it with `pip install "vitlib[export]"`, or export to .pt2.\n'
+    )
 
 
 def test_the_command_prints_one_line_and_nothing_else(weights, tmp_path, capfd):
