@@ -11,11 +11,11 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import coloured, refusal
+from conftest import COLOURS, coloured, refusal
 from torch import nn
 
-from vitlib.data.augment import CIFAR10_MEAN, PUBLISHED, Augmentation, mixed_cross_entropy
-from vitlib.data.images import LabelledImages, train_validation_split
+from vitlib.data.augment import CIFAR10_MEAN, CIFAR10_STD, PUBLISHED, Augmentation, mixed_cross_entropy
+from vitlib.data.images import channel_statistics, train_validation_split
 from vitlib.model import create_model
 from vitlib.training import loop
 from vitlib.training.devices import resolve_precision
@@ -38,33 +38,44 @@ def weights(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def test_pretraining_learns():
-    trained = pretrain(coloured(), **quick(pretrain_epochs=12, recipe=replace(RECIPES["modern"], learning_rate=1e-2)))
-    assert trained.history.epochs[-1]["validation_accuracy"] == 1.0
-    assert trained.history.epochs[-1]["train_loss"] < 0.5 * trained.history.epochs[0]["train_loss"]
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_pretraining_learns_with_weights_in_float32(monkeypatch, precision):
+    computed, forward = set(), nn.Linear.forward
+
+    def observed(self, x):
+        out = forward(self, x)
+        if self.training:
+            computed.add(out.dtype)
+        return out
+
+    monkeypatch.setattr(nn.Linear, "forward", observed)
+    recipe = replace(RECIPES["modern"], learning_rate=1e-2)
+    trained = pretrain(coloured(), **quick(pretrain_epochs=12, recipe=recipe, precision=precision))
+    first, *_, last = trained.history.epochs
+    assert last["validation_accuracy"] == 1.0 and last["train_loss"] < 0.5 * first["train_loss"]
     assert evaluate(trained.model, coloured(seed=1), trained.card)["accuracy"] > 0.95
+    assert computed == {getattr(torch, precision)} and trained.card.record["precision"] == precision
+    assert {parameter.dtype for parameter in trained.model.parameters()} == {torch.float32}
 
 
-def test_same_seed_same_weights_and_another_seed_others():
-    first, again, other = (pretrain(coloured(), **quick(seed=seed)) for seed in (0, 0, 1))
-    assert torch.equal(weights(first.model), weights(again.model))
-    assert not torch.equal(weights(first.model), weights(other.model))
+def test_the_seed_decides_the_first_weights():
+    still = replace(RECIPES["modern"], learning_rate=0.0)
+    first, again, other = (weights(pretrain(coloured(), **quick(recipe=still, seed=seed)).model) for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-def test_steps_of_an_epoch_may_be_limited():
-    history = pretrain(coloured(), **quick(train_steps_per_epoch=2)).history
-    assert [step["step"] for step in history.steps] == [1, 2, 3, 4]
-    assert [epoch["step"] for epoch in history.epochs] == [2, 4]
-
-
-def test_the_loss_of_an_epoch_is_the_mean_over_its_images():
+@pytest.mark.parametrize("limit, sizes", [(None, (16, 16, 16, 6)), (2, (16, 16))])
+def test_an_epoch_has_its_steps_and_the_mean_loss_of_its_images(limit, sizes):
     """60 images, 6 of which are held out for validation."""
-    history = pretrain(coloured(), **quick()).history
-    mean = sum(step["loss"] * size for step, size in zip(history.steps[:4], (16, 16, 16, 6), strict=True)) / 54
+    history, steps = pretrain(coloured(), **quick(train_steps_per_epoch=limit)).history, len(sizes)
+    assert [step["step"] for step in history.steps] == list(range(1, 2 * steps + 1))
+    assert [epoch["step"] for epoch in history.epochs] == [steps, 2 * steps]
+    mean = sum(step["loss"] * size for step, size in zip(history.steps[:steps], sizes, strict=True)) / sum(sizes)
     assert history.epochs[0]["train_loss"] == pytest.approx(mean, rel=1e-5)
 
 
 def test_best_and_last_weights_are_both_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where a folder named ~ would be seen
     monkeypatch.setenv("HOME", str(tmp_path.parent))
     monkeypatch.setenv("USERPROFILE", str(tmp_path.parent))
     scores = iter([0.2, 0.9, 0.5])
@@ -76,6 +87,7 @@ def test_best_and_last_weights_are_both_kept(tmp_path, monkeypatch):
     assert len(last_card.record["epochs_run"]) == 3 and len(best_card.record["epochs_run"]) == 2
     assert trained.history.best["epoch"] == 2
     assert History.load(tmp_path / "pretrained-history.json") == trained.history
+    assert len(list(tmp_path.iterdir())) == 3, "no state to resume from unless asked for"
 
 
 def test_ctrl_c_keeps_the_weights_so_far_and_the_best_ones(tmp_path, monkeypatch, capsys):
@@ -96,17 +108,14 @@ def test_ctrl_c_keeps_the_weights_so_far_and_the_best_ones(tmp_path, monkeypatch
     assert best.read_bytes() == calls[-1], "the weights of an unfinished epoch were never validated"
 
 
-def test_modern_measures_its_normalisation_and_published_uses_cifar10s():
-    modern = pretrain(coloured(), **quick()).card
-    assert modern.mean != CIFAR10_MEAN and modern.mean[0] == pytest.approx((50 + 120 / 3) / 255, abs=0.02)
-    assert pretrain(coloured(), **quick(recipe="published")).card.mean == CIFAR10_MEAN
-
-
-def test_published_recipe_is_the_published_system():
+def test_published_recipe_is_the_published_system_and_modern_measures_its_normalisation():
     recipe = RECIPES["published"]
     assert (recipe.optimizer, recipe.learning_rate, recipe.momentum, recipe.weight_decay) == ("sgd", 0.01, 0.9, 1e-4)
     assert recipe.schedule == "constant" and recipe.augmentation == PUBLISHED and recipe.drop == 0.1
     assert FINETUNING["published"] == recipe
+    published, modern = (pretrain(coloured(), **quick(recipe=name)).card for name in ("published", "modern"))
+    assert (published.mean, published.std) == (CIFAR10_MEAN, CIFAR10_STD)
+    assert (modern.mean, modern.std) == channel_statistics(coloured().images)
 
 
 def test_finetuning_moves_the_encoder_with_a_new_head_and_leaves_the_upstream_model():
@@ -119,6 +128,7 @@ def test_finetuning_moves_the_encoder_with_a_new_head_and_leaves_the_upstream_mo
     assert trained.card.mean == upstream.card.mean and trained.card.classes == downstream.classes
     assert torch.equal(weights(upstream.model), before)
     assert not torch.equal(trained.model.vit_encoder.layernorm.weight, upstream.model.vit_encoder.layernorm.weight)
+    assert "are not square" in refusal(finetune, upstream.model, upstream.card, OBLONG)
 
 
 def test_evaluation_with_few_steps_sees_all_classes_of_sorted_data(monkeypatch):
@@ -139,31 +149,28 @@ def test_prediction_does_not_depend_on_the_batch_size_or_change_the_mode():
     assert model.training
 
 
+OBLONG = replace(coloured(), images=coloured().images[..., :4])
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [
+        ({"train": OBLONG}, "8x4, 3 classes) are not square; load them with image_size"),
         ({"pretrain_epochs": 0}, "epochs=0 is not allowed; give"),
         ({"batch_size": -1}, "batch_size=-1 is not allowed; give"),
         ({"train_steps_per_epoch": 0}, "train_steps_per_epoch=0 is not allowed; give"),
         ({"device": "tpu"}, "device='tpu' is not available here; choose"),
         ({"precision": "half"}, "precision='half' is not allowed; choose one of auto, float32, bfloat16"),
     ],
+    ids=range(6),
 )
 def test_bad_arguments_give_one_sentence_and_write_nothing(tmp_path, changes, words):
-    assert words in refusal(pretrain, coloured(), **quick(run_dir=tmp_path, **changes))
+    assert words in refusal(pretrain, **{"train": coloured()} | quick(run_dir=tmp_path, **changes))
     assert not list(tmp_path.iterdir())
 
 
-def test_images_that_are_not_square_are_refused():
-    upstream = pretrain(coloured(), **quick())
-    oblong = LabelledImages(torch.zeros(20, 3, 8, 16, dtype=torch.uint8), torch.arange(20) % 2, ("a", "b"))
-    with pytest.raises(ValueError, match="not square"):
-        finetune(upstream.model, upstream.card, oblong, progress=False)
-
-
-def test_fit_accepts_any_module_that_holds_a_vit(tmp_path):
-    trained = pretrain(coloured(), **quick())
-    data = coloured()
+def test_fit_accepts_any_module_that_holds_a_vit():
+    trained, data = pretrain(coloured(), **quick()), coloured()
     recipe = FINETUNING["modern"]  # it counts the ViT's blocks
     history = fit(nn.DataParallel(trained.model), data, data, trained.card, recipe, epochs=1, progress=False)
     assert len(history.epochs) == 1
@@ -206,26 +213,21 @@ def test_progress_bar_shows_loss_accuracy_and_speed(capsys):
     assert "epoch 2/2" in shown and "loss" in shown and "validation accuracy" in shown and "images/s" in shown
 
 
-# Averaged weights
-
-
-@pytest.fixture
-def taken(monkeypatch):
-    """Before every step of a training its weights, and their average."""
-    taken, augment = [], Trainer.augment
+def test_averaged_weights_follow_the_formula_are_kept_and_do_not_change_the_training(tmp_path, monkeypatch):
+    taken, augment = [], Trainer.augment  # before every step the weights, and their average
 
     def record(self, batch):
         taken.append((weights(self.model).clone(), weights(self.ema_model).clone()))
         return augment(self, batch)
 
     monkeypatch.setattr(Trainer, "augment", record)
-    return taken
-
-
-def test_averaged_weights_follow_the_formula_and_are_those_that_are_kept(taken, tmp_path):
-    recipe = replace(RECIPES["modern"], ema_decay=0.2, learning_rate=1e-2)
-    trained = pretrain(coloured(), **quick(recipe=recipe, run_dir=tmp_path))
-    for step, ((_, before), (now, after)) in enumerate(pairwise(taken)):
+    plain = quick(recipe=replace(RECIPES["modern"], ema_decay=0.0, learning_rate=1e-2))
+    pretrain(coloured(), **plain)
+    trained = pretrain(coloured(), **plain | {"recipe": replace(plain["recipe"], ema_decay=0.2), "run_dir": tmp_path})
+    for (one, kept), (other, _) in zip(taken[:8], taken[8:], strict=True):
+        assert torch.equal(one, kept), "without averaging the weights themselves are kept"
+        assert torch.equal(one, other), "of one seed, with averaging or without"
+    for step, ((_, before), (now, after)) in enumerate(pairwise(taken[8:])):
         warm = min(0.2, (1 + step) / (10 + step))
         torch.testing.assert_close(after, warm * before + (1 - warm) * now, rtol=0, atol=1e-6)
     assert (now - after).abs().max() > 1e-4, "they differ from the last weights"
@@ -236,20 +238,13 @@ def test_averaged_weights_follow_the_formula_and_are_those_that_are_kept(taken, 
     assert trained.history.epochs[-1]["validation_loss"] == score["loss"], "validation is of the averaged weights"
 
 
-def test_averaging_does_not_change_the_training_itself(taken):
-    pretrain(coloured(), **quick(recipe=replace(RECIPES["modern"], ema_decay=0.0)))
-    assert all(torch.equal(plain, kept) for plain, kept in taken), "without averaging the weights themselves are kept"
-    pretrain(coloured(), **quick(recipe=replace(RECIPES["modern"], ema_decay=0.9)))
-    assert all(torch.equal(plain, other) for (plain, _), (other, _) in zip(taken[:8], taken[8:], strict=True))
-
-
 # Order and augmentation of the images
 
 
 def batches_of(recipe, epoch=1, **options) -> list[Batch]:
     """The batches of one epoch of a training."""
-    card = ModelCard(("red", "green", "blue"), (0.5,) * 3, (0.25,) * 3)
-    trainer = Trainer(create_model("tiny", 3), coloured(), card, recipe, TrainingOptions(**{"epochs": 4} | options))
+    card = ModelCard(COLOURS, (0.5,) * 3, (0.25,) * 3)
+    trainer = Trainer(create_model("tiny", 3), coloured(), card, recipe, TrainingOptions(epochs=4, **options))
     return list(trainer.batches(epoch))
 
 
@@ -265,27 +260,21 @@ def one_epoch(batch_size=16, epoch=1, seed=0) -> dict[str, torch.Tensor]:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def test_order_and_augmentation_do_not_depend_on_the_batch_size():
-    whole, parts = one_epoch(batch_size=60), one_epoch(batch_size=7)
-    assert len(whole) >= 7 and parts.keys() == whole.keys(), "images, labels, crop, flip and hole"
-    for name, values in parts.items():
-        assert torch.equal(values, whole[name]), name
+def test_order_and_augmentation_depend_on_seed_and_epoch_but_not_on_the_batch_size():
+    whole, parts, later, other = one_epoch(60), one_epoch(7), one_epoch(epoch=2), one_epoch(seed=1)
+    assert whole.keys() == {"images", "labels", "patches", "flipped", "top", "left", "cutout"}
+    for name, values in whole.items():
+        assert torch.equal(parts[name], values), name
+        assert not torch.equal(later[name], values) and not torch.equal(other[name], values), name
 
 
-@pytest.mark.parametrize("change", [{"epoch": 2}, {"seed": 1}], ids=str)
-def test_order_and_augmentation_differ_between_epochs_and_seeds(change):
-    one, other = one_epoch(), one_epoch(**change)
-    for name in one:
-        assert not torch.equal(one[name], other[name]), name
-    assert torch.equal(one["labels"].sort().values, other["labels"].sort().values)
-
-
-def test_an_epoch_has_every_image_once_with_its_label():
-    data, epoch = coloured(), one_epoch()
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_an_epoch_has_every_image_once_with_its_label(epoch):
+    data, shown = coloured(), one_epoch(epoch=epoch)
     found = {image.numpy().tobytes(): label.item() for image, label in zip(data.images, data.labels, strict=True)}
-    seen = [image.numpy().tobytes() for image in epoch["images"]]
-    assert sorted(seen) == sorted(found) and not torch.equal(epoch["images"], data.images)
-    assert [found[image] for image in seen] == epoch["labels"].tolist()
+    seen = [image.numpy().tobytes() for image in shown["images"]]
+    assert sorted(seen) == sorted(found) and not torch.equal(shown["images"], data.images)
+    assert [found[image] for image in seen] == shown["labels"].tolist()
 
 
 def test_images_are_mixed_until_their_share_of_the_training_is_over():
@@ -334,30 +323,12 @@ def test_precision_is_what_the_device_computes_in_natively(monkeypatch, precisio
     assert resolve_precision(precision, torch.device(device)) == resolved
 
 
-def test_training_in_bfloat16_learns_and_keeps_float32_weights(monkeypatch):
-    widths, forward = set(), torch.nn.Linear.forward
-
-    def observed(self, x):
-        out = forward(self, x)
-        if self.training:
-            widths.add(out.dtype)
-        return out
-
-    monkeypatch.setattr(torch.nn.Linear, "forward", observed)
-    recipe = replace(RECIPES["modern"], learning_rate=1e-2)
-    trained = pretrain(coloured(), **quick(pretrain_epochs=12, recipe=recipe, precision="bfloat16"))
-    assert widths == {torch.bfloat16} and trained.card.record["precision"] == "bfloat16"
-    assert {parameter.dtype for parameter in trained.model.parameters()} == {torch.float32}
-    assert trained.history.epochs[-1]["validation_accuracy"] == 1.0
-
-
 @pytest.mark.skipif("VITLIB_SLOW" not in os.environ, reason="takes half a minute: set VITLIB_SLOW to run it")
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="there is no C++ compiler")
 def test_a_compiled_model_trains_to_the_same_losses():
     recipe = replace(RECIPES["modern"], ema_decay=0.9)
     plain, compiled = (pretrain(coloured(), **quick(recipe=recipe, compile=compile)) for compile in (False, True))
-    losses = [[step["loss"] for step in trained.history.steps] for trained in (plain, compiled)]
-    assert losses[1] == pytest.approx(losses[0], abs=1e-3)
-    one, other = (trained.history.epochs[-1]["validation_loss"] for trained in (plain, compiled))
-    assert other == pytest.approx(one, abs=1e-3)
+    for name, rows in (("loss", "steps"), ("validation_loss", "epochs")):
+        one, other = ([row[name] for row in getattr(trained.history, rows)] for trained in (plain, compiled))
+        assert other == pytest.approx(one, abs=1e-3)
     assert list(compiled.model.state_dict()) == list(plain.model.state_dict())
