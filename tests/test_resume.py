@@ -6,7 +6,6 @@ import os
 import signal
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import children
 import pytest
@@ -30,14 +29,9 @@ pytestmark = [
 
 AUGMENTATION = Augmentation(padding=2, flip=0.5, cutout=2, randaugment=1, erase=0.5, mixing=0.5)
 ALL_AT_ONCE = replace(
-    RECIPES["modern"],
-    drop=0.2,
-    drop_path=0.4,
-    ema_decay=0.9,
-    augmentation=AUGMENTATION,
-    mix_until=0.7,
+    RECIPES["modern"], drop=0.2, drop_path=0.4, ema_decay=0.9, augmentation=AUGMENTATION, mix_until=0.7,
     keep_patches=((0.7, 0.5),),
-)
+)  # fmt: skip
 RUNS = {  # 54 training images in batches of 16: four steps an epoch, the last of six images
     "everything": {"recipe": ALL_AT_ONCE},
     "sgd": {"recipe": RECIPES["published"]},
@@ -104,27 +98,21 @@ def train_until(run_dir, run, place, count, minutes):
     train(run_dir, **RUNS[run])
 
 
-class Runs:
-    """Trainings in processes of their own, in one folder."""
+def until(folder: Path, run: str, place: str | None = None, count=1, minutes=0.0) -> list[int]:
+    """Train in a process of its own until it dies in ``place``, or to the end. Returns the steps that it tried."""
+    log = folder.parent / f"{folder.name}.log"
+    code = children.run(train_until, folder, run, place, count, minutes, log=log)
+    assert code == (0 if place is None else -signal.SIGKILL), log.read_text()
+    return [int(line.split()[1]) for line in log.read_text().splitlines()]
 
-    def __init__(self, folder: Path, run: str, minutes: float = 0.0):
-        self.folder, self.run, self.minutes = folder, run, minutes
 
-    def until(self, place: str | None = None, count: int = 1) -> list[int]:
-        """Train until the process dies in ``place``, or to the end. Returns the numbers of the steps it tried."""
-        log = self.folder.parent / f"{self.folder.name}.log"
-        code = children.run(train_until, self.folder, self.run, place, count, self.minutes, log=log)
-        assert code == (0 if place is None else -signal.SIGKILL), log.read_text()
-        return [int(line.split()[1]) for line in log.read_text().splitlines()]
-
-    def result(self) -> dict:
-        """What is left at the end: weights, averaged weights, optimiser, losses, random states, history, cards."""
-        resume = torch.load(self.folder / "pretrained-resume.pt", weights_only=True)
-        model, card = load_checkpoint(self.folder / "pretrained.safetensors")
-        best, best_card = load_checkpoint(self.folder / "pretrained-best.safetensors")
-        cards = [card.record["epochs_run"], best_card.record["epochs_run"]]
-        history = asdict(History.load(self.folder / "pretrained-history.json"))
-        return {"state": resume, "model": model.state_dict(), "best": best.state_dict(), "c": cards, "history": history}
+def left_in(folder: Path) -> list:
+    """What a training leaves: weights, averaged weights, optimiser, losses, random states, history, cards."""
+    left = [torch.load(folder / "pretrained-resume.pt", weights_only=True)]
+    for name in ("pretrained", "pretrained-best"):
+        model, card = load_checkpoint(folder / f"{name}.safetensors")
+        left += [model.state_dict(), card.record["epochs_run"]]
+    return [*left, asdict(History.load(folder / "pretrained-history.json"))]
 
 
 def differences(one, other, name="") -> list[str]:
@@ -145,10 +133,10 @@ def left_alone(tmp_path_factory):
     """``left_alone(run)`` is what a training that nobody killed leaves."""
 
     @functools.cache
-    def result(run: str) -> dict:
-        runs = Runs(tmp_path_factory.mktemp("alone") / run, run)
-        assert runs.until() == list(range(12))
-        return runs.result()
+    def result(run: str) -> list:
+        folder = tmp_path_factory.mktemp("alone") / run
+        assert until(folder, run) == list(range(12))
+        return left_in(folder)
 
     return result
 
@@ -167,39 +155,22 @@ def left_alone(tmp_path_factory):
     ],
 )
 def test_killed_once_and_called_again(tmp_path, left_alone, place, count, minutes, goes_on_with):
-    runs = Runs(tmp_path / "run", "everything", minutes)
-    runs.until(place, count)
-    assert runs.until() == list(range(goes_on_with, 12)), "it does not go on where it was killed"
-    assert differences(runs.result(), left_alone("everything")) == []
+    until(tmp_path / "run", "everything", place, count, minutes)
+    again = until(tmp_path / "run", "everything", minutes=minutes)
+    assert again == list(range(goes_on_with, 12)), "it does not go on where it was killed"
+    assert differences(left_in(tmp_path / "run"), left_alone("everything")) == []
 
 
 @pytest.mark.parametrize("run", RUNS)
 def test_killed_again_and_again(tmp_path, left_alone, run):
-    runs = Runs(tmp_path / "run", run)
     places = [("a step", 3), ("the second move", 2), ("the evaluation", 1), ("the first move", 3), ("a step", 2)]
-    starts = [runs.until(*place)[:1] for place in places]
+    starts = [until(tmp_path / "run", run, *place)[:1] for place in places]
     assert starts == [[0], [2], [3], [4], [5]]
-    assert runs.until() == list(range(6, 12))
-    assert differences(runs.result(), left_alone(run)) == []
+    assert until(tmp_path / "run", run) == list(range(6, 12))
+    assert differences(left_in(tmp_path / "run"), left_alone(run)) == []
 
 
 # The rest needs no process of its own: a training that is interrupted leaves the same files as a killed one.
-
-
-@pytest.fixture
-def steps(monkeypatch) -> SimpleNamespace:
-    """The numbers of the steps that were tried; Ctrl-C comes in the one named ``stop``."""
-    steps, original = SimpleNamespace(tried=[], stop=None), Trainer.augment
-
-    def augment(self, *arguments):
-        steps.tried.append(self.step)
-        if self.step == steps.stop:
-            raise KeyboardInterrupt
-        return original(self, *arguments)
-
-    monkeypatch.setattr(Trainer, "augment", augment)
-    monkeypatch.setattr(stages, "ResumeFile", functools.partial(ResumeFile, minutes=0))
-    return steps
 
 
 @pytest.fixture(scope="module")
@@ -222,24 +193,21 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("this one has epochs=4;", {"pretrain_epochs": 4}),
         ("this one has validation_fraction=0.2;", {"validation_fraction": 0.2}),
         ("this one has precision='bfloat16';", {"precision": "bfloat16"}),
-        (
-            "this one has recipe.augmentation.padding=1;",
-            {"recipe": replace(ALL_AT_ONCE, augmentation=replace(AUGMENTATION, padding=1))},
-        ),
+        ("this one has recipe.augmentation.padding=1;", {"recipe": replace(ALL_AT_ONCE, augmentation=Augmentation(1))}),
         ("this one has config.pooling='mean';", {"pooling": "mean"}),
         ("because the training images have changed", {"data": coloured(seed=1)}),
         ("because the training images have changed", {"data": replace(coloured(), labels=coloured().labels.roll(1))}),
     ],
     ids=range(7),
 )
-def test_the_file_of_another_training_is_refused(trained, steps, words, changes):
+def test_the_file_of_another_training_is_refused(trained, words, changes):
     before = contents(trained)
     with pytest.raises(ValueError, match=words):
         train(trained, **{"recipe": ALL_AT_ONCE} | changes)
-    assert contents(trained) == before and not steps.tried
+    assert contents(trained) == before
 
 
-def test_finetuning_goes_on_too_but_not_from_other_weights(tmp_path, steps):
+def test_finetuning_goes_on_too_but_not_from_other_weights(tmp_path, monkeypatch):
     first, second = (train(tmp_path / f"upstream-{seed}", pretrain_epochs=1, seed=seed) for seed in (0, 1))
 
     def tune(upstream=first, run="run", **changes):
@@ -247,21 +215,20 @@ def test_finetuning_goes_on_too_but_not_from_other_weights(tmp_path, steps):
         return finetune(upstream.model, first.card, coloured(seed=1), run_dir=tmp_path / run, **arguments | changes)
 
     alone = tune(run="alone")
-    steps.stop = 5
+    tried, augment = [], Trainer.augment
+
+    def stopped_once(self, batch):
+        tried.append(self.step)
+        if len(tried) == 6:
+            raise KeyboardInterrupt
+        return augment(self, batch)
+
+    monkeypatch.setattr(Trainer, "augment", stopped_once)
+    monkeypatch.setattr(stages, "ResumeFile", functools.partial(ResumeFile, minutes=0))
     assert tune().history.interrupted
-    steps.tried, steps.stop = [], None
     with pytest.raises(ValueError, match="belongs to .* because it started from other weights"):
         tune(second)
     with pytest.raises(ValueError, match="with stage='fine-tuning', this one has stage='linear probe'"):
         tune(freeze_encoder=True)
-    resumed = tune()
-    assert steps.tried == [5, 6, 7]
-    assert differences(resumed.model.state_dict(), alone.model.state_dict()) == []
-    assert differences(asdict(resumed.history), asdict(alone.history)) == []
-
-
-def test_no_state_is_written_unless_asked_for(tmp_path):
-    pretrain(coloured(), "tiny", pretrain_epochs=1, device="cpu", progress=False, run_dir=tmp_path)
-    assert sorted(contents(tmp_path)) == [
-        "pretrained-best.safetensors", "pretrained-history.json", "pretrained.safetensors",
-    ]  # fmt: skip
+    left = [(one.model.state_dict(), asdict(one.history)) for one in (tune(), alone)]
+    assert tried == [0, 1, 2, 3, 4, 5, 5, 6, 7] and differences(*left) == []
