@@ -36,17 +36,18 @@ import transfer_trials  # noqa: E402
 import vit_against_cnn  # noqa: E402
 
 
-def run(script, *arguments: object) -> str:
-    """What a script prints; it has to end well."""
-    result = CliRunner().invoke(script.main, [str(argument) for argument in arguments])
-    assert result.exit_code == 0, result.output
+def run(script, *arguments: str | Path, exit_code=0) -> str:
+    """What a script prints. Of its arguments texts are cut into words, and paths are not."""
+    words = [word for one in arguments for word in ([str(one)] if isinstance(one, Path) else one.split())]
+    result = CliRunner().invoke(script.main, words)
+    assert result.exit_code == exit_code, result.output
     return result.output
 
 
-def test_ratio_is_the_median_of_the_ratios_of_the_rounds():
-    spread = common.ratio([10, 20, 30], [5, 5, 10])  # the ratio of the medians would be 4
-    assert (spread.median, spread.low, spread.high) == (3, 2, 4)
-    assert f"{spread:.1f}" == "3.0 (2.0 to 4.0)"
+def measured(script, *arguments: str | Path, folder: Path) -> tuple[str, dict]:
+    """What a script prints, and the record that it writes."""
+    output = run(script, *arguments, "--out", folder / "out.json")
+    return output, json.loads((folder / "out.json").read_text())
 
 
 def test_every_round_measures_everything_once_in_another_order():
@@ -87,11 +88,12 @@ def test_post_norm_model_equals_the_published_transformer_encoder():
 
 
 def test_throughput_arithmetic():
-    """Seconds for 2 steps of 10 images: vitlib 0.5, 1, 1; published twice that; timm as fast on average."""
+    """Seconds for 2 steps of 10 images in float32, half of them in bfloat16: vitlib 0.5, 1, 1; published twice that;
+    timm as fast by the median of the ratios of the rounds, though not by the ratio of the medians."""
     rounds = {"vitlib": [0.5, 1.0, 1.0], "published": [1.0, 2.0, 2.0], "timm": [0.5, 0.8, 2.0]}
     phases = {
-        (name, precision): [{"forward": s / 4, "backward": s / 2, "step": s / 4} for s in seconds]
-        for precision in ("float32", "bfloat16")
+        (name, precision): [{"forward": s / share, "backward": 2 * s / share, "step": s / share} for s in seconds]
+        for precision, share in (("float32", 4), ("bfloat16", 8))
         for name, seconds in rounds.items()
         if (name, precision) != ("published", "bfloat16")
     }
@@ -100,19 +102,15 @@ def test_throughput_arithmetic():
     assert lines[3][:6] == ["published", "float32", "10.0", "250.0", "500.0", "250.0"]
     assert lines[3][-3:] == ["1.00 (1.00 to 1.00)", "0.50 (0.40 to 1.00)", "timm"]
     assert lines[5][-3:] == ["-", "1.00 (0.80 to 2.00)", "timm"]
-    assert lines[-1] == ["vitlib in bfloat16 is 2.00 (2.00 to 2.00) times as fast as the published model in float32."]
+    assert lines[-1] == ["vitlib in bfloat16 is 4.00 (4.00 to 4.00) times as fast as the published model in float32."]
 
 
 def test_throughput_of_small_models(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "vit_pytorch", None)  # as if it were not installed
-    out = tmp_path / "out.json"
-    output = run(
-        throughput, "--models", "published,vit-pytorch", "--batch-size", 2, "--rounds", 2, "--steps", 1,
-        "--device", "cpu", "--out", out,
-    )  # fmt: skip
+    words = "--models published,vit-pytorch --batch-size 2 --rounds 2 --steps 1 --device cpu"
+    output, record = measured(throughput, words, folder=tmp_path)
     assert "vit-pytorch: skipped: " in output and "pip install -r benchmarks/requirements.txt" in output
     assert re.match(r"vitlib in bfloat16 is \d", output.splitlines()[-1])
-    record = json.loads(out.read_text())
     assert list(record["skipped"]) == ["vit-pytorch"] and record["peers"]["torchvision"] == version("torchvision")
     models = ["vitlib", "published"]
     assert set(record["seconds"]) == {f"{name}, {kind}" for name in models for kind in ("float32", "bfloat16")}
@@ -142,13 +140,9 @@ def test_input_pipeline_arithmetic():
 
 
 def test_input_pipeline_of_few_images(tmp_path):
-    out = tmp_path / "out.json"
-    output = run(
-        input_pipeline, "--images", 16, "--batch-size", 4, "--rounds", 1, "--steps", 1, "--cores", 2,
-        "--device", "cpu", "--precisions", "float32", "--out", out,
-    )  # fmt: skip
+    words = "--images 16 --batch-size 4 --rounds 1 --steps 1 --cores 2 --device cpu --precisions float32"
+    output, record = measured(input_pipeline, words, folder=tmp_path)
     assert output.splitlines()[-1].startswith("modern ")
-    record = json.loads(out.read_text())
     assert len(record["images_per_second"]) == 8  # two libraries, two recipes, one core and two
     assert set(record["seconds_per_step"]) == {"published, float32", "modern, float32"}
     assert all(rounds[0] > 0 for part in ("images_per_second", "seconds_per_step") for rounds in record[part].values())
@@ -178,35 +172,35 @@ def test_time_to_accuracy(tmp_path):
     assert "does not reach that in 2 epochs (best: 25.0%)" in run(time_to_accuracy, slow, never)
 
 
-def two_classes(folder: Path) -> Path:
-    return image_folder(folder / "images", train=16, test=6, classes=2, size=32)
+@pytest.fixture
+def two_classes(tmp_path) -> Path:
+    return image_folder(tmp_path / "images", train=16, test=6, classes=2, size=32)
 
 
-def test_trials_hold_images_out_and_write_every_score(tmp_path):
-    images, out = two_classes(tmp_path), tmp_path / "trials.json"
-    run(recipe_trials, images, "full", "half", "--seconds", 0.1, "--out", out)
-    assert [trial["trial"] for trial in json.loads(out.read_text())["trials"]] == ["full", "half"]
-    output = run(transfer_trials, images, "muon", "--weights", "shapes100-mini", "--steps", 1, "--out", out)
+def test_trials_hold_images_out_and_write_every_score(tmp_path, two_classes):
+    _, record = measured(recipe_trials, two_classes, "full half --seconds 0.1", folder=tmp_path)
+    assert [trial["trial"] for trial in record["trials"]] == ["full", "half"]
+    words = "muon --weights shapes100-mini --steps 1"
+    output, record = measured(transfer_trials, two_classes, words, folder=tmp_path)
+    assert [trial["trial"] for trial in record["trials"]] == ["muon"]
     assert re.search(r"muon +[\d.]+% of the held-out images .* after 1 steps", output)
 
 
 def test_pretraining_speed_arithmetic():
-    figures = pretraining_speed.summary([9.0, 1.0, 3.0, 2.0], images=10_000, flops=1e9, peak_tflops=100)
-    assert figures["first_epoch_seconds"] == 9 and figures["epoch_seconds"] == 2
-    assert figures["images_per_second"] == 5_000
-    assert figures["projected_seconds"] == 1_000  # 5 million images
-    assert figures["tflops"] == pytest.approx(5.0)
-    assert figures["floor_seconds"] == pytest.approx(50.0)
-    assert figures["share_of_floor"] == pytest.approx(0.05)
+    """A whole pretraining is of 5 million images."""
+    assert pretraining_speed.summary([9.0, 1.0, 3.0, 2.0], images=10_000, flops=1e9, peak_tflops=100) == pytest.approx(
+        {
+            "first_epoch_seconds": 9, "epoch_seconds": 2, "images_per_second": 5_000, "projected_seconds": 1_000,
+            "tflops": 5, "floor_seconds": 50, "share_of_floor": 0.05,
+        }
+    )  # fmt: skip
 
 
 @pytest.mark.skipif("VITLIB_SLOW" not in os.environ, reason="takes half a minute: set VITLIB_SLOW to run it")
 def test_pretraining_speed_of_few_images(tmp_path):
-    out = tmp_path / "out.json"
-    arguments = ["--images", 20, "--epochs", 2, "--batch-size", 8, "--preset", "mini", "--device", "cpu", "--out", out]
-    printed = run(pretraining_speed, *arguments)
+    words = "--images 20 --epochs 2 --batch-size 8 --preset mini --device cpu"
+    printed, record = measured(pretraining_speed, words, folder=tmp_path)
     assert "first epoch: " in printed and "of training; the arithmetic floor is " in printed
-    record = json.loads(out.read_text())
     assert record["figures"]["images_per_second"] == pytest.approx(20 / record["epoch_seconds"][1])
 
 
@@ -218,24 +212,19 @@ def test_the_cnn_has_the_parameters_of_the_vit_and_each_knows_what_it_computes()
 
 
 def test_the_cnn_is_the_residual_network_for_cifar():
-    """He et al. 2016, section 4.2: 0.27 million parameters at width 16 and 10 classes."""
+    """He et al. 2016, section 4.2: 0.27 million parameters at width 16 and 10 classes; blocks add their input."""
     cnn = vit_against_cnn.create_cnn(16, 10)
     assert round(count_parameters(cnn) / 1e6, 2) == 0.27
     assert cnn(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
-
-
-def test_a_block_adds_its_input_to_what_it_computes():
-    block = vit_against_cnn.Block(4, 4, stride=1)
-    nn.init.zeros_(block.convolutions[-1].weight)
-    x = torch.randn(2, 4, 8, 8)
-    assert torch.equal(block(x), x.relu())
+    nn.init.zeros_(cnn[1].convolutions[-1].weight)
+    x = torch.randn(2, 16, 8, 8)
+    assert torch.equal(cnn[1](x), x.relu())
 
 
 def test_both_models_see_the_same_images_and_are_scored_on_what_they_say(monkeypatch):
     """Eight images for three steps of four: every one once, half of them twice; and all of one seed alike."""
-    images = LabelledImages(
-        torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1).expand(8, 3, 32, 32), torch.arange(8) % 2, ("a", "b")
-    )
+    pixels = torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1).expand(8, 3, 32, 32)
+    images = LabelledImages(pixels, torch.arange(8) % 2, ("a", "b"))
     seen, augment = {}, Trainer.augment
 
     def note(self, batch):
@@ -245,11 +234,10 @@ def test_both_models_see_the_same_images_and_are_scored_on_what_they_say(monkeyp
 
     monkeypatch.setattr(Trainer, "augment", note)
     monkeypatch.setattr(vit_against_cnn, "evaluate", lambda model, data, card: {"loss": 0.5, "accuracy": len(data)})
-    how = {"batch_size": 4, "device": torch.device("cpu"), "precision": "float32"}
+    how = {"steps": 3, "batch_size": 4, "device": torch.device("cpu"), "precision": "float32"}
     for name, seed in (("ViT", 0), ("CNN", 0), ("CNN", 1)):
-        result = vit_against_cnn.train_once(
-            name, images, images.subset([0, 1, 2]), vit_against_cnn.RECIPE, 3, seed=seed, **how
-        )
+        scored = images.subset([0, 1, 2])
+        result = vit_against_cnn.train_once(name, images, scored, vit_against_cnn.RECIPE, seed=seed, **how)
         assert result == {"accuracy": 3, "loss": 0.5, "train_accuracy": 12}
     assert seen["ViT", 0] == seen["CNN", 0] != seen["CNN", 1]
     assert sorted(sum((shown for shown, _, _ in seen["ViT", 0]), [])) == sorted([*range(8), *range(4)])
@@ -264,24 +252,19 @@ def test_learning_rates_are_chosen_on_images_that_are_not_trained_on():
     assert set(others.labels[:20].tolist()) == {0, 1, 2, 3}
 
 
-def test_vit_against_cnn_of_few_images(tmp_path, monkeypatch):
+def test_vit_against_cnn_of_few_images(tmp_path, two_classes, monkeypatch):
     monkeypatch.setattr(vit_against_cnn, "ROUNDS", 1)
     monkeypatch.setattr(vit_against_cnn, "STEPS_PER_ROUND", 1)
-    out = tmp_path / "out.json"
-    arguments = [
-        "--upstream", two_classes(tmp_path), "--sizes", "4,2", "--steps", 2, "--batch-size", 2, "--rates", "1e-3",
-        "--sweep-steps", 2, "--device", "cpu", "--out", out, "--seeds", 1,
-    ]  # fmt: skip
-    output = run(vit_against_cnn, *arguments)
+    words = "--sizes 4,2 --steps 2 --batch-size 2 --rates 1e-3 --sweep-steps 2 --device cpu --seeds 1 --upstream"
+    output, record = measured(vit_against_cnn, words, two_classes, folder=tmp_path)
     assert output.count("of the validation images") == 2 and output.count("seed 0, ") == 4
-    record = json.loads(out.read_text())
     assert record["settings"].items() >= {"upstream": "images", "classes": 2, "test_images": 6, "steps": 2}.items()
     assert set(record["images_per_second"]) == set(record["models"]) == {"ViT", "CNN"}
-    assert str(tmp_path) not in out.read_text()
+    assert str(tmp_path) not in json.dumps(record)
     assert "--upstream images --sizes 2,4 --steps 2 --batch-size 2 --seeds 1 --rates 0.001 " in record["command"]
 
 
-def test_a_comparison_takes_each_models_best_rate(tmp_path, monkeypatch):
+def test_a_comparison_takes_each_models_best_rate(two_classes, monkeypatch):
     trained = []
 
     def scripted(name, images, scored, recipe, steps, batch_size, seed, device, precision):
@@ -291,45 +274,38 @@ def test_a_comparison_takes_each_models_best_rate(tmp_path, monkeypatch):
 
     monkeypatch.setattr(vit_against_cnn, "train_once", scripted)
     monkeypatch.setattr(vit_against_cnn, "speeds", lambda *_, **__: {"ViT": [10.0, 20.0], "CNN": [5.0, 5.0]})
-    output = run(
-        vit_against_cnn, "--upstream", two_classes(tmp_path), "--sizes", "4,2", "--steps", 9, "--batch-size", 3,
-        "--rates", "4e-3,1e-3", "--sweep-steps", 5, "--seeds", 2, "--device", "cpu",
-    )  # fmt: skip
-    assert trained[:4] == [(name, 14, 2, rate, 5, 3, 0) for rate in (1e-3, 4e-3) for name in ("ViT", "CNN")]
-    assert trained[4:] == [
-        (name, size, 6, rate, 9, 3, seed)
-        for seed in (0, 1)
-        for size in (2, 4)
-        for name, rate in (("ViT", 1e-3), ("CNN", 4e-3))
+    words = "--sizes 4,2 --steps 9 --batch-size 3 --rates 4e-3,1e-3 --sweep-steps 5 --seeds 2 --device cpu --upstream"
+    output = run(vit_against_cnn, words, two_classes)
+    sweep = [(name, 14, 2, rate, 5, 3, 0) for rate in (1e-3, 4e-3) for name in ("ViT", "CNN")]
+    best = (("ViT", 1e-3), ("CNN", 4e-3))
+    assert trained == sweep + [
+        (name, size, 6, rate, 9, 3, seed) for seed in (0, 1) for size in (2, 4) for name, rate in best
     ]
     assert re.search(r"^2 +ViT +2 +37.5 \(25.0 to 50.0\)", output, re.MULTILINE)
     assert "The CNN has 2.19 times the FLOPs of the ViT and trains 0.38 (0.25 to 0.50) times as fast." in output
 
 
 def test_vit_against_cnn_refuses_more_images_than_its_steps_see():
-    arguments = ["--sizes", "5", "--steps", "2", "--batch-size", "2", "--device", "cpu"]
-    refused = CliRunner().invoke(vit_against_cnn.main, arguments)
-    assert refused.exit_code == 1
-    assert "5 images has more than the 4 that 2 steps of 2 see" in " ".join(refused.output.split())
+    said = run(vit_against_cnn, "--sizes 5 --steps 2 --batch-size 2 --device cpu", exit_code=1)
+    assert "5 images has more than the 4 that 2 steps of 2 see" in " ".join(said.split())
 
 
 @pytest.mark.skipif("VITLIB_SLOW" not in os.environ, reason="runs nine kernels: set VITLIB_SLOW to run it")
 def test_the_sweep_s_benchmark_prints_both_ratios(tmp_path):
-    printed = run(sweep, "--runs", 2, "--steps", 1, "--rounds", 1, "--out", tmp_path / "sweep.json")
-    record = json.loads((tmp_path / "sweep.json").read_text())
+    printed, record = measured(sweep, "--runs 2 --steps 1 --rounds 1", folder=tmp_path)
     alone, one, two = (record["seconds"][name][0] for name in ("papermill", "one worker", "two workers"))
     assert f"2 runs take {one / alone:.3f} " in printed and f"end {one / two:.2f} " in printed
 
 
 def test_busy_machine_compares_rounds_with_and_without_the_setting(monkeypatch, tmp_path):
-    measured = {0: {"import vitlib, torch": 600.0, "import torch, vitlib": 620.0}}
-    measured |= {busy: {"import vitlib, torch": 390.0, "import torch, vitlib": 30.0} for busy in (1, 2)}
-    monkeypatch.setattr(busy_machine, "speed", lambda busy, *, imports, **settings: measured[busy][imports])
+    found = {0: {"import vitlib, torch": 600.0, "import torch, vitlib": 620.0}}
+    found |= {busy: {"import vitlib, torch": 390.0, "import torch, vitlib": 30.0} for busy in (1, 2)}
+    monkeypatch.setattr(busy_machine, "speed", lambda busy, *, imports, **settings: found[busy][imports])
     monkeypatch.setattr(busy_machine, "usable_cores", lambda: 2)
-    out = tmp_path / "busy.json"
-    lines = run(busy_machine, "--presets", "mini", "--precisions", "bfloat16", "--rounds", 2, "--out", out).splitlines()
-    assert re.search(r"^mini, bfloat16 +2 +30 .* 390 .* 13.00 .* 0.65 ", lines[-1])
-    assert json.loads(out.read_text())["images_per_second"]["mini, bfloat16, 0, default"] == [620.0, 620.0]
+    words = "--presets mini --precisions bfloat16 --rounds 2"
+    output, record = measured(busy_machine, words, folder=tmp_path)
+    assert re.search(r"^mini, bfloat16 +2 +30 .* 390 .* 13.00 .* 0.65 ", output.splitlines()[-1])
+    assert record["images_per_second"]["mini, bfloat16, 0, default"] == [620.0, 620.0]
 
 
 @pytest.mark.skipif("VITLIB_SLOW" not in os.environ, reason="starts Python anew: set VITLIB_SLOW to run it")
