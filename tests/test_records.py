@@ -9,6 +9,14 @@ def test_the_published_record_has_every_epoch():
     assert len(load_record("published")["accuracy"]) == len(load_record("published")["loss"]) == 100
 
 
+def test_the_published_recipe_does_here_what_it_did_there():
+    theirs, record = load_record("published")["accuracy"], load_record("published_here")["record"]
+    ours = [epoch["validation_accuracy"] for epoch in record["epochs_run"]]
+    assert (record["recipe"]["optimizer"], record["recipe"]["schedule"]) == ("sgd", "constant")
+    # on other images, 1,000 of them: the standard error is 1.6 points
+    assert all(abs(one - other) < 0.06 for one, other in zip(ours, theirs, strict=False))
+
+
 def test_the_shipped_model_has_the_record_of_a_finished_training():
     record = load_record("cifar100-small")["record"]
     assert len(record["epochs_run"]) == record["epochs"], "notebook 03 says its learning rate ended at 0"
