@@ -228,22 +228,19 @@ def test_a_contained_notebook_reaches_nothing_and_ends(course, tmp_path, monkeyp
     assert not any(seconds in " ".join(one.info["cmdline"] or ()) for one in psutil.process_iter(["cmdline"]))
 
 
-@contained
-def test_a_forged_file_beside_the_executed_notebook_is_not_read(course, tmp_path, monkeypatch):
-    monkeypatch.setattr(grade, "_try_solutions", lambda *_: None)
-    forge = "import os\nopen('../executed_.ipynb', 'w').write('{}')\nos.utime('../executed_.ipynb', (4e9, 4e9))"
-    write(tmp_path / "class" / "eve" / "01_first.ipynb", RIGHT[0], f"{forge}\n{RIGHT[1]}")
-    (eve,) = grade_folder(tmp_path / "class", tmp_path / "out", notebooks=course)
-    assert eve.passed == 2 and not eve.note
+FORGE = "import os\nopen('../executed_.ipynb', 'w').write('{}')\nos.utime('../executed_.ipynb', (4e9, 4e9))"
+END = "import os, time\nos.mkfifo('../executed.ipynb')\nos.kill(os.getppid(), 9)\ntime.sleep(1000)"
 
 
 @contained
-def test_what_is_left_of_a_run_that_its_notebook_ended_is_not_read(course, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("code", "passed", "stopped"), [(FORGE, 2, ""), (END, 0, "no result: its process was ended")], ids=["forge", "end"]
+)
+def test_what_a_notebook_writes_beside_its_result_is_not_read(course, tmp_path, monkeypatch, code, passed, stopped):
     monkeypatch.setattr(grade, "_try_solutions", lambda *_: None)
-    end = "import os, time\nos.mkfifo('../executed.ipynb')\nos.kill(os.getppid(), 9)\ntime.sleep(1000)"
-    write(tmp_path / "class" / "eve" / "01_first.ipynb", RIGHT[0], f"{end}\n{RIGHT[1]}")
+    write(tmp_path / "class" / "eve" / "01_first.ipynb", RIGHT[0], f"{code}\n{RIGHT[1]}")
     (eve,) = grade_folder(tmp_path / "class", tmp_path / "out", notebooks=course)
-    assert eve.passed == 0 and eve.stopped == "no result: its process was ended"
+    assert (eve.passed, eve.stopped) == (passed, stopped)
 
 
 def test_without_bwrap_limits_hold_and_one_line_says_so(course, tmp_path, monkeypatch):
