@@ -177,6 +177,7 @@ main(prog_name="python -m vitlib")
 
 def test_torchrun_trains_and_one_process_speaks(tmp_path):
     folder = image_folder(tmp_path / "images", train=45, test=9)
+    (folder / "train" / "red" / "notes.txt").write_text("no image")
     script = tmp_path / "train.py"
     script.write_text(SAYS_WHICH_THREADS_OUTLIVE_THE_TRAINING)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
@@ -188,5 +189,6 @@ def test_torchrun_trains_and_one_process_speaks(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("left: []") == 2, "a thread that exchanges data and outlives Python aborts the process"
     assert done.stdout.count("top-1") == 1 and done.stdout.count("epoch 2/2:   0%") == 1, "one of them speaks"
+    assert done.stdout.count("notes.txt") == 1
     _, card = load_checkpoint(tmp_path / "two" / "pretrained.safetensors")
     assert card.record["test"]["images"] == 9 and card.record["processes"] == 2

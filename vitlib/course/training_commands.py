@@ -6,7 +6,7 @@ This module needs only torch, torchvision, tqdm, click and safetensors, and what
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
 
@@ -109,9 +109,11 @@ def _check_apart(source: str, run_dir: str) -> None:
 def _load_splits(
     source: str, data_dir: str | None, image_size: int, num_channels: int = 3
 ) -> tuple[LabelledImages, LabelledImages]:
-    options = {"data_dir": data_dir, "image_size": image_size, "num_channels": num_channels}
-    options["progress"] = current_context().is_first
-    return load_images(source, "train", **options), load_images(source, "test", **options)
+    """Load both splits; of several processes the first says what it leaves out."""
+    is_first = current_context().is_first
+    options = {"data_dir": data_dir, "image_size": image_size, "num_channels": num_channels, "progress": is_first}
+    with nullcontext() if is_first else redirect_stdout(None):
+        return load_images(source, "train", **options), load_images(source, "test", **options)
 
 
 def _random_encoder(train: LabelledImages, seed: int) -> tuple[ViTModel, ModelCard]:
@@ -163,6 +165,7 @@ def _score(trained: Trained, test: LabelledImages, source: str, checkpoint: Path
     trained.card.record["command"] = shlex.join(["python", "-m", "vitlib", *sys.argv[1:]])
     trained = record_test(trained, test, source, checkpoint)
     score, epochs = trained.card.record["test"], trained.history.epochs
+    passes = "1 epoch" if len(epochs) == 1 else f"{len(epochs)} epochs"
     low, high = own_images.wilson_interval(score["accuracy"], score["images"])
     kept = ""
     if "accuracy_kept" in score:
@@ -170,7 +173,7 @@ def _score(trained: Trained, test: LabelledImages, source: str, checkpoint: Path
     _say(
         f"{score['accuracy']:.2%} top-1 (95 % interval {low:.1%} to {high:.1%}, chance "
         f"{own_images.chance(test.labels):.1%}, loss {score['loss']:.3f}) on the {score['images']} test images of "
-        f"{source}{kept}, after {len(trained.history.steps)} steps in {len(epochs)} epochs and "
+        f"{source}{kept}, after {len(trained.history.steps)} steps in {passes} and "
         f"{sum(epoch['seconds'] for epoch in epochs):.0f} s of training; the weights are in {checkpoint}."
     )
     end_distributed()
