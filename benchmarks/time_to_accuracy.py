@@ -1,13 +1,13 @@
-"""How soon is one training as good as another one is in the end? Read from their run folders; nothing is trained.
+"""How soon is one training as good as another one is in the end? Read from their records; nothing is trained.
 
-    python -m vitlib pretrain --recipe published --norm-first false --pretrain-epochs 100 --run-dir runs/published
-    python -m vitlib pretrain --recipe long --pretrain-epochs 100 --batch-size 256 --run-dir runs/long
+    python benchmarks/time_to_accuracy.py
     python benchmarks/time_to_accuracy.py runs/published runs/long
 
-The first is judged by its last epoch, the second by the first epoch that is at least as good, both on the validation
-images. Where the batches differ, as here, compare epochs and not steps. A long training seldom has its machine for
-itself, so seconds are given twice: as they were, and "quiet", where every epoch counts as long as the fastest one from
-it to the end (with fewer patches only the first epochs are faster).
+Without run folders it compares two records that ship with vitlib: recipe `published`, and recipe `long`, which trained
+`cifar100-small`. The first is judged by its last epoch, the second by the first epoch that is at least as good, both on
+the validation images. Where the batches differ, as here, compare epochs and not steps. A long training seldom has its
+machine for itself, so seconds are given twice: as they were, and "quiet", where every epoch counts as long as the
+fastest one from it to the end (with fewer patches only the first epochs are faster).
 """
 
 from pathlib import Path
@@ -15,12 +15,19 @@ from pathlib import Path
 import click
 import common
 
+from vitlib.records import load_record
 from vitlib.training import History
 
 
-def learning_curve(run_dir: Path) -> list[dict]:
-    """Return epoch, step, accuracy, and the seconds of training until then after every epoch of a pretraining."""
-    epochs = History.load(run_dir / "pretrained-history.json").epochs
+def epochs_of(run: Path | str) -> list[dict]:
+    """Return what was measured after every epoch of a pretraining: of a run folder, or of a shipped record."""
+    if isinstance(run, Path):
+        return History.load(run / "pretrained-history.json").epochs
+    return load_record(run)["record"]["epochs_run"]
+
+
+def learning_curve(epochs: list[dict]) -> list[dict]:
+    """Return epoch, step, accuracy, and the seconds of training until then."""
     curve, seconds, quiet = [], 0.0, 0.0
     for number, epoch in enumerate(epochs):
         seconds += epoch["seconds"]
@@ -47,10 +54,11 @@ def conclusion(slow: list[dict], fast: list[dict]) -> str:
 
 
 @click.command(help=__doc__.splitlines()[0])
-@click.argument("slow", type=click.Path(exists=True, path_type=Path))
-@click.argument("fast", type=click.Path(exists=True, path_type=Path))
+@click.argument("slow", type=click.Path(exists=True, path_type=Path), required=False)
+@click.argument("fast", type=click.Path(exists=True, path_type=Path), required=False)
 def main(slow, fast) -> None:
-    curves = {str(folder): learning_curve(folder) for folder in (slow, fast)}
+    runs = (slow or "published_here", fast or "cifar100-small")
+    curves = {str(run): learning_curve(epochs_of(run)) for run in runs}
     header = ["run", "epoch", "step", "seconds", "quiet seconds", "validation accuracy, %"]
     rows = [
         [name, str(point["epoch"]), str(point["step"]), f"{point['seconds']:.0f}", f"{point['quiet']:.0f}",

@@ -170,6 +170,7 @@ def test_time_to_accuracy(tmp_path):
     )
     never = made_up_run(tmp_path / "never", [0.25, 0.2], [8, 8])
     assert "does not reach that in 2 epochs (best: 25.0%)" in run(time_to_accuracy, slow, never)
+    assert re.search(r"cifar100-small +100 +19200 +35613 +17146", run(time_to_accuracy)), "the shipped records"
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ def load_record(name: str) -> dict:
     """Return a recorded measurement, as its JSON file holds it.
 
     - ``published``: the published system, epoch by epoch (``accuracy``, ``loss``), as its authors recorded it.
-    - ``published_here``: its recipe in vitlib's code (``record``); ``epochs_run`` has the epochs so far.
+    - ``published_here``: its recipe in vitlib's code (``record``); ``epochs_run`` has the first 69 of 100 epochs.
     - ``cifar100-small``, ``shapes100-mini``: the training of the shipped weights (``record``, ``classes``, ...).
     - ``sweep_labels``, ``sweep_patches``: the sweeps of notebooks/sweeps (``runs``: ``parameters`` and ``figures``).
     - ``vit_against_cnn``: benchmarks/vit_against_cnn.py (``models``, ``trainings``: one per seed).
