@@ -172,7 +172,7 @@ def _score(trained: Trained, test: LabelledImages, source: str, checkpoint: Path
         kept = f", {score['accuracy_kept']:.2%} on the {score['images_kept']:,} of them that ciFAIR kept"
     _say(
         f"{score['accuracy']:.2%} top-1 (95 % interval {low:.1%} to {high:.1%}, chance "
-        f"{own_images.chance(test.labels):.1%}, loss {score['loss']:.3f}) on the {score['images']} test images of "
+        f"{own_images.chance(test.labels):.1%}, loss {score['loss']:.3f}) on the {score['images']:,} test images of "
         f"{source}{kept}, after {len(trained.history.steps)} steps in {passes} and "
         f"{sum(epoch['seconds'] for epoch in epochs):.0f} s of training; the weights are in {checkpoint}."
     )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vitlib.training.devices import resolve_precision
 
-NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/
+NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # Jordan et al. 2024; also torch.optim.Muon has these
 
 
 class Muon(torch.optim.Muon):
