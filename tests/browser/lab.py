@@ -12,8 +12,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-# every cell is in the page, also those that are out of sight; no question about news stands before the notebook
+# every cell is in the page, also those that are out of sight; no question stands before the notebook: about news, or
+# about a file that autosave has changed while the test saves it
 SETTINGS = {
+    "docmanager-extension/plugin": {"autosave": False},
     "notebook-extension/tracker": {"windowingMode": "none"},
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
 }

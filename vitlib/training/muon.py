@@ -30,7 +30,7 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """Return a matrix with the same singular vectors, and singular values near 1 (0.7 to 1.2), by five steps."""
+    """Return a matrix with the same singular vectors, and singular values near 1, by five steps."""
     dtype = getattr(torch, resolve_precision("auto", matrix.device))
     wide = (matrix if matrix.size(0) <= matrix.size(1) else matrix.T).to(dtype)
     wide = wide / wide.norm().clamp(min=1e-7)
