@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, fontManager, get_font
 from matplotlib.patches import Rectangle
@@ -96,11 +97,12 @@ def show(figure: Figure, alt: str) -> None:
     display(picture, metadata={"image/png": {"alt": alt}}, raw=True)
 
 
-def png(figure: Figure, dpi: float | str = "figure") -> bytes:
+def png(figure: Figure, dpi: float = STYLE["figure.dpi"]) -> bytes:
     """Return a figure as the bytes of a PNG file, with ``dpi`` pixels to the inch."""
     file = io.BytesIO()
+    figure.set_dpi(dpi)
     with plt.rc_context(STYLE):
-        figure.savefig(file, format="png", dpi=dpi, metadata={"Software": None})
+        FigureCanvasAgg(figure).print_png(file, metadata={"Software": None})  # savefig would draw it twice
     return file.getvalue()
 
 
