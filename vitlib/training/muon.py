@@ -32,10 +32,11 @@ class Muon(torch.optim.Muon):
 def orthogonal(matrix: Tensor) -> Tensor:
     """Return a matrix with the same singular vectors, and singular values near 1, by five steps."""
     dtype = getattr(torch, resolve_precision("auto", matrix.device))
-    wide = (matrix if matrix.size(0) <= matrix.size(1) else matrix.T).to(dtype)
+    is_tall = matrix.size(0) > matrix.size(1)
+    wide = (matrix.T if is_tall else matrix).to(dtype)
     wide = wide / wide.norm().clamp(min=1e-7)
     a, b, c = NEWTON_SCHULZ
     for _ in range(5):
         gram = wide @ wide.T
         wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
-    return wide if matrix.size(0) <= matrix.size(1) else wide.T
+    return wide.T if is_tall else wide
