@@ -112,6 +112,8 @@ WRONG = {
         "not those of F.scaled_dot_product_attention": lambda q, k, v: weighted(q, k, v, 3.3),
         "square root of 2": lambda q, k, v: weighted(q, k, v, math.sqrt(2)),  # as in section 3
         "multiplied by the square root": lambda q, k, v: weighted(q, k, v, q.shape[-1] ** -0.5),
+        "they mix the keys": lambda q, k, v: weighted(q, k, k),
+        "they mix the queries": lambda q, k, v: weighted(q, k, q),
         "stopped with RuntimeError": lambda *qkv: weighted(*(x.permute(0, 1, 2, 3) for x in qkv)),
         "comes back to tensor 2": lambda q, k, v: F.scaled_dot_product_attention(q, k.detach(), v),
         "float32, but float64 went in": lambda *qkv: weighted(*(x.float() for x in qkv)),
@@ -141,6 +143,8 @@ WRONG = {
         "reversing the tokens passes; draw the shuffle": tester(along, lambda n: torch.arange(n).flip(0)),
         "moving every token on by one place passes": tester(along, lambda n: torch.arange(n).roll(1)),
         "last third of the tokens passes": tester(along, lambda n: torch.tensor([1, 0, *range(2, n)])),
+        "positions to two features of the last": tester(lambda s, o, order: along(s[..., 0], o[..., 0], order)),
+        "two features of the last image passes": tester(lambda s, o, order: along(s[:1], o[:1], order)),
         "not one for each number": tester(lambda s, o, order: s.isclose(o[:, order])),
         "has to be True or False, but a": tester(lambda s, o, order: (s - o[:, order]).abs().max()),
     },

@@ -41,6 +41,13 @@ def delete(images, relevance, count, patch_size, descending=True, first=1, skip=
     return images * F.interpolate(keep, scale_factor=patch_size, mode="nearest")
 
 
+def cls_in_the_mask_alone(images, relevance, count, patch_size):
+    order = relevance[:, 1:].argsort(1, descending=True)[:, :count]
+    grid = images.shape[-1] // patch_size
+    keep = torch.ones_like(relevance).scatter(1, order, 0)[:, 1:].view(-1, 1, grid, grid)
+    return images * F.interpolate(keep, scale_factor=patch_size)
+
+
 def share(relevance, mask, patch_size, normalised=True, touched=False):
     covered = patchify(mask[None, None].float(), patch_size)[0].mean(1)
     if touched:
@@ -105,6 +112,7 @@ WRONG = {
     "deletion": {
         "sort in descending order": lambda *given: delete(*given, descending=False),
         "token i is patch i - 1": lambda *given: delete(*given, first=0),
+        "without CLS, number i is patch i": cls_in_the_mask_alone,
         "only the patches that should go are left": lambda x, *given: x - delete(x, *given),
         "CLS is the first token, not the first of the order": lambda *given: delete(*given, first=0, skip=1),
         "should have lost 36 pixels": lambda x, r, n, p: delete(x, r, n + 1, p),

@@ -78,6 +78,7 @@ WRONG = {
         "N is the square of S / P": less(square=False),
         "4 D a block are missing: its two layer norms": less(norms=0),
         "two layer norms, and each has": less(norms=1),
+        "and a final one follows": less(norms=1, final=0),
         "a D x D matrix each": lambda S, P, L, D, M, C: counted(S, P, L, D, M, C) - L * 2 * D * D,
         "the output projection": less(output=0),
         "linear layers of a block have biases": less(bias=0),

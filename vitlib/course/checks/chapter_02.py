@@ -40,6 +40,8 @@ def attention(learners: Callable, *shape: int) -> None:
             F.scaled_dot_product_attention(query, key, value, is_causal=True)
         ),
         "the scores are divided by the square root of 2; K is query.shape[-1]": mixed(products / 2**0.5),
+        "the weights are right, but they mix the keys; they must mix the values": scores.softmax(-1) @ key,
+        "the weights are right, but they mix the queries; they must mix the values": scores.softmax(-1) @ query,
         "your weights do not sum to 1 over the keys: an average of values that are all 1 has to be 1": no_average,
     }
     otherwise = f"for inputs of shape {list(shape)} the numbers are not those of F.scaled_dot_product_attention"
@@ -75,6 +77,8 @@ def equivariance(learners: Callable) -> None:
     tokens, positions = torch.randn(batch, length, width), torch.randn(length, width)
     attention, block = SelfAttention(width, 4), EncoderBlock(width, 4, 2 * width)
     mlp = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
+    two_features = torch.zeros(batch, length, width)
+    two_features[-1, :, -2:] = torch.randn(length, 1) * torch.tensor([1, -1])
     sign = torch.where(torch.arange(length) < 2 * length // 3, 1, -1)[:, None]
     equivariant = {
         "the layer that changes nothing": lambda x: x,
@@ -87,6 +91,7 @@ def equivariance(learners: Callable) -> None:
         "attention to earlier tokens only": lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True),
         "attention after positions were added": lambda x: attention(x + positions)[0],
         "adding small positions to the tokens": lambda x: x + 0.004 * positions,
+        "adding positions to two features of the last image": lambda x: x + two_features,
         "the running sum over the tokens": lambda x: x.cumsum(1),
         "reversing the tokens": lambda x: x.flip(1),
         "moving every token on by one place": lambda x: x.roll(1, 1),
@@ -131,7 +136,7 @@ def equivariance(learners: Callable) -> None:
         f"{failing} fail, but only by rounding; compare with torch.allclose(a, b, atol=1e-5)": refused,
     }
     reject(faults)
-    expect(not accepted, f"{accepted[0]} passes; draw the shuffle with torch.randperm, and compare all tokens")
+    expect(not accepted, f"{accepted[0]} passes; draw the shuffle with torch.randperm, and compare all numbers")
 
 
 def _yes_or_no(given) -> bool:

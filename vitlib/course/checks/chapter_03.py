@@ -133,6 +133,7 @@ def _expect_logits(logits, labels: Tensor, num_classes: int) -> None:
 
 def _expect_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> None:
     logits, asked = model.train()(images), "do gradients reach every parameter?"
+    expect(model.training, "your forward switches the model to eval mode; read self.training there, and do not set it")
     expect(logits.requires_grad, f"{asked} They reach none; look for detach(), no_grad() or .data behind the head")
     model.zero_grad()
     F.cross_entropy(logits, labels).backward()
@@ -164,6 +165,8 @@ def top1(learners: Callable, batch: int, num_classes: int) -> None:
         "that is the mean probability of the right class; top-1 asks only whether it is the highest": (
             probabilities.mean().item()
         ),
+        "that is 0 although some are right; compare the labels with argmax, or with the indices of max, not with its "
+        "values": 0.0,
         "your argmax runs over the images; the classes are the last axis of the logits": over_images.mean().item(),
         "that counts the right answers; divide by the number of images": hits,
         "that is in percent; give a share from 0 to 1": 100 * right,

@@ -25,10 +25,11 @@ def transfer(learners: Callable, old_classes: int, classes: int) -> None:
     expect(model is not pretrained, "that is the pretrained model itself; build a new one and copy the encoder into it")
     head = model.linear_classifier
     expect(isinstance(head, nn.Linear), f"the new head should be one linear layer, but is {type(head).__name__}")
-    rows, said = f"the head has {head.out_features} rows for {classes} classes", model.config["num_classes"]
+    size, said = len(head.weight), model.config["num_classes"]
+    rows = f"the head has {size} rows for {classes} classes"
     faults = {
-        f"{rows}, those of the upstream task": head.out_features == old_classes,
-        f"{rows}: its size must come from num_classes": head.out_features != classes,
+        f"{rows}, those of the upstream task": size == old_classes,
+        f"{rows}: its size must come from num_classes": size != classes,
         f"the head fits, but model.config still says {said} classes, so a saved file could not be loaded; build the "
         "new model with num_classes": said != classes,
         "the new model differs from `pretrained` in more than its head; take all else from pretrained.config": (

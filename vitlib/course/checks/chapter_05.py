@@ -122,6 +122,7 @@ def deletion(learners: Callable, cls: tuple[float, ...], grid: int, patch_size: 
             without(with_cls[:, :count].clamp(max=N - 1))
         ),
         "the patches behind the right ones are gone; token i is patch i - 1": without(best + 1),
+        "the patches before the right ones are gone; without CLS, number i is patch i": without(best - 1),
         "one patch too few is gone where CLS is among the most relevant tokens; leave it out before you sort": (
             without(with_cls[:, :count] - 1)
         ),

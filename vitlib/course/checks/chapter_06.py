@@ -33,6 +33,7 @@ def _sizes() -> tuple[dict[str, int], int, dict[int, str]]:
             "the image is cut along both sides: N is the square of S / P": (N - S // P) * D,
             "4 D a block are missing: its two layer norms, or the four biases of its attention": L * 4 * D,
             "all layer norms are missing: two in each block and a final one": L * 4 * D + 2 * D,
+            "a block has two layer norms, and a final one follows, each with scale and shift": L * 2 * D + 2 * D,
             "all layer norms lack their shift, D numbers each": L * 2 * D + D,
             "a block has two layer norms, and each has a scale and a shift": L * 2 * D,
             "queries, keys and values have a D x D matrix each": L * 2 * D * D,

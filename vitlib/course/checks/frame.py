@@ -144,6 +144,7 @@ def as_number(value) -> int | float:
         count = math.prod(value.shape)
         expect(count == 1, f"one number is wanted, but {count} came back")
         value = value.item()
+    expect(value is not Ellipsis, "`...` came back: put your result in its place, behind `return`")
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     expect(is_number, f"a number is wanted, but a {type(value).__name__} came back")
     return value
