@@ -151,16 +151,18 @@ def _expect_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> None:
 def top1(learners: Callable, batch: int, num_classes: int) -> None:
     """Check ``top1(logits [B, classes], labels [B])``: the share of images with the highest logit at their class."""
     hits = torch.randint(35, 49, ()).item()
-    labels = torch.randint(num_classes, (batch,))
-    winners = torch.where(torch.arange(batch) < hits, labels, (labels + 1) % num_classes)
-    logits = torch.randn(batch, num_classes)
-    for ahead, chosen in ((0.5, labels), (1.0, winners)):  # where the right class does not win, it comes second
-        logits[torch.arange(batch), chosen] = logits.amax(1) + ahead
+    over_images = torch.zeros(1)
+    while not over_images.any():  # two mistakes would give 0
+        labels = torch.randint(num_classes, (batch,))
+        winners = torch.where(torch.arange(batch) < hits, labels, (labels + 1) % num_classes)
+        logits = torch.randn(batch, num_classes)
+        for ahead, chosen in ((0.5, labels), (1.0, winners)):  # where the right class does not win, it comes second
+            logits[torch.arange(batch), chosen] = logits.amax(1) + ahead
+        over_images = (logits.argmax(0)[:batch] == labels[:num_classes]).float()
     given, right = number_answer(learners, logits, labels), hits / batch
     whole = isinstance(given, int) and given == 0
     expect(not whole, "that is 0 although some are right; // rounds a share down to 0, so divide with /")
     probabilities = logits.softmax(1)[torch.arange(batch), labels]
-    over_images = (logits.argmax(0)[:batch] == labels[:num_classes]).float()
     slips = {
         "that is the mean probability of the right class; top-1 asks only whether it is the highest": (
             probabilities.mean().item()
