@@ -232,6 +232,14 @@ def test_a_module_of_torchvision_with_another_part_is_refused():
     refusal(convert.from_torchvision, module)
 
 
+def test_a_head_of_zeros_hides_no_other_part():
+    module = build_torchvision()  # its head starts at zero
+    assert not module.heads.head.weight.any()
+    convert.from_torchvision(module)
+    module.encoder.layers.encoder_layer_0.mlp[1] = nn.ReLU()
+    refusal(convert.from_torchvision, module)
+
+
 def test_a_module_of_timm_with_another_part_is_refused():
     refusal(convert.from_timm, perturbed(build_timm(global_pool="max", fc_norm=False)))
 

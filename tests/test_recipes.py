@@ -134,6 +134,7 @@ def test_models_that_are_no_vit_are_trained_whole_at_one_rate(optimizer):
     "call, words",
     [
         (lambda: build_optimizers(nn.Linear(2, 2), replace(PLAIN, layer_decay=0.5)), "layer_decay=0.5 needs"),
+        (lambda: build_optimizers(nn.Linear(2, 2), replace(PLAIN, keep_patches=((0.8, 0.5),))), "keep_patches.* needs"),
         (lambda: build_optimizers(ViTModel(5, **TINY), replace(PLAIN, optimizer="lion")), "'lion' .*sgd, adamw, muon"),
         (lambda: replace(PLAIN, schedule="linear"), "schedule='linear' .*constant, cosine"),
         (lambda: named_recipe("secret", RECIPES), "recipe='secret' is not .*published, modern, .*give a Recipe"),

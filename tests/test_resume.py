@@ -212,7 +212,7 @@ def test_finetuning_goes_on_too_but_not_from_other_weights(tmp_path, monkeypatch
 
     def tune(upstream=first, run="run", **changes):
         arguments = {"finetune_epochs": 2, "batch_size": 16, "device": "cpu", "progress": False, "resume": True}
-        return finetune(upstream.model, first.card, coloured(seed=1), run_dir=tmp_path / run, **arguments | changes)
+        return finetune(upstream.model, upstream.card, coloured(seed=1), run_dir=tmp_path / run, **arguments | changes)
 
     alone = tune(run="alone")
     tried, augment = [], Trainer.augment
@@ -227,7 +227,9 @@ def test_finetuning_goes_on_too_but_not_from_other_weights(tmp_path, monkeypatch
     monkeypatch.setattr(stages, "ResumeFile", functools.partial(ResumeFile, minutes=0))
     assert tune().history.interrupted
     with pytest.raises(ValueError, match="belongs to .* because it started from other weights"):
-        tune(second)
+        tune(replace(second, card=first.card))
+    with pytest.raises(ValueError, match="belongs to a training with normalisation="):
+        tune(replace(first, card=replace(first.card, std=(0.5,) * 3)))
     with pytest.raises(ValueError, match="with stage='fine-tuning', this one has stage='linear probe'"):
         tune(freeze_encoder=True)
     left = [(one.model.state_dict(), asdict(one.history)) for one in (tune(), alone)]

@@ -25,7 +25,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 def resolve_precision(precision: str, device: torch.device) -> str:
     """Return the precision of the matrix products: ``float32``, or ``bfloat16`` (autocast; the weights stay float32).
 
-    ``auto`` is bfloat16 on CUDA GPUs and CPUs that compute in it natively, else float32. On a CPU with AVX512-BF16
+    ``auto`` is bfloat16 on CUDA GPUs and x86 CPUs that compute in it natively, else float32. On a CPU with AVX512-BF16
     or AMX, bfloat16 is up to twice as fast; on others it is slower than float32 (benchmarks/throughput.py).
 
     Raises:

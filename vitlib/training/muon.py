@@ -15,6 +15,7 @@ class Muon(torch.optim.Muon):
 
     torch's orthogonalises in bfloat16 everywhere. On a CPU that does not compute in it, a training step takes six times
     as long for that (RESULTS.md, "Speed"). Where bfloat16 is native, the two are the same to the last bit.
+    Only ``lr``, ``weight_decay`` and ``momentum`` can be chosen.
     """
 
     @torch.no_grad()

@@ -79,7 +79,8 @@ class Recipe:
 # norm_first=False; the first weights are vitlib's; some training images are held out (there none were, and the test
 # images were scored after every epoch); the head of fine-tuning is 10 rows of zeros (there 100 random ones).
 #   python -m vitlib pretrain --recipe published --norm-first false: after 69 of 100 epochs 51.1 % of 1,000 held-out
-#   images of CIFAR-100, 22,983 s on two CPU cores; its own record is 51.54 % on ciFAIR-100, 2,576 s on a GTX 1080 Ti
+#   images of CIFAR-100, 31,682 s beside other work (two processes, bfloat16); its own record is 51.54 % on
+#   ciFAIR-100, 2,576 s on a GTX 1080 Ti
 PUBLISHED_RECIPE = Recipe(
     optimizer="sgd",
     learning_rate=0.01,
@@ -221,10 +222,11 @@ def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optim
     CLS, positions or blocks, so their factors change nothing there.
 
     Raises:
-        ValueError: for a layer decay with a model other than a ViT.
+        ValueError: for layer decay or dropped patches with a model other than a ViT.
     """
-    if recipe.layer_decay != 1 and not isinstance(model, ViTModel):
-        raise ValueError(f"layer_decay={recipe.layer_decay} needs the blocks of a ViTModel; give a recipe without it.")
+    for name, none in (("layer_decay", 1), ("keep_patches", ())):
+        if (value := getattr(recipe, name)) != none and not isinstance(model, ViTModel):
+            raise ValueError(f"{name}={value} needs a ViTModel; give a recipe without it.")
     blocks = len(model.vit_encoder.encoder) if isinstance(model, ViTModel) else 0
     matrices: dict[tuple[float, float], list[nn.Parameter]] = {}
     others: dict[tuple[float, float], list[nn.Parameter]] = {}

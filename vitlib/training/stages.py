@@ -165,6 +165,7 @@ def train_stage(
             "stage": card.record["stage"],
             "config": model.config,
             "images": fingerprint(train.images, train.labels),
+            "normalisation": [card.mean, card.std],
             "device": device.type,
             **settings,
             "start": fingerprint(*model.state_dict().values()),

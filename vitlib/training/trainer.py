@@ -31,7 +31,8 @@ class TrainingOptions:
         batch_size: images per optimiser step, over all processes; the last batch of an epoch may be smaller.
         train_steps_per_epoch, eval_steps_per_epoch: the largest number of batches per epoch; None for all.
         seed: decides the order of the images, the augmentation and dropout.
-        precision: see :func:`vitlib.training.devices.resolve_precision`; with float32 only rounding differs by machine.
+        precision: see :func:`vitlib.training.devices.resolve_precision`; with float32 only rounding differs by machine
+            (Muon orthogonalises in bfloat16 where that is fast).
         compile: whether to compile the model with ``torch.compile``; it takes a minute, and pays in long trainings.
         description: first word of the progress bar.
         progress: whether to show a progress bar.

@@ -25,6 +25,7 @@ from types import ModuleType
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from vitlib.model import ViTModel
 from vitlib.utils import atomic_write, import_torchvision
@@ -288,11 +289,19 @@ def _convert(
     """
     state, eps = module.state_dict(), _norm_eps(module)
     model = from_state_dict(state, layout, num_heads=num_heads, norm_eps=eps, pooling=pooling)
-    shape = 2, *model.vit_encoder.embedding.image_shape
-    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    images = torch.randn(2, *model.vit_encoder.embedding.image_shape, generator=generator)
+    # both with one random head: behind a head of zeros, as torchvision starts with, all models are the same
+    head = torch.randn(config["num_classes"], config["pre_logits"] or config["em_dim"], generator=generator)
+
+    def outputs(model: nn.Module, classifier: str):
+        weights = {classifier + "weight": head} if len(head) else {}
+        return functional_call(model, weights, (images,))
+
     with torch.inference_mode():
-        ours = model(images)
-        theirs = output(copy.deepcopy(module).to("cpu", torch.float32).eval()(images))
+        ours = outputs(model, HEAD)
+        peer = copy.deepcopy(module).to("cpu", torch.float32).eval()
+        theirs = output(outputs(peer, LAYOUTS[layout][-1][-1]))
     difference = (ours - theirs).abs().max().item() if ours.shape == theirs.shape else math.inf
     if not difference <= 1e-4 * max(1.0, ours.abs().max().item()):
         raise ValueError(
