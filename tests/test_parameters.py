@@ -41,7 +41,7 @@ def test_a_device_is_accepted_where_there_is_one(device, there, monkeypatch):
     if there or device in ("auto", "cpu"):
         PARAMETERS["device"].check(device)
     else:
-        with pytest.raises(ValueError, match="choose auto or cpu"):
+        with pytest.raises(ValueError, match="choose one of auto, cpu"):
             PARAMETERS["device"].check(device)
 
 

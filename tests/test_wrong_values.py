@@ -14,7 +14,7 @@ WRONG = [  # command, and words of the sentence
     ("pretrain --batch-size 0", r"batch_size=0 is not allowed; give a whole number of at least 1 and at most 65536\."),
     ("pretrain --train-steps-per-epoch some", r"train_steps_per_epoch='some' is not allowed; .*, or None\."),
     ("pretrain --preset smal", r"preset='smal' is not allowed; .* \(did you mean 'small'\?\)\."),
-    ("pretrain --device cud", r"device='cud' is not allowed; .* \(did you mean 'cuda'\?\)\."),
+    ("pretrain --device gpu", r"device='gpu' is not available here; choose one of auto, cpu.* .did you mean 'cpu'.*"),
     ("pretrain --upstream shapes1000", r"'shapes1000' is neither .*did you mean"),
     ("pretrain --upstream tiny --image-size 30", r"image_size=30 is not a multiple of patch_size=4"),
     ("pretrain --run-dir=", r"run_dir='' is not allowed"),

@@ -182,7 +182,8 @@ def _try_solutions(solutions: Path, graded: list[Submission], grade: Callable, s
 
 def _read_chapters(notebooks: Path) -> list[Chapter]:
     """Read the course. A chapter sets all of its parameters, so that what a student has set or removed is no matter."""
-    values = parameters_from_file(notebooks / "parameters" / "smoke.yaml")
+    smoke = notebooks / "parameters" / "smoke.yaml"
+    values = parameters_from_file(smoke) if smoke.exists() else {}
     values["run_dir"] = "../run"  # not the student's own training, made with other parameters
     chapters = []
     for lesson in read_lessons(notebooks):
