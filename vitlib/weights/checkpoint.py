@@ -6,7 +6,6 @@ safetensors files are read without running any code, unlike pickles. The card tr
 import dataclasses
 import hashlib
 import json
-import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,10 +38,8 @@ class ModelCard:
     record: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        # JSON has no tuples, and Macs write é as two letters
-        composed = (unicodedata.normalize("NFC", name) for name in self.classes)
-        for name, values in (("classes", composed), ("mean", self.mean), ("std", self.std)):
-            object.__setattr__(self, name, tuple(values))
+        for name in ("classes", "mean", "std"):  # JSON has no tuples
+            object.__setattr__(self, name, tuple(getattr(self, name)))
 
 
 def save_checkpoint(path: str | Path, model: nn.Module, card: ModelCard, dtype: torch.dtype = torch.float32) -> None:
@@ -163,13 +160,10 @@ def transfer_encoder(pretrained: nn.Module, num_classes: int, **overrides) -> Vi
 
 def without_wrappers(model: nn.Module) -> nn.Module:
     """Return the module inside DataParallel, DistributedDataParallel or torch.compile, in any order."""
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile
-            model = model._orig_mod
-        else:
-            return model
+    parallel = nn.DataParallel, nn.parallel.DistributedDataParallel
+    while isinstance(model, parallel) or hasattr(model, "_orig_mod"):  # of torch.compile
+        model = model.module if isinstance(model, parallel) else model._orig_mod
+    return model
 
 
 def unwrap(model: nn.Module) -> ViTModel:
