@@ -26,10 +26,9 @@ import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, fontManager, get_font
+from matplotlib.font_manager import fontManager
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
-from matplotlib.text import Text
 from matplotlib.ticker import EngFormatter
 from torch import Tensor
 
@@ -57,10 +56,6 @@ STYLE = {
 WIDEST = 8.8  # inches; a notebook's page would shrink a wider figure and its words
 HALO = withStroke(linewidth=3, foreground="white")  # keeps words legible that cross a curve
 
-# matplotlib warns of each missing letter in each figure; _say_what_is_missing prints one sentence instead
-BOXES = r"Glyph .* missing from|Matplotlib currently does not support .* natively"
-warnings.filterwarnings("ignore", BOXES)
-
 
 def _styled(draw):
     """Draw in the course's style, and remove the figure from pyplot's list, which would keep it for ever."""
@@ -70,23 +65,9 @@ def _styled(draw):
         with plt.rc_context(STYLE):
             figure = draw(*args, **kwargs)
         plt.close(figure)
-        letters = {ord(letter) for text in figure.findobj(Text) for letter in text.get_text() if letter.isprintable()}
-        if not letters <= {*range(128)} and not letters <= _letters():
-            _say_what_is_missing()
         return figure
 
     return drawn
-
-
-@cache
-def _letters() -> set[int]:
-    """Return all letters that the fonts of the style have."""
-    return set().union(*(get_font(findfont(name)).get_charmap() for name in STYLE["font.family"]))
-
-
-@cache  # said once
-def _say_what_is_missing() -> None:
-    print("No font here has all letters of these names, so some are drawn as boxes; install Noto Sans.")
 
 
 def show(figure: Figure, alt: str) -> None:
@@ -101,9 +82,21 @@ def png(figure: Figure, dpi: float = STYLE["figure.dpi"]) -> bytes:
     """Return a figure as the bytes of a PNG file, with ``dpi`` pixels to the inch."""
     file = io.BytesIO()
     figure.set_dpi(dpi)
-    with plt.rc_context(STYLE):
+    with plt.rc_context(STYLE), warnings.catch_warnings(record=True) as raised:
+        warnings.simplefilter("always")
         FigureCanvasAgg(figure).print_png(file, metadata={"Software": None})  # savefig would draw it twice
+    for warning in raised:
+        text = str(warning.message)
+        if text.startswith("Glyph"):  # one for each missing letter
+            _say_what_is_missing()
+        elif "natively" not in text:  # of scripts whose letters change with their neighbours
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     return file.getvalue()
+
+
+@cache  # said once
+def _say_what_is_missing() -> None:
+    print("No font here has all letters of these names, so some are drawn as boxes; install Noto Sans.")
 
 
 def panels(count: int) -> list[Axes]:
