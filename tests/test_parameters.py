@@ -49,7 +49,8 @@ def test_a_tilde_in_a_path_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))  # Windows
     for name in ("cat", "dog"):
-        (tmp_path / "images" / "train" / name).mkdir(parents=True)
+        for split in ("train", "test"):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
     values = dict.fromkeys(("weights", "run_dir", "data_dir", "downstream"), "~/images") | {"seed": 0}
     check_parameters(values)
     assert set(values.values()) == {str(tmp_path / "images"), 0}

@@ -50,7 +50,8 @@ def test_every_python_snippet_runs(page, tmp_path, monkeypatch):
 
 @by_page
 def test_every_command_is_understood(page, tmp_path, monkeypatch):
-    (tmp_path / "FOLDER" / "train" / "class").mkdir(parents=True)  # the reader's images
+    for split in ("train", "test"):
+        (tmp_path / "FOLDER" / split / "class").mkdir(parents=True)  # the reader's images
     for folder in ("notebooks/parameters", "notebooks/sweeps"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     for path in [*CHAPTERS, tmp_path / "notebooks/sweeps/labels.yaml"]:

@@ -18,6 +18,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from vitlib.course import runner
 from vitlib.course.figures import record_figures, recorded_figures
+from vitlib.course.kernels import last_cell
 from vitlib.course.runner import run_course
 
 PARAMETERS = """\
@@ -213,3 +214,11 @@ def test_recorded_figures_come_back_in_order(monkeypatch):
 def test_a_figure_must_be_one_number_or_text(value):
     with pytest.raises(ValueError, match="top1"):
         record_figures(top1=value)
+
+
+def test_a_cell_that_ended_its_kernel_has_the_number_after_the_last_one():
+    cells = [new_code_cell(source) for source in ("a", "left out", "b", "exit()", "never run")]
+    for cell, count in zip(cells, (1, None, 2, None, None), strict=True):
+        started = count or cell.source == "exit()"
+        cell.execution_count, cell.metadata["papermill"] = count, {"start_time": "now" if started else None}
+    assert last_cell(new_notebook(cells=cells)) == 'In [3] "exit()": '

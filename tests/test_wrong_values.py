@@ -18,7 +18,9 @@ WRONG = [  # command, and words of the sentence
     ("pretrain --upstream shapes1000", r"'shapes1000' is neither .*did you mean"),
     ("pretrain --upstream tiny --image-size 30", r"image_size=30 is not a multiple of patch_size=4"),
     ("pretrain --run-dir=", r"run_dir='' is not allowed"),
-    ("finetune --downstream shapes10 --weights imagenet", r"'imagenet'; choose .*shapes100-mini"),
+    ("finetune --downstream shapes10 --weights imagenet", r"'imagenet' is not known; give a file, .*shapes100-mini"),
+    ("run --only 04 -p weights shapes100-mni", r"'shapes100-mni' is not known; .*did you mean 'shapes100-mini'"),
+    ("run --only 03 -p upstream untested", r"untested.test does not exist or holds no class folders"),
     ("finetune --downstream shapes10 --weights None", r"weights=None names no encoder"),
     ("finetune --downstream shapes10 --weights ~/absent.safetensors", r"no checkpoint at .*[/\\]absent.safetensors"),
     ("run --only 99", r"'99' is not a notebook of the course"),
@@ -32,6 +34,8 @@ WRONG = [  # command, and words of the sentence
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     (tmp_path / "students").mkdir()
+    for name in ("cat", "dog"):
+        (tmp_path / "untested" / "train" / name).mkdir(parents=True)
     image_folder(tmp_path / "tiny", train=6, test=3)
     Image.new("L", (8, 8)).save(tmp_path / "grey.png")
     monkeypatch.chdir(tmp_path)
@@ -45,4 +49,4 @@ def test_a_wrong_value_gets_one_sentence_and_writes_nothing(folder, command, wor
     assert result.exit_code == 2, result.output
     assert sentence.startswith("Error: ") and re.search(words, sentence), result.stderr
     assert not usage or usage[0].startswith("Usage:"), result.stderr
-    assert {path.name for path in folder.iterdir()} == {"students", "tiny", "grey.png"}
+    assert {path.name for path in folder.iterdir()} == {"students", "untested", "tiny", "grey.png"}

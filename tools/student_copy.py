@@ -1,4 +1,7 @@
-"""Write student-copy/: the course without outputs, solutions, guide and tests; links to these become plain words."""
+"""Write student-copy/: the course without outputs, solutions, guide and tests.
+
+Links to these become plain words; rows of tables that hold one go.
+"""
 
 import re
 import shutil
@@ -9,7 +12,10 @@ import nbformat
 
 from tools.address import ROOT, project_files
 
-LEFT_OUT = ("notebooks/solutions/", "docs/teaching.md", "docs/run-sheet.md", "tests/", "tools/", ".github/", ".ci/")
+LEFT_OUT = (
+    "notebooks/solutions/", "docs/teaching.md", "docs/run-sheet.md", "CONTRIBUTING.md", "tests/", "tools/",
+    ".github/", ".ci/",
+)  # fmt: skip
 LINK = re.compile(r"\[([^\]]+)\]\(([^)\s:#]+)(?:#[^)\s]*)?\)")
 
 
@@ -35,7 +41,13 @@ def write_student_copy(folder: Path, root: Path = ROOT) -> None:
 
 def _without_dead_links(text: str, folder: Path) -> str:
     text = re.sub(r"\n*^Solution: \[[^\n]*", "", text, flags=re.MULTILINE)
-    return LINK.sub(lambda link: link[0] if (folder / link[2]).exists() else link[1], text)
+
+    def is_dead(link: re.Match) -> bool:
+        return not (folder / link[2]).exists()
+
+    lines = text.splitlines(keepends=True)
+    text = "".join(line for line in lines if not (line.startswith("|") and any(map(is_dead, LINK.finditer(line)))))
+    return LINK.sub(lambda link: link[1] if is_dead(link) else link[0], text)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 ``torchrun`` starts ``pretrain`` and ``finetune``, too.
 """
 
+import errno
 import os
 import shlex
 import signal
@@ -26,7 +27,9 @@ class OneLineErrors(click.Group):
         except BrokenPipeError:  # the reader, say head, has seen enough; click ends quietly
             raise
         except (ValueError, OSError, ModuleNotFoundError) as error:
-            raise click.UsageError(str(error)) from error
+            refused = getattr(error, "errno", None) in (errno.ENOSPC, errno.EROFS, errno.EACCES)
+            way_out = "; free some space, or name another folder." if refused else ""
+            raise click.UsageError(f"{error}{way_out}") from error
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
             context.exit(130)

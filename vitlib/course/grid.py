@@ -101,7 +101,7 @@ def make_plan(
         identity = json.dumps([lesson.name, sha256, values, version("vitlib")], sort_keys=True, default=str)
         key = hashlib.sha256(identity.encode()).hexdigest()[:16]
         label = ",".join(f"{name}={value}" for name, value in varied.items()) or lesson.name
-        label = re.sub(r"[^\w=,.+-]+", "_", label)[:100].strip("._ ")
+        label = re.sub(r"[^\w=,.+-]+", "_", label).encode()[:100].decode(errors="ignore").strip("._ ")
         runs[key] = Run(key, f"{label}-{key[:8]}", varied, values)
     return Plan(lesson, source, sha256, tuple(names), tuple(runs.values()))
 

@@ -195,5 +195,6 @@ def last_cell(executed: NotebookNode) -> str:
     if not started:
         return ""
     cell = code[started[-1]]
-    number = cell.execution_count or started[-1] + 1  # a cell that ended its kernel has no count
+    # a cell that ended its kernel has no count
+    number = cell.execution_count or 1 + max(cell.execution_count or 0 for cell in code)
     return f'In [{number}] "{cell.source.strip().splitlines()[0]}": '

@@ -15,6 +15,8 @@ from vitlib.data.images import check_source
 from vitlib.model import POOLINGS, PRESETS
 from vitlib.training import PRECISIONS, RECIPES
 from vitlib.utils import near_match
+from vitlib.weights.checkpoint import shipped_weights
+from vitlib.weights.official import OFFICIAL
 
 ARMS = ("fine-tuning", "linear probe", "random probe", "from scratch")  # of chapter 04's comparison
 WORDS_FOR_NONE = ("None", "none", "null", "~")
@@ -99,8 +101,18 @@ def path(name: str, value: str) -> str:
 
 
 def source(name: str, value: str) -> str:
-    check_source(value, name)
+    check_source(value, name, tested=name != "dataset")
     return os.path.expanduser(value)
+
+
+def model(name: str, value: str) -> str:
+    known = *shipped_weights(), *OFFICIAL
+    path = os.path.expanduser(value)
+    # a file need not be there yet: an earlier chapter may write it
+    if value not in (*known, "random") and not os.path.splitext(value)[1] and not os.path.exists(path):
+        hint = near_match(value, known)
+        raise ValueError(f"{name}={value!r} is not known; give a file, or one of {', '.join(known)}{hint}.")
+    return path
 
 
 def device(name: str, value: str) -> str:
@@ -130,7 +142,7 @@ _TABLE = (
     Parameter("recipe", str, "optimiser, schedule and augmentation", choices=tuple(RECIPES)),
     Parameter("precision", str, "width of matrix products; auto is bfloat16 where that is fast", choices=PRECISIONS),
     Parameter("compile", bool, "let torch.compile translate the model first"),
-    Parameter("weights", str, "the encoder: a shipped name, vit_b_16 or a checkpoint file", optional=True, rule=path),
+    Parameter("weights", str, "the encoder: a shipped name, vit_b_16 or a checkpoint file", optional=True, rule=model),
     Parameter("official_weights", bool, "download torchvision's ViT-B/16 (about 350 MB) for the photograph"),
     Parameter("freeze_encoder", bool, "train the head alone (a linear probe)"),
     Parameter("arm", str, "where the encoder comes from and what is trained", choices=ARMS),

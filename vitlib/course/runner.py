@@ -158,7 +158,8 @@ def checked_values(lessons: list[Lesson], values: Mapping[str, object]) -> dict[
             raise ValueError("run_dir cannot be given as a parameter: it is the folder of the run; use --out.")
         if name not in known:
             of = lessons[0].name if len(lessons) == 1 else "the notebooks"
-            allowed = ", ".join(known) or "none; tag the cell that sets them with 'parameters'"
+            allowed = ", ".join(one for one in known if one != "run_dir")
+            allowed = allowed or "none; tag the cell that sets them with 'parameters'"
             raise ValueError(f"{name!r} is not a parameter of {of}{near_match(name, known)}; there are {allowed}.")
     parsed = {name: known[name].parse(value) if isinstance(value, str) else value for name, value in values.items()}
     return {name: known[name].check(value) for name, value in parsed.items()}
@@ -169,7 +170,9 @@ def parameters_from_file(path: str | Path) -> dict[str, object]:
     try:
         values = yaml.safe_load(Path(path).expanduser().read_bytes()) or {}  # UTF-8, or UTF-16 of PowerShell
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"There is no file {path}; the course's own are in notebooks/parameters/.") from error
+        raise FileNotFoundError(
+            f"There is no file {path}; the course's own are in notebooks/parameters/ and sweeps/."
+        ) from error
     except yaml.YAMLError as error:
         told = " ".join(str(error).split())
         raise ValueError(f"{path} is not YAML: {told}; write one 'name: value' a line.") from error

@@ -113,17 +113,22 @@ def refit(images: Tensor, image_size: int | None, num_channels: int) -> Tensor:
 # ---------- Which files ----------
 
 
-def find_splits(folder: Path) -> tuple[Path, list[Path]]:
+def find_splits(folder: Path, tested: bool = False) -> tuple[Path, list[Path]]:
     """Return the folder with the classes for training, and those for testing, of which the first is used.
 
     They are named as in ``SPLIT_NAMES``, in any case. A folder of classes alone is itself the one for training.
 
     Raises:
-        FileNotFoundError: for a folder that has neither splits nor classes.
+        FileNotFoundError: for a folder that has neither splits nor classes, or with ``tested`` only train/.
     """
     named = {name.lower(): folder / name for name in _folders(folder)}
     trains, tests = ([named[name] for name in names if name in named] for names in SPLIT_NAMES.values())
     train, used = next(filter(_folders, trains), None), list(filter(_folders, tests))
+    if train and tested and not used:
+        raise FileNotFoundError(
+            f"{printable(folder / 'test')} does not exist or holds no class folders; add the images in "
+            f"test/<class>/*, or give {printable(train)}, and a fifth of its images become test images."
+        )
     if train:
         return train, used
     has_splits = used or (trains and tests)

@@ -123,14 +123,9 @@ def load_images(
 
 def _load_from_folder(folder: Path, split: str, *options) -> LabelledImages:
     """Load a split of a folder, found or made as :func:`load_images` says; options as in ``load_folder``."""
-    train, tests = find_splits(folder)
+    train, tests = find_splits(folder, tested=split == "test")
     place, kept = train, None
     if split == "test" and train != folder:
-        if not tests:
-            raise FileNotFoundError(
-                f"{printable(folder / 'test')} does not exist or holds no class folders; add the images in "
-                f"test/<class>/*, or give {printable(train)}, and a fifth of its images become test images."
-            )
         place, *unused = tests
         if unused or not place.name.lower().startswith("test"):
             others = f"; not used: {', '.join(other.name for other in unused)}" if unused else ""
@@ -145,19 +140,20 @@ def _load_from_folder(folder: Path, split: str, *options) -> LabelledImages:
     return train_validation_split(data, 0.2)[split == "test"]
 
 
-def check_source(source: str | os.PathLike, name: str = "source") -> None:
+def check_source(source: str | os.PathLike, name: str = "source", tested: bool = False) -> None:
     """Check that ``source`` is one of ``SOURCES`` or a folder of images, without loading anything.
 
     Raises:
         ValueError: if it is neither, with ``name`` for the argument.
-        OSError: if it is a folder without classes, or one that may not be read.
+        OSError: if it is a folder without classes, with ``tested`` one without test images, or one that may not be
+            read.
     """
     text = str(source)
     if text in SOURCES:
         return
     folder = os.path.expanduser(text)
     if os.path.isdir(folder):  # unlike pathlib's, it takes any text
-        find_splits(Path(folder).resolve())
+        find_splits(Path(folder).resolve(), tested)
         return
     raise ValueError(
         f"{name}={text!r} is neither a data set nor a folder{near_match(text.lower(), SOURCES)}; "

@@ -86,9 +86,14 @@ def load_checkpoint(path: str | Path) -> tuple[ViTModel, ModelCard]:
     return model.eval(), card
 
 
+def shipped_weights() -> dict[str, Path]:
+    """Return the files of the models that ship with vitlib, by their names."""
+    return {file.stem: file for file in sorted(PRETRAINED.glob("*.safetensors"))}
+
+
 def load_pretrained(name: str) -> tuple[ViTModel, ModelCard]:
     """Load a model that ships with vitlib, and its card. Raises ValueError for an unknown name."""
-    shipped = {file.stem: file for file in sorted(PRETRAINED.glob("*.safetensors"))}
+    shipped = shipped_weights()
     if name not in shipped:
         raise ValueError(
             f"There are no pretrained weights named {name!r}; choose one of {', '.join(shipped)}, or an official name, "
