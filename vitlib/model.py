@@ -343,8 +343,8 @@ def interpolate_positions(position_embedding: Tensor, grid: int) -> Tensor:
     return torch.cat([cls, resized.flatten(2).transpose(1, 2)], dim=1)
 
 
-# What a preset leaves out is ViTModel's default: ViT-B/16 of the paper's Table 1. Ti and S are from Steiner et al. 2021
-# (arXiv:2106.10270). The number after the slash is the patch size.
+# What a preset leaves out is ViTModel's default: ViT-B/16 of the paper's Table 1. Ti and S are from Touvron et al. 2021
+# (arXiv:2012.12877). The number after the slash is the patch size.
 _OFFICIAL = {"image_size": 224, "patch_bias": True}  # all sizes with published weights
 PRESETS: dict[str, dict] = {
     # 310 thousand parameters without the classifier: trains in class, in about a minute on two CPU cores

@@ -109,7 +109,8 @@ class Augmentation:
         randaugment: random operations per image (RandAugment, Cubuk et al. 2020, arXiv:1909.13719).
         magnitude: how strong these are, from 0 to 30.
         erase: probability of erasing a rectangle (random erasing, Zhong et al. 2017, arXiv:1708.04896): 2 to 33 % of
-            the area, height by width from 0.3 to 3.3. A side longer than the image is cut; the paper draws again.
+            the area, height by width from 0.3 to 3.3, as in torchvision. It becomes 0 after normalisation (the paper:
+            noise). A side longer than the image is cut; the paper draws again.
         mixing: probability of mixing an image with another one, see :meth:`mix`: by mixup, where the two are blended
             (Zhang et al. 2018, arXiv:1710.09412), or, in half of the cases, by CutMix, where a rectangle comes from the
             other one (Yun et al. 2019, arXiv:1905.04899).

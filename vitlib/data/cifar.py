@@ -68,7 +68,7 @@ def load_cifar(
 
 def _download(dataset: type, name: str, folder: Path, progress: bool) -> None:
     """Download, check and unpack a data set. Of several processes one does it, and the others wait."""
-    hint = f" Its host gives less than 100 kB/s since June 2026: {name.replace('cifar', 'cifair')} is quicker."
+    hint = f" Its host has given less than 100 kB/s since June 2026: {name.replace('cifar', 'cifair')} is quicker."
     hint = hint if name.startswith("cifar") else ""
     print(f"{name} is prepared in {folder}; if another process is at it, this one waits.{hint}")
     bar = sys.stdout if progress else io.StringIO()  # torchvision's, which it writes to stderr

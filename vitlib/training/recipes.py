@@ -112,8 +112,8 @@ SHORT = replace(
     ema_decay=0.0,
     augmentation=Augmentation(padding=0, flip=0.5, cutout=0),
 )
-# About ten epochs on photographs. Muon (Jordan et al. 2024) makes every update of a matrix orthogonal. In language
-# models it needs about half of AdamW's compute; its rate is scaled so that AdamW's fit (Liu et al. 2025,
+# About ten epochs on photographs. Muon (Jordan et al. 2024) makes every update of a matrix nearly orthogonal. In
+# language models it needs about half of AdamW's compute; its rate is scaled so that AdamW's fit (Liu et al. 2025,
 # arXiv:2502.16982).
 #   python -m vitlib pretrain --upstream cifar100 --recipe muon --pretrain-epochs 11 --validation-fraction 0.02:
 #   58.95 % on CIFAR-100's test images, 4,725 s
