@@ -345,3 +345,9 @@ def test_training_needs_no_package_of_notebooks_and_reads_words_for_values(folde
     model, card = load_checkpoint(tmp_path / "pretrained.safetensors")
     assert model.config["norm_first"] is False and card.record["train_steps_per_epoch"] == 1
     assert card.record["eval_steps_per_epoch"] is None
+
+
+@pytest.mark.parametrize("words", ["CUDA out of memory. Tried", "MPS backend out of memory", "not enough memory: you"])
+def test_a_full_memory_is_one_sentence(words):
+    with pytest.raises(ValueError, match="memory of the device is full"), training_commands._in_one_sentence(False):
+        raise RuntimeError(words)

@@ -28,6 +28,7 @@ from vitlib.training.trainer import Trainer
 from vitlib.weights.checkpoint import load_checkpoint
 
 pytestmark = [
+    pytest.mark.skipif(sys.platform == "win32", reason="torchrun and forkserver need Linux or macOS"),
     pytest.mark.skipif(
         not (distributed.is_available() and distributed.is_gloo_available()), reason="this torch has no gloo"
     ),

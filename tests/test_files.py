@@ -1,7 +1,10 @@
 """Writing files whole, and showing their names."""
 
+import os
+
 import pytest
 
+from vitlib import utils
 from vitlib.utils import atomic_write
 
 
@@ -20,3 +23,23 @@ def test_a_block_that_fails_leaves_the_file_of_before_and_nothing_else(tmp_path)
         temporary.write_text("half")
         raise KeyboardInterrupt
     assert path.read_text() == "finished work" and list(tmp_path.iterdir()) == [path]
+
+
+def test_windows_waits_for_a_program_that_has_the_file_open(tmp_path, monkeypatch, capsys):
+    replace, tried = os.replace, []
+
+    def refuse_thrice(*paths):
+        tried.append(paths)
+        if len(tried) <= 3:
+            raise PermissionError("Access is denied")
+        replace(*paths)
+
+    monkeypatch.setattr(utils.os, "replace", refuse_thrice)
+    monkeypatch.setattr(utils.time, "sleep", lambda seconds: None)
+    with pytest.raises(PermissionError), atomic_write(tmp_path / "grades.csv") as temporary:
+        temporary.write_text("Linux does not wait")
+    monkeypatch.setattr(utils.sys, "platform", "win32")
+    with atomic_write(tmp_path / "grades.csv") as temporary:
+        temporary.write_text("all grades")
+    assert (tmp_path / "grades.csv").read_text() == "all grades" and len(tried) == 4
+    assert capsys.readouterr().out == f"{tmp_path / 'grades.csv'} is open in another program; close it there.\n"

@@ -33,8 +33,8 @@ def blocks(page):
 def lines(page):
     """The page's commands, one a line: those of its blocks and those in backquotes."""
     spans = re.findall(r"`([^`\n]+)`", outside_blocks(TEXTS[page]))
-    code = [text for language, text in blocks(page) if language in ("bash", "")] + spans
-    return [re.sub(r"(^|\s)#.*", "", line).strip() for text in code for line in text.splitlines()]
+    code = [text for language, text in blocks(page) if language in ("bash", "powershell", "")] + spans
+    return [line.strip() for text in code for line in text.splitlines()]
 
 
 @by_page
@@ -65,6 +65,11 @@ def test_every_command_is_understood(page, tmp_path, monkeypatch):
         for name, text in options.get("given") or ():
             parameter = PARAMETERS[name]
             parameter.check(parameter.parse(text))
+
+
+@by_page
+def test_no_command_has_a_comment_which_zsh_and_cmd_would_take_for_words(page):
+    assert not [line for line in lines(page) if re.search(r"(^|\s)#", line)]
 
 
 @by_page

@@ -156,6 +156,7 @@ def test_runs_that_differ_beside_the_grid_are_told_apart(no_kernel, notebook, tm
     assert found["varied"] == ["seed", "case"] and len(found["runs"]) == 4
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows cannot kill a process like this")
 def test_a_failed_run_is_tried_again_when_asked(notebook, tmp_path, monkeypatch):
     def work(parameters, **job):
         begun = tmp_path / str(parameters["seed"])

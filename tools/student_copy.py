@@ -54,6 +54,6 @@ if __name__ == "__main__":
     shutil.rmtree(ROOT / "student-copy", ignore_errors=True)
     try:
         write_student_copy(ROOT / "student-copy")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(str(error))
     print("student-copy/ has no outputs, solutions, guide or tests: give that folder to your students.")

@@ -7,6 +7,7 @@ import os
 import platform
 import secrets
 import sys
+import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import distributions
@@ -51,9 +52,23 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")  # each writer has its own
     try:
         yield temporary
-        os.replace(temporary, path)
+        _replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    """Move a file. Windows refuses while a program, such as Excel, has ``path`` open: then wait up to a minute."""
+    for second in range(60):
+        try:
+            return os.replace(temporary, path)
+        except PermissionError:
+            if sys.platform != "win32":
+                raise
+            if second == 1:
+                print(f"{path} is open in another program; close it there.")
+            time.sleep(1)
+    os.replace(temporary, path)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 This module needs only torch, torchvision, tqdm, click and safetensors, and what these bring along.
 """
 
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ from vitlib.training.distributed import current_context, end_distributed, init_d
 from vitlib.training.resume import OtherTraining
 from vitlib.utils import alone_in, first_line, printable
 from vitlib.weights import ModelCard, load_weights
+
+FULL = re.compile("out of memory|not enough memory|can't allocate memory")  # words of GPUs, of Windows and of Linux
 
 
 def pretrain(upstream, preset, run_dir, data_dir, image_size, device, **options) -> None:
@@ -132,11 +135,11 @@ def _in_one_sentence(compile: bool) -> Iterator[None]:
     """Turn the errors of a full memory and of torch.compile, which are pages long, into a sentence."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise ValueError(
-            "The memory of the device is full; give a smaller --batch-size, such as 16, or a smaller --image-size."
-        ) from error
     except Exception as error:
+        if FULL.search(str(error)):
+            raise ValueError(
+                "The memory of the device is full; give a smaller --batch-size, such as 16, or a smaller --image-size."
+            ) from error
         if not (compile and type(error).__module__.startswith(("torch._inductor", "torch._dynamo"))):
             raise
         way_out = "install a C++ compiler such as g++, or leave it out"
