@@ -157,7 +157,7 @@ def test_wrong_archive_is_never_unpacked_and_fetched_anew(fake):
 
 def test_pickle_with_the_wrong_md5_is_never_opened(fake, trap):
     fake.load()
-    (fake.unpacked / "train").write_bytes(pickle.dumps(trap))
+    (fake.unpacked / "meta").write_bytes(pickle.dumps(trap))
     assert torch.equal(fake.load().images, fake.pixels("train")), "it is replaced from the archive"
     assert len(fake.requests) == ONCE
 

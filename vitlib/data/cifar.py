@@ -12,7 +12,7 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack, redirect_stderr
+from contextlib import ExitStack, redirect_stderr, suppress
 from functools import cache
 from pathlib import Path
 
@@ -77,7 +77,12 @@ def _download(dataset: type, name: str, folder: Path, progress: bool) -> None:
         with FileLock(folder / ".lock"), redirect_stderr(bar), ExitStack() as afterwards:
             afterwards.callback(socket.setdefaulttimeout, socket.getdefaulttimeout())
             socket.setdefaulttimeout(TIMEOUT)
-            dataset(folder, train=False, download=True)  # nothing, if another process has done it meanwhile
+            with suppress(RuntimeError):
+                dataset(folder, train=False)
+                return  # another process has done it while this one waited
+            fetch = import_torchvision().datasets.utils.download_and_extract_archive
+            fetch(dataset.url, folder, filename=dataset.filename, md5=dataset.tgz_md5)
+            dataset(folder, train=False)  # RuntimeError if what came is not what it should be
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         reason = first_line(error)
         raise OSError(
