@@ -67,7 +67,9 @@ def call(function: Callable, *args):
     expect(callable(function), f"give the check your function; this is a {type(function).__name__}")
     try:
         result = function(*args)
-    except (Exception, SystemExit) as error:  # a learner's exit() must not take the notebook along
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit too: a learner's exit() must not take the notebook along
         raise Mistake(f"your code stopped with {_in_words(error)}") from None
     left_off = "gradients stay switched off after your function; use `with torch.no_grad():`, which ends by itself"
     expect(torch.is_grad_enabled(), left_off)
