@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from IPython.core.inputtransformer2 import TransformerManager
 from nbformat import NotebookNode
 
 CALL = re.compile(r"^[ \t]*checks\.(\w+)\(", re.MULTILINE)
 # A cell with one of these uses names that cannot be read off it.
-OPAQUE = re.compile(r"^\s*%(?:%|run\b)|import \*|\bexec\(|\bglobals\(\)\[|\bsys\.path\b", re.MULTILINE)
+OPAQUE = re.compile(r"run_cell_magic|run_line_magic\('run'|import \*|\bexec\(|\bglobals\(\)\[|\bsys\.path\b")
 TIMING = re.compile(r"\A\s*%%(?:time|capture)\b.*\n|%time (?=\w)", re.MULTILINE)
-# Jupyter's own lines, such as %matplotlib, !pip and help?; IPython's translator takes minutes for hundreds of them.
-MAGIC = re.compile(r"^([ \t]*)(?:[%!?].*|[\w.]+\?\??)$", re.MULTILINE)
 
 
 @dataclass
@@ -37,11 +36,10 @@ def names_of(cell: NotebookNode) -> Names:
     """
     if cell.cell_type != "code":
         return Names()
-    source = TIMING.sub("", cell.source)
-    python = MAGIC.sub(r"\1pass", source)
     try:
-        tree, tables = ast.parse(python), [symtable.symtable(python, "cell", "exec")]
-    except Exception:  # SyntaxError, also of what only Jupyter knows, RecursionError, MemoryError
+        source = TransformerManager().transform_cell(TIMING.sub("", cell.source))  # without Jupyter's own syntax
+        tree, tables = ast.parse(source), [symtable.symtable(source, "cell", "exec")]
+    except Exception:  # SyntaxError, but also RecursionError, MemoryError, and RuntimeError of 500 magics
         return Names(calls=dict.fromkeys(CALL.findall(cell.source), ""), always=True)
     has_imports_only = all(isinstance(statement, ast.Import | ast.ImportFrom) for statement in tree.body)
     is_of_parameters = "parameters" in cell.metadata.get("tags", ())

@@ -34,7 +34,7 @@ from vitlib.utils import atomic_write, text_table, write_csv
 CORRECT, NOT_YET, OPEN, MISSING, NOT_REACHED = "correct", "not yet", "open", "missing", "not reached"
 WORDS = {frame.CORRECT: CORRECT, frame.NOT_YET: NOT_YET, frame.NOT_ATTEMPTED: OPEN}  # the table's word for a check's
 COLUMNS = ("student", "file", "chapter", "exercise", "status", "message", "seconds", "note")
-MOST_CODE = 200_000  # letters in a notebook: to read off the names of a longer one takes minutes
+MOST_CODE = 200_000  # letters in a notebook: to read off the names of a long one can take hours
 LISTED = 50  # files that are not graded, each on a line
 # Words of a file's name that are neither chapter nor student: marks of copies and of versions.
 NOISE = re.compile(
