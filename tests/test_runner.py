@@ -156,7 +156,7 @@ def no_kernel(tmp_path, monkeypatch):
         (["-p", "batch_sise", "8"], "there are batch_size, preset, train_steps_per_epoch"),
         (["-p", "rate", "nan"], "rate=nan is not allowed"),
         (["-p", "run_dir", "here"], "use --out"),
-        (["-p", "rate", "0.1", "--only", "01"], "'rate' is not a parameter of 01_one"),
+        (["-p", "rate", "0.1", "--only", "01"], "rate is a parameter of 02_two only"),
         (["--out", "notebooks"], "choose another with --out"),
         (["--notebooks", "."], "No notebook"),
         ("batch_size: true", "batch_size=True is not allowed"),

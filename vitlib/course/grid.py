@@ -91,7 +91,7 @@ def make_plan(
         for name, value in {**file_values, **(parameters or {})}.items()
         if name not in names and (name in lesson.parameters or name not in PARAMETERS)
     }
-    common = checked_values([lesson], {**shared, **given})
+    common = checked_values([lesson], shared, given)
     source, sha256 = _source(lesson.path)
     runs = {}  # by key: equal runs are one
     for parts in itertools.product(*(_rows(lesson, axis) for axis in axes)):
@@ -113,8 +113,10 @@ def _axes(grid: Mapping[str, Sequence], zips: Iterable[Mapping[str, Sequence]]) 
 
 def _read_grid(path: Path) -> tuple[Path, list[dict[str, list]], dict[str, object]]:
     """Return notebook, axes and parameters of a sweep's YAML file; a notebook alone has no axes."""
-    if path.suffix not in (".yaml", ".yml"):
+    if path.suffix == ".ipynb":
         return path, [], {}
+    if path.suffix not in (".yaml", ".yml"):
+        raise ValueError(f"{path} is neither a notebook (.ipynb) nor the file of a sweep (.yaml).")
     content = parameters_from_file(path)
     for name in content:
         if name not in GRID_KEYS:
@@ -137,7 +139,7 @@ def _rows(lesson: Lesson, axis: Mapping[str, Sequence]) -> list[dict[str, object
     if 0 in counts.values() or len({*counts.values()}) > 1:
         told = ", ".join(f"{name} has {count}" for name, count in counts.items())
         raise ValueError(f"A parameter needs values, and those that go together equally many, but {told}.")
-    return [checked_values([lesson], dict(zip(axis, row, strict=True))) for row in zip(*axis.values(), strict=True)]
+    return [checked_values([lesson], {}, dict(zip(axis, row, strict=True))) for row in zip(*axis.values(), strict=True)]
 
 
 def _source(path: Path) -> tuple[str, str]:

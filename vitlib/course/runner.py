@@ -55,7 +55,7 @@ def run_course(
         notebooks: folder whose ``[0-9]*.ipynb`` are the course.
         only: numbers or names of the notebooks to run; empty for all.
         shared: values for the notebooks that take them, as in a parameters file.
-        given: values that a selected notebook must take; they win over ``shared``.
+        given: values that a selected notebook must take; they win over ``shared``. Texts are parsed.
         timeout: longest time for one notebook, in seconds; None for no limit.
 
     Returns:
@@ -71,7 +71,11 @@ def run_course(
     if out == lessons[0].path.resolve().parent:
         raise ValueError(f"The run folder {out} holds the notebooks themselves; choose another with --out.")
     selected = _select(lessons, only)
-    values = checked_values(lessons, shared or {}) | checked_values(selected, given or {})
+    values = checked_values(lessons, shared or {}, given or {})
+    for name in given or {}:
+        if not any(name in lesson.parameters for lesson in selected):
+            takers = ", ".join(lesson.name for lesson in lessons if name in lesson.parameters)
+            raise ValueError(f"{name} is a parameter of {takers} only, which this run leaves out; drop one of the two.")
     results: dict[str, RunResult] = {}
     width = max(len(lesson.name) for lesson in selected)
     values["run_dir"] = str(out)
@@ -150,10 +154,12 @@ def _select(lessons: list[Lesson], only: Sequence[str]) -> list[Lesson]:
     return [lesson for lesson in lessons if lesson.name in chosen]
 
 
-def checked_values(lessons: list[Lesson], values: Mapping[str, object]) -> dict[str, object]:
-    """Check values of parameters, of which texts are parsed. An unknown or wrong one raises ValueError."""
+def checked_values(
+    lessons: list[Lesson], shared: Mapping[str, object], given: Mapping[str, object]
+) -> dict[str, object]:
+    """Parse and check values of parameters; ``given`` wins. An unknown or wrong one raises ValueError."""
     known = {name: parameter for lesson in lessons for name, parameter in lesson.parameters.items()}
-    for name in values:
+    for name in [*shared, *given]:
         if name == "run_dir":
             raise ValueError("run_dir cannot be given as a parameter: it is the folder of the run; use --out.")
         if name not in known:
@@ -161,8 +167,8 @@ def checked_values(lessons: list[Lesson], values: Mapping[str, object]) -> dict[
             allowed = ", ".join(one for one in known if one != "run_dir")
             allowed = allowed or "none; tag the cell that sets them with 'parameters'"
             raise ValueError(f"{name!r} is not a parameter of {of}{near_match(name, known)}; there are {allowed}.")
-    parsed = {name: known[name].parse(value) if isinstance(value, str) else value for name, value in values.items()}
-    return {name: known[name].check(value) for name, value in parsed.items()}
+    parsed = {name: known[name].parse(value) if isinstance(value, str) else value for name, value in given.items()}
+    return {name: known[name].check(value) for name, value in {**shared, **parsed}.items()}
 
 
 def parameters_from_file(path: str | Path) -> dict[str, object]:
