@@ -70,8 +70,6 @@ def course(tmp_path_factory):
     write(top / "notebooks" / "01_first.ipynb", "checks.one(answer)", "checks.two(None)", "checks.three(None)")
     write(top / "notebooks" / "02_second.ipynb", "checks.four(None)")
     write(top / "notebooks" / "solutions" / "01_first.ipynb", *RIGHT)
-    (top / "notebooks" / "parameters").mkdir()
-    (top / "notebooks" / "parameters" / "smoke.yaml").write_text("seed: 7")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(top / "modules")
         patch.setattr(grade, "checks", importlib.import_module("own_checks"))
@@ -115,7 +113,7 @@ def graded(course, tmp_path_factory):
     (folder / "linked").symlink_to(folder / "ada")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     (top / "roster.txt").write_text("Ada\nZoë\nEarly, Eva\nIvan\n", encoding="utf-8")
-    limits = ["--jobs", 2, "--memory", 0.8, "--roster", top / "roster.txt"]
+    limits = ["--jobs", 2, "--memory", 0.8, "-p", "seed", 7, "--roster", top / "roster.txt"]
     result = invoke("grade", folder, "--notebooks", course, "--out", out, *limits)
     assert before.items() <= {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}.items()
     rows = {}

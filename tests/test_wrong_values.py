@@ -26,6 +26,7 @@ WRONG = [  # command, and words of the sentence
     ("run --only 99", r"'99' is not a notebook of the course"),
     ("run --parameters absent.yaml", r"absent\.yaml"),
     (f"sweep {PATCHES} --grid", r"'--grid' requires an argument"),
+    ("grade students -p seed x", r"seed='x' is not allowed"),
     ("download shapes1000", r"'shapes1000' is neither"),
     ("predict nothing grey.png", r"'nothing'; choose"),
 ]

@@ -288,6 +288,8 @@ def export(model, out) -> None:
 
 @main.command()
 @click.argument("folder", metavar="DIR", type=FILE)
+@with_parameters
+@with_given
 @click.option("--out", metavar="DIR", type=FILE, default="runs/grades", help="For a new grades.csv and the copies.")
 @click.option("--timeout", metavar="SECONDS", type=POSITIVE, default=600, help="Longest time for one notebook.")
 @click.option("--memory", metavar="GIB", type=POSITIVE, default=4, help="Most memory for one notebook.")
@@ -295,11 +297,11 @@ def export(model, out) -> None:
 @with_notebooks
 @click.option("--roster", metavar="FILE", type=FILE, help="Text file with one name a line: who is missing?")
 @click.option("--whole", is_flag=True, help="Run all cells, not only those that the checks need.")
-def grade(folder, out, timeout, memory, jobs, notebooks, roster, whole) -> None:
+def grade(folder, parameters, given, out, timeout, memory, jobs, notebooks, roster, whole) -> None:
     """Run the students' notebooks in DIR, and print a table of who passed which exercise.
 
     DIR holds ada/01_patching.ipynb, 01_patching_ada.ipynb or the like. The first line says whether bubblewrap contains
-    their code. The course's own solutions of one chapter run first. The parameters are those of smoke.yaml.
+    their code. The course's own solutions of one chapter run first. Without --parameters smoke.yaml holds them.
 
     The exit code is 0 when every notebook ran to its end, 1 when one did not, 2 when nobody was graded (a wrong
     command, or the solutions fail), 130 after Ctrl-C (grades.csv keeps what was done).
@@ -308,8 +310,8 @@ def grade(folder, out, timeout, memory, jobs, notebooks, roster, whole) -> None:
 
     names = grading.read_roster(roster) if roster else ()
     found = grading.grade_folder(
-        folder, out, notebooks=notebooks or grading.COURSE_FOLDER, timeout=timeout, memory=memory, jobs=jobs,
-        whole=whole, say=click.echo,
+        folder, out, notebooks=notebooks or grading.COURSE_FOLDER, parameters=parameters, given=dict(given),
+        timeout=timeout, memory=memory, jobs=jobs, whole=whole, say=click.echo,
     )  # fmt: skip
     click.echo(f"\n{grading.tables(found, names)}\ngrades.csv and the executed copies are in {out}.")
     sys.exit(1 if any(one.stopped for one in found if one.chapter) else 0)

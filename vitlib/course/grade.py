@@ -26,7 +26,8 @@ from vitlib.course import checks
 from vitlib.course.cells import names_of, needed_cells
 from vitlib.course.checks import frame
 from vitlib.course.kernels import reason
-from vitlib.course.runner import COURSE_FOLDER, parameters_from_file, read_lessons
+from vitlib.course.parameters import PARAMETERS
+from vitlib.course.runner import COURSE_FOLDER, checked_values, parameters_from_file, read_lessons
 from vitlib.course.sandbox import run_apart, why_not_contained
 from vitlib.data.folders import SYSTEM_NAME
 from vitlib.utils import atomic_write, text_table, write_csv
@@ -96,6 +97,8 @@ def grade_folder(
     out: str | Path,
     *,
     notebooks: str | Path = COURSE_FOLDER,
+    parameters: str | Path | None = None,
+    given: Mapping[str, object] | None = None,
     timeout: float = 600,
     memory: float = 4,
     jobs: int = 1,
@@ -108,7 +111,9 @@ def grade_folder(
         folder: holds ``ada/01_patching.ipynb``, ``01_patching_ada.ipynb`` or the like.
         out: folder of the results; what is in it already is not graded.
         notebooks: folder of the course, whose notebooks say which exercises there are. The solutions below it are
-            tried first, for one of the chapters that were handed in. ``parameters/smoke.yaml`` has the parameters.
+            tried first, for one of the chapters that were handed in.
+        parameters: YAML file of parameters; None for the course's ``parameters/smoke.yaml``.
+        given: values that win over those of the file. Texts are parsed.
         timeout, memory: limits of one notebook and all that it has started, in seconds and GiB.
         jobs: number of notebooks at once, each on one thread.
         whole: whether all cells run. Without it only those that the checks need do.
@@ -118,8 +123,8 @@ def grade_folder(
         All files; those that were not graded have no chapter.
 
     Raises:
-        ValueError: for an ``out`` that would overwrite originals, a folder without notebooks of the course, or if the
-            course's own solutions fail here; nobody is graded then.
+        ValueError: for unknown or wrong parameters, an ``out`` that would overwrite originals, a folder without
+            notebooks of the course, or if the course's own solutions fail here; nobody is graded then.
         OSError: for files and folders that are not there.
     """
     folder, out = Path(folder).expanduser().resolve(), Path(out).expanduser().resolve()
@@ -127,7 +132,7 @@ def grade_folder(
         raise FileNotFoundError(f"{folder} is not a folder; name the one that holds the students' notebooks.")
     if folder.is_relative_to(out):
         raise ValueError(f"Results in {out} would overwrite the students' notebooks; choose another --out.")
-    chapters = _read_chapters(Path(notebooks).expanduser())
+    chapters = _read_chapters(Path(notebooks).expanduser(), parameters, given or {})
     found = _find(folder, out, chapters)
     graded = [one for one in found if one.chapter]
     if not graded:
@@ -172,7 +177,7 @@ def _try_solutions(solutions: Path, graded: list[Submission], grade: Callable, s
     if failed or own.stopped:
         raise ValueError(
             f"The course's own solutions of {path.stem} fail here, so nobody is graded; look at "
-            f"`python -m vitlib doctor`: {own.note or failed[0]}"
+            f"`python -m vitlib doctor` and the parameters: {own.note or failed[0]}"
         )
     say(f"The course's own solutions of {path.stem} pass in {own.seconds:.0f} s.")
 
@@ -180,17 +185,19 @@ def _try_solutions(solutions: Path, graded: list[Submission], grade: Callable, s
 # What was handed in
 
 
-def _read_chapters(notebooks: Path) -> list[Chapter]:
+def _read_chapters(notebooks: Path, parameters: str | Path | None, given: Mapping[str, object]) -> list[Chapter]:
     """Read the course. A chapter sets all of its parameters, so that what a student has set or removed is no matter."""
-    smoke = notebooks / "parameters" / "smoke.yaml"
-    values = parameters_from_file(smoke) if smoke.exists() else {}
+    lessons, smoke = read_lessons(notebooks), notebooks / "parameters" / "smoke.yaml"
+    shared = parameters_from_file(parameters or smoke) if parameters or smoke.exists() else {}
+    values = checked_values(lessons, shared, given)
     values["run_dir"] = "../run"  # not the student's own training, made with other parameters
     chapters = []
-    for lesson in read_lessons(notebooks):
+    for lesson in lessons:
+        known = {name: value for name, value in lesson.defaults.items() if name in PARAMETERS} | values
         exercises = {}
         for cell in nbformat.read(lesson.path, as_version=4).cells:
             exercises |= names_of(cell).calls
-        parameters = {name: values.get(name, default) for name, default in lesson.defaults.items()}
+        parameters = {name: known[name] for name in lesson.parameters if name in known}
         chapters.append(Chapter(lesson.name, exercises, parameters))
     return chapters
 

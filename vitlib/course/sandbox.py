@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -52,7 +52,7 @@ def why_not_contained() -> str:
     if shutil.which("bwrap") is None:
         return "bwrap is not installed"
     with tempfile.TemporaryDirectory() as own:
-        line = [*_bwrap(Path(own), [Path(own)]), sys.executable, "-c", "import encodings"]
+        line = [*_bwrap(Path(own), [Path(own)], ()), sys.executable, "-c", "import encodings"]
         probe = subprocess.run(line, capture_output=True, text=True, env=_environment(Path(own)))
     said = (probe.stderr.strip().splitlines() or [f"exit code {probe.returncode}"])[-1]
     return f"bwrap does not work here: {said}" if probe.returncode else ""
@@ -71,7 +71,7 @@ def run_apart(
     Args:
         companions: folder with the files that it expects beside it; it gets a copy. None for an empty folder.
         hidden: folders that it must not see, even if Python's packages lie around them.
-        parameters: values that papermill injects.
+        parameters: values that papermill injects. A file or folder that one names by its whole path can be read.
         limits: ``timeout`` in seconds, and ``memory`` in GiB of all that it has started.
         stopped: an event that ends it.
 
@@ -87,8 +87,9 @@ def run_apart(
             _copy(companions, own / "folder")
         nbformat.write(notebook, own / "notebook.ipynb")
         contained = not why_not_contained()
+        readable = [value for value in parameters.values() if isinstance(value, str) and os.path.isabs(value)]
         job = {"own": str(own), "parameters": parameters, "contained": contained, "grader": os.getpid(), **limits}
-        line = _bwrap(own, hidden) if contained else []
+        line = _bwrap(own, hidden, readable) if contained else []
         line += [sys.executable, "-P", "-m", __name__, json.dumps(job)]
         deadline = time.monotonic() + limits["timeout"] + GRACE
         with tempfile.TemporaryFile() as errors:
@@ -139,18 +140,19 @@ def _environment(own: Path) -> dict[str, str]:
     }
 
 
-def _bwrap(own: Path, hidden: Sequence[Path]) -> list[str]:
+def _bwrap(own: Path, hidden: Sequence[Path], readable: Iterable[str]) -> list[str]:
     """Begin a command line that runs a program contained: it writes below ``own`` and reads what Python needs."""
     line = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
     line += ["--proc", "/proc", "--dev", "/dev", "--bind", str(own / "tmp"), "/tmp"]
-    empty = [str(folder) for folder in hidden if folder.is_dir()]
-    mounts = {path: ["--ro-bind-try", path, path] for path in [*_of_python(), str(cache_dir())]}
-    mounts |= {path: ["--tmpfs", path] for path in empty}
-    for path in sorted(mounts):  # a folder before what lies in it
-        line += mounts[path]
+    shown = [*_of_python(), str(cache_dir()), *readable]
+    hidden = [folder for folder in hidden if folder.is_dir()]
+    # first, so that the hidden folders cover them
+    around = [path for path in shown if any(folder.is_relative_to(path) for folder in hidden)]
+    line += [word for path in around for word in ("--ro-bind-try", path, path)]
+    line += [word for folder in hidden for word in ("--tmpfs", str(folder))]
+    line += [word for path in shown if path not in around for word in ("--ro-bind-try", path, path)]
     line += ["--bind", str(own), str(own)]
-    for path in [*empty, "/"]:
-        line += ["--remount-ro", path]
+    line += [word for folder in (*hidden, "/") for word in ("--remount-ro", str(folder))]
     return [*line, "--chdir", str(own)]
 
 
