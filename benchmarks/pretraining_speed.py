@@ -8,7 +8,7 @@ compilation and everything else that happens once, is reported apart.
 
 A step takes about three times the FLOPs of the forward pass (``vitlib.costs``): the gradients of activations and of
 weights cost as much again, each. No patches are dropped, whatever the recipe. With ``small`` that is 1.31 GFLOP an
-image, so 100 epochs of 50,000 images are 6.55 PFLOP. At 790 TFLOP/s, about what one H200 reaches in large bfloat16
+image, so 100 epochs of 50,000 images are 6.54 PFLOP. At 790 TFLOP/s, about what one H200 reaches in large bfloat16
 products, they take 8.3 s at least: the arithmetic floor.
 """
 

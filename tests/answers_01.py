@@ -164,7 +164,7 @@ WRONG = {
         "a copy of one old position": lambda positions, grid: stretched(positions, grid, "nearest"),
         "that is bilinear interpolation": lambda positions, grid: stretched(positions, grid, "bilinear"),
         "is align_corners=True": lambda positions, grid: stretched(positions, grid, align_corners=True),
-        "not of bicubic without": lambda positions, grid: stretched(positions, grid, "area"),
+        "not those of bicubic (no": lambda positions, grid: stretched(positions, grid, "area"),
         "not come back": lambda p, g: in_front(stretched(p.bfloat16(), g).float()[:, 1:], p[:, :1]),
         "the row of CLS is lost": lambda positions, grid: stretched(positions, grid)[:, 1:],
         "still the old number of places": lambda positions, grid: positions,

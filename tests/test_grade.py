@@ -384,6 +384,7 @@ def test_a_wrong_command_is_one_sentence(no_kernel, arguments, said):
         (["import sys", "sys.path.append('helpers')", "from mine import f", "checks.one(f)"], {0, 1, 2, 3}),
         (["import torch", "torch.manual_seed(0)", "model.fit()", "checks.one(torch)"], {0, 3}),
         (["%run helpers.py", "%matplotlib inline", "!pip install x", "checks.one(1)"], {0, 3}),
+        (["!ls\n" * 50_000, "\n" * 199_000 + "x = 2", "y = (\n    x\n    != 1\n)", "checks.one(y)"], {0, 1, 2, 3}),
         (["%%writefile a.py\nx = 1", "%%time\ntrain()", "def broken(:", "checks.one(1)"], {0, 2, 3}),
         (["def f(images): return images", "images = load()", "checks.one(f)"], {0, 2}),
         (["def f(x): 1 / 0", "f(3)", "def g(y): y.train()", "y = 1", "def f(x): return y\nchecks.one(f)"], {3, 4}),

@@ -200,9 +200,9 @@ def test_a_cluster_without_a_shared_disk_sends_the_files(client, notebook, tmp_p
 @pytest.mark.parametrize(
     ("address", "words"),
     [
-        ("tcp://127.0.0.1:1", "No scheduler with a worker answers at tcp://127.0.0.1:1 within 2 s; start"),
-        ("nonsense:x", "No scheduler with a worker answers at nonsense:x"),
-        ("empty", "No scheduler with a worker answers"),
+        ("tcp://127.0.0.1:1", "No scheduler answers at tcp://127.0.0.1:1 within 2 s; start one"),
+        ("nonsense:x", "scheduler='nonsense:x' is not an address"),
+        ("empty", "has no worker; start some with `dask worker tcp:"),
         ("other version", r"The worker tcp://.* lacks vitlib 9\.9 \("),
     ],
 )
@@ -215,7 +215,7 @@ def test_a_cluster_that_cannot_work_is_one_sentence(client, notebook, tmp_path, 
         if address == "empty":
             cluster = stack.enter_context(sweeps.LocalCluster(n_workers=0, dashboard_address=None, silence_logs=50))
             address = cluster.scheduler_address
-        with pytest.raises(ConnectionError, match=words):
+        with pytest.raises((ValueError, ConnectionError), match=words):
             sweep(notebook, tmp_path, scheduler=address)
 
 

@@ -14,6 +14,8 @@ CALL = re.compile(r"^[ \t]*checks\.(\w+)\(", re.MULTILINE)
 # A cell with one of these uses names that cannot be read off it.
 OPAQUE = re.compile(r"run_cell_magic|run_line_magic\('run'|import \*|\bexec\(|\bglobals\(\)\[|\bsys\.path\b")
 TIMING = re.compile(r"\A\s*%%(?:time|capture)\b.*\n|%time (?=\w)", re.MULTILINE)
+MAGIC = re.compile(r"^[ \t]*[%!?]|= *[%!]|\?[ \t]*$", re.MULTILINE)  # how Jupyter's own syntax begins or ends
+MOST_MAGICS = 500_000  # such lines times letters of a cell: IPython translates them in seconds
 
 
 @dataclass
@@ -37,9 +39,9 @@ def names_of(cell: NotebookNode) -> Names:
     if cell.cell_type != "code":
         return Names()
     try:
-        source = TransformerManager().transform_cell(TIMING.sub("", cell.source))  # without Jupyter's own syntax
+        source = _python(TIMING.sub("", cell.source))
         tree, tables = ast.parse(source), [symtable.symtable(source, "cell", "exec")]
-    except Exception:  # SyntaxError, but also RecursionError, MemoryError, and RuntimeError of 500 magics
+    except Exception:  # SyntaxError, but also RecursionError and MemoryError
         return Names(calls=dict.fromkeys(CALL.findall(cell.source), ""), always=True)
     has_imports_only = all(isinstance(statement, ast.Import | ast.ImportFrom) for statement in tree.body)
     is_of_parameters = "parameters" in cell.metadata.get("tags", ())
@@ -63,6 +65,16 @@ def names_of(cell: NotebookNode) -> Names:
                 found.used |= name - own if symbol.is_referenced() else set()
         tables += table.get_children()
     return found
+
+
+def _python(source: str) -> str:
+    """Return a cell without Jupyter's own syntax, unless IPython would take too long for that."""
+    try:
+        ast.parse(source)
+    except SyntaxError:
+        if len(MAGIC.findall(source)) * len(source) <= MOST_MAGICS:
+            return TransformerManager().transform_cell(source)
+    return source
 
 
 def _changed(node: ast.AST) -> set[str]:

@@ -16,6 +16,11 @@ FILE = click.Path(path_type=Path)  # vitlib writes ~ out as the home folder wher
 COUNT = click.IntRange(min=1)
 LIMIT = click.FloatRange(min=0)  # 0 is no limit
 POSITIVE = click.FloatRange(min=0, min_open=True)
+WAYS_OUT = {  # of errors of the system, by their numbers
+    errno.ENOSPC: "; free some space, or name another folder.",
+    errno.EROFS: "; name another folder.",
+    errno.EACCES: "; change its permissions, or name another folder.",
+}
 
 
 class OneLineErrors(click.Group):
@@ -27,9 +32,7 @@ class OneLineErrors(click.Group):
         except BrokenPipeError:  # the reader, say head, has seen enough; click ends quietly
             raise
         except (ValueError, OSError, ModuleNotFoundError) as error:
-            refused = getattr(error, "errno", None) in (errno.ENOSPC, errno.EROFS, errno.EACCES)
-            way_out = "; free some space, or name another folder." if refused else ""
-            raise click.UsageError(f"{error}{way_out}") from error
+            raise click.UsageError(f"{error}{WAYS_OUT.get(getattr(error, 'errno', None), '')}") from error
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
             context.exit(130)

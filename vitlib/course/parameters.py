@@ -101,7 +101,7 @@ def path(name: str, value: str) -> str:
 
 
 def source(name: str, value: str) -> str:
-    check_source(value, name, tested=name != "dataset")
+    check_source(value, name, tested=True)
     return os.path.expanduser(value)
 
 
@@ -111,7 +111,7 @@ def model(name: str, value: str) -> str:
     # a file need not be there yet: an earlier chapter may write it
     if value not in (*known, "random") and not os.path.splitext(value)[1] and not os.path.exists(path):
         hint = near_match(value, known)
-        raise ValueError(f"{name}={value!r} is not known; give a file, or one of {', '.join(known)}{hint}.")
+        raise ValueError(f"{name}={value!r:.80} is not known; give a file, or one of {', '.join(known)}{hint}.")
     return path
 
 

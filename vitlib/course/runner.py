@@ -177,7 +177,7 @@ def parameters_from_file(path: str | Path) -> dict[str, object]:
         values = yaml.safe_load(Path(path).expanduser().read_bytes()) or {}  # UTF-8, or UTF-16 of PowerShell
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"There is no file {path}; the course's own are in notebooks/parameters/ and sweeps/."
+            f"There is no file {path}; the course's own are in notebooks/parameters/ and notebooks/sweeps/."
         ) from error
     except yaml.YAMLError as error:
         told = " ".join(str(error).split())

@@ -95,7 +95,7 @@ def run_sweep(
 
     Raises:
         KeyboardInterrupt: after Ctrl-C; in results.json the missing runs are "not run".
-        ValueError: if another sweep works in ``out``.
+        ValueError: if another sweep works in ``out``, or the address is wrong.
         OSError: if the folder cannot be written, or a scheduler cannot be reached or goes away. The results hold the
             runs that were finished by then.
     """
@@ -176,15 +176,22 @@ def _cluster_workers(address: str) -> Iterator[Client]:
     """Connect to the scheduler at ``address``, and check that its workers have this version of vitlib."""
     for name in ("distributed", "distributed.client"):  # they would say at length what is said here in one line
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
-    with contextlib.ExitStack() as stack:
-        try:  # first by hand: a Client that cannot connect stays half open, and may hold up the next one
-            socket.create_connection(parse_host_port(address.partition("://")[2] or address), PATIENCE).close()
-            client = stack.enter_context(Client(address, timeout=PATIENCE))
+    try:  # by hand: a Client that cannot connect stays half open, and may hold up the next one
+        socket.create_connection(parse_host_port(address.partition("://")[2] or address), PATIENCE).close()
+        client = Client(address, timeout=PATIENCE)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"scheduler={address!r} is not an address; give one such as tcp://192.0.2.1:8786.") from error
+    except OSError as error:
+        raise ConnectionError(
+            f"No scheduler answers at {address} within {PATIENCE} s; start one with `dask scheduler`, or leave "
+            "--scheduler out to use this machine."
+        ) from error
+    with client:
+        try:
             client.wait_for_workers(1, timeout=PATIENCE)
-        except (OSError, ValueError, TypeError, OverflowError) as error:  # the last three of what is no address
+        except TimeoutError as error:
             raise ConnectionError(
-                f"No scheduler with a worker answers at {address} within {PATIENCE} s; start `dask scheduler` and "
-                f"`dask worker {address} --nthreads 1`, or leave --scheduler out to use this machine."
+                f"The scheduler at {address} has no worker; start some with `dask worker {address} --nthreads 1`."
             ) from error
         own = version("vitlib")
         for worker, found in client.run(importlib.metadata.version, "vitlib", on_error="return").items():

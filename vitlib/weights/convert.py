@@ -296,7 +296,7 @@ def _convert(
 
     def outputs(model: nn.Module, classifier: str):
         weights = {classifier + "weight": head} if len(head) else {}
-        return functional_call(model, weights, (images,))
+        return functional_call(model, weights, (images,), tie_weights=False)
 
     with torch.inference_mode():
         ours = outputs(model, HEAD)

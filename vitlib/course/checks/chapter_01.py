@@ -194,7 +194,7 @@ def interpolation(learners: Callable, old: int, new: int, width: int) -> None:
         "that is bilinear interpolation, along straight lines; take the smoother mode bicubic": resized("bilinear"),
         "that is align_corners=True; this course uses align_corners=False": resized("bicubic", align_corners=True),
     }
-    otherwise = "each part goes to its place, but its numbers are not of bicubic without align_corners or antialias"
+    otherwise = "each part goes to its place, but the numbers are not those of bicubic (no align_corners or antialias)"
     compare(given(cls, patches)[:, 1:], resized("bicubic"), slips, otherwise)
     expect_grad(learners, positions.double(), new)
 
