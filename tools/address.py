@@ -67,7 +67,7 @@ def badges(name: str, notebook: str) -> str:
 
 def _complete_readme(text: str, name: str) -> str:
     clone = f"git clone https://github.com/{name} && cd {name.split('/')[1]}"
-    text = re.sub(r"^(?:cd vit-course .*|git clone \S+ && cd \S+)", clone, text, flags=re.M)
+    text = re.sub(r"^(?:cd vit-course$|git clone \S+ && cd \S+)", clone, text, flags=re.M)
     if "badge_logo.svg" in text:
         return text
     text = re.sub(r"^\| chapter \| question .*\|\n.*", r"\g<0> --- |", text, flags=re.M)
