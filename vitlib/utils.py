@@ -59,16 +59,15 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 def _replace(temporary: Path, path: Path) -> None:
     """Move a file. Windows refuses while a program, such as Excel, has ``path`` open: then wait up to a minute."""
-    for second in range(60):
+    for second in range(61):
         try:
             return os.replace(temporary, path)
         except PermissionError:
-            if sys.platform != "win32":
+            if sys.platform != "win32" or second == 60:
                 raise
             if second == 1:
                 print(f"{path} is open in another program; close it there.")
             time.sleep(1)
-    os.replace(temporary, path)
 
 
 @contextmanager

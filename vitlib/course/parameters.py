@@ -15,7 +15,7 @@ from vitlib.data.images import check_source
 from vitlib.model import POOLINGS, PRESETS
 from vitlib.training import PRECISIONS, RECIPES
 from vitlib.utils import near_match
-from vitlib.weights.checkpoint import shipped_weights
+from vitlib.weights.checkpoint import names_a_file, shipped_weights
 from vitlib.weights.official import OFFICIAL
 
 ARMS = ("fine-tuning", "linear probe", "random probe", "from scratch")  # of chapter 04's comparison
@@ -107,12 +107,10 @@ def source(name: str, value: str) -> str:
 
 def model(name: str, value: str) -> str:
     known = *shipped_weights(), *OFFICIAL
-    path = os.path.expanduser(value)
-    # a file need not be there yet: an earlier chapter may write it
-    if value not in (*known, "random") and not os.path.splitext(value)[1] and not os.path.exists(path):
+    if value not in (*known, "random") and not names_a_file(value):
         hint = near_match(value, known)
         raise ValueError(f"{name}={value!r:.80} is not known; give a file, or one of {', '.join(known)}{hint}.")
-    return path
+    return os.path.expanduser(value)
 
 
 def device(name: str, value: str) -> str:

@@ -6,6 +6,7 @@ safetensors files are read without running any code, unlike pickles. The card tr
 import dataclasses
 import hashlib
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -102,6 +103,11 @@ def load_pretrained(name: str) -> tuple[ViTModel, ModelCard]:
     return load_checkpoint(shipped[name])
 
 
+def names_a_file(weights: str | Path) -> bool:
+    """Return whether ``weights`` is a path, which need not exist, and not the name of a model: no name has a dot."""
+    return bool(os.path.splitext(weights)[1]) or os.path.exists(os.path.expanduser(weights))
+
+
 def load_weights(weights: str | Path, image_size: int | None = None) -> tuple[ViTModel, ModelCard]:
     """Load a model and its card, for images of ``image_size`` pixels a side if that is given.
 
@@ -114,7 +120,7 @@ def load_weights(weights: str | Path, image_size: int | None = None) -> tuple[Vi
     """
     from vitlib.weights.official import OFFICIAL, official_weights  # not above: that module imports this one
 
-    if Path(weights).suffix or Path(weights).expanduser().exists():  # no name has a dot
+    if names_a_file(weights):
         model, card = load_checkpoint(weights)
     else:
         model, card = official_weights(weights) if weights in OFFICIAL else load_pretrained(str(weights))

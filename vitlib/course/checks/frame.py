@@ -17,6 +17,7 @@ from vitlib.course.figures import print_and_store
 
 VERDICT = "application/vnd.vitlib.verdict+json"  # what `python -m vitlib grade` reads
 CORRECT, NOT_YET, NOT_ATTEMPTED = "correct", "not yet", "not attempted yet"
+UNFINISHED = "`...` came back: put your result in its place, behind `return`"
 STUBS = ["...", "pass", "return", "return ...", "return None"]
 DRAWS = 3  # times that an answer is tried on each case, on fresh random numbers
 
@@ -93,7 +94,7 @@ def answer(function: Callable, *args, may_change: bool = False):
     with nullcontext() if may_change else unchanged(*args):
         result = call(function, *args)
         expect(result is not None, "nothing came back: end the function with `return` and your result")
-        expect(result is not Ellipsis, "`...` came back: put your result in its place, behind `return`")
+        expect(result is not Ellipsis, UNFINISHED)
     return result
 
 
@@ -144,7 +145,7 @@ def as_number(value) -> int | float:
         count = math.prod(value.shape)
         expect(count == 1, f"one number is wanted, but {count} came back")
         value = value.item()
-    expect(value is not Ellipsis, "`...` came back: put your result in its place, behind `return`")
+    expect(value is not Ellipsis, UNFINISHED)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     expect(is_number, f"a number is wanted, but a {type(value).__name__} came back")
     return value
